@@ -1,0 +1,33 @@
+"""AdamW, Muon, NorMuon, U-NorMuon and Aurora behind one vocabulary. Needs torch and nothing else.
+
+Shape legend of this package: K stacked matrices, M rows (fan-out), N columns (fan-in).
+"""
+
+from aurora.adamw import adamw
+from aurora.aurora import Aurora
+from aurora.base import MatrixOptimizer
+from aurora.muon import Muon
+from aurora.normuon import NorMuon
+from aurora.params import Param, Role, check_exact_cover
+from aurora.polar import SCHEDULES, PolarSchedule, polar
+from aurora.registry import REQUIRED_HPARAMS, RULES, build, hparam_types
+from aurora.unormuon import UNorMuon
+
+__all__ = [
+    "REQUIRED_HPARAMS",
+    "RULES",
+    "SCHEDULES",
+    "Aurora",
+    "MatrixOptimizer",
+    "Muon",
+    "NorMuon",
+    "Param",
+    "PolarSchedule",
+    "Role",
+    "UNorMuon",
+    "adamw",
+    "build",
+    "check_exact_cover",
+    "hparam_types",
+    "polar",
+]

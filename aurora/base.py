@@ -1,0 +1,256 @@
+"""What all matrix optimizers share: momentum, same-shape stacks, sharding over ranks, decay, scale, state.
+
+A rule is a subclass that overrides direction() and nothing else:
+
+    B <- momentum B + (1 - momentum) G                       momentum buffer, kept by the matrix's owner
+    X  = (1 - momentum) G + momentum B                       with nesterov, else B
+    W <- (1 - lr weight_decay) W - lr scale direction(X)     scale = sqrt(max(1, M/N)) with aspect_scale, else 1
+
+polar(X) has spectral norm 1, so lr is in units of spectral norm per step for the polar rules.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from aurora.polar import COMPUTE_DTYPES, SCHEDULES, compute_dtype, polar
+from aurora.sharding import assign_owners, gather_from_owners, polar_cost, reduce_to_owners
+
+
+class MatrixOptimizer(torch.optim.Optimizer):
+    """Base of the rules that update whole matrices. Works alone, under DDP, or sharding its work over a process group.
+
+    If torch.distributed is initialised when the optimizer is built, every matrix gets one owner rank. step() reads
+    the gradient on the owner alone and hands the new weights to all ranks; step(), reduce_gradients() and
+    state_dict() are then collectives that every rank must call. Gradients must already be summed (or averaged) over
+    ranks: by DDP, or by reduce_gradients(), which sends each gradient to its owner only.
+
+    Args:
+        params: 2-D parameters, (name, parameter) pairs or parameter groups, as for any torch optimizer.
+        lr: step size; see the rule for its unit.
+        weight_decay: decoupled; W shrinks by lr * weight_decay a step.
+        momentum: decay of the exponential average of gradients, in [0, 1).
+        nesterov: look ahead by mixing the gradient into the buffer once more.
+        aspect_scale: multiply tall updates by sqrt(M/N).
+        polar_schedule: a name in aurora.SCHEDULES.
+        polar_dtype: "auto", "float32" or "bfloat16"; see aurora.polar.compute_dtype.
+        rule_hparams: for subclasses: the hyper-parameters that the rule adds.
+
+    Raises:
+        ValueError: a hyper-parameter out of range, or a parameter that is not a plain 2-D floating-point tensor.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        weight_decay: float = 0.0,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        aspect_scale: bool = True,
+        polar_schedule: str = "polar_express5",
+        polar_dtype: str = "auto",
+        rule_hparams: dict[str, Any] | None = None,
+    ):
+        is_distributed = dist.is_available() and dist.is_initialized()
+        self._rank = dist.get_rank() if is_distributed else 0
+        self._rank_loads = [0] * (dist.get_world_size() if is_distributed else 1)
+        self._owners: dict[Tensor, int] = {}
+        defaults = dict(
+            lr=lr,
+            weight_decay=weight_decay,
+            momentum=momentum,
+            nesterov=nesterov,
+            aspect_scale=aspect_scale,
+            polar_schedule=polar_schedule,
+            polar_dtype=polar_dtype,
+            **(rule_hparams or {}),
+        )
+        super().__init__(params, defaults)
+
+    # ---- what a rule overrides ----
+
+    def direction(self, X_KMN: Tensor, states: list[dict[str, Any]], group: dict[str, Any]) -> Tensor:
+        """The update direction of a stack of same-shape matrices, before scale and lr.
+
+        Args:
+            X_KMN: (K, M, N) float32 momentum, not to be changed.
+            states: the state dict of each of the K matrices, in stack order; a rule may add tensors to them.
+            group: the hyper-parameters.
+
+        Returns:
+            (K, M, N) float32.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must override direction()")
+
+    def check_hparams(self, group: dict[str, Any]) -> None:
+        """Raise ValueError for a hyper-parameter out of range. A rule that adds some extends this."""
+        check_hparam(group["lr"] >= 0, "lr", "at least 0", group)
+        check_hparam(group["weight_decay"] >= 0, "weight_decay", "at least 0", group)
+        check_hparam(0 <= group["momentum"] < 1, "momentum", "in [0, 1)", group)
+        check_hparam(group["polar_schedule"] in SCHEDULES, "polar_schedule", f"one of {', '.join(SCHEDULES)}", group)
+        check_hparam(group["polar_dtype"] in COMPUTE_DTYPES, "polar_dtype", f"one of {', '.join(COMPUTE_DTYPES)}", group)
+
+    # ---- the step ----
+
+    def polar(self, X_KMN: Tensor, group: dict[str, Any]) -> Tensor:
+        """polar() with the group's schedule and dtype."""
+        dtype = compute_dtype(group["polar_dtype"], X_KMN.device)
+        return polar(X_KMN, SCHEDULES[group["polar_schedule"]], dtype)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """Update every matrix that has a gradient. No host sync.
+
+        A non-finite gradient makes its matrix non-finite: check gradients before the step (the trainer does).
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            stacks: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
+            for p in group["params"]:
+                if p.grad is not None and self._owners[p] == self._rank:
+                    stacks.setdefault((p.shape, p.dtype), []).append(p)
+            for stack in stacks.values():
+                self._update(stack, group)
+        if self._is_sharded:
+            gather_from_owners(*self._params_and_owners(), group=None)
+        return loss
+
+    def _update(self, stack: list[Tensor], group: dict[str, Any]) -> None:
+        states = [self.state[p] for p in stack]
+        for p, state in zip(stack, states, strict=True):
+            if "momentum_buffer" not in state:
+                # float32 whatever the weights are: in bfloat16 an average over 20 steps loses most of its increments.
+                state["momentum_buffer"] = torch.zeros_like(p, dtype=torch.float32)
+        grads = [p.grad.float() for p in stack]
+        buffers = [state["momentum_buffer"] for state in states]
+        torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+        X_KMN = torch.stack(buffers)
+        if group["nesterov"]:
+            X_KMN = torch.stack(grads).lerp_(X_KMN, group["momentum"])
+
+        O_KMN = self.direction(X_KMN, states, group)
+
+        rows, columns = stack[0].shape
+        scale = math.sqrt(max(1.0, rows / columns)) if group["aspect_scale"] else 1.0
+        if group["weight_decay"] != 0:
+            torch._foreach_mul_(stack, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(stack, list(O_KMN.to(stack[0].dtype).unbind()), alpha=-group["lr"] * scale)
+
+    # ---- sharding over ranks ----
+
+    @property
+    def _is_sharded(self) -> bool:
+        return len(self._rank_loads) > 1
+
+    def owner_of(self, p: Tensor) -> int:
+        """The rank that holds the state of this parameter and computes its update."""
+        return self._owners[p]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        names = group.get("param_names", [f"parameter {i}" for i in range(len(group["params"]))])
+        for name, p in zip(names, group["params"], strict=True):
+            if p.ndim != 2 or not p.is_floating_point() or type(p.data) is not Tensor:
+                raise ValueError(
+                    f"{type(self).__name__} updates plain 2-D floating-point tensors, but {name} is a "
+                    f"{type(p.data).__name__} of shape {tuple(p.shape)} and dtype {p.dtype}; give it to AdamW"
+                )
+        self.check_hparams(group)
+        owners = assign_owners([polar_cost(p) for p in group["params"]], self._rank_loads)
+        self._owners.update(zip(group["params"], owners, strict=True))
+
+    def _params_and_owners(self) -> tuple[list[Tensor], list[int]]:
+        params = [p for group in self.param_groups for p in group["params"]]
+        return params, [self._owners[p] for p in params]
+
+    @torch.no_grad()
+    def reduce_gradients(self) -> None:
+        """Sum every gradient over ranks into the owner of its matrix; other ranks drop theirs. Collective.
+
+        Raises:
+            ValueError: a parameter has no gradient.
+        """
+        if not self._is_sharded:
+            return
+        params, owners = self._params_and_owners()
+        for index, p in enumerate(params):
+            if p.grad is None:
+                raise ValueError(f"reduce_gradients: parameter {index} of shape {tuple(p.shape)} has no gradient")
+        reduce_to_owners([p.grad for p in params], owners, group=None)
+        for p, owner in zip(params, owners, strict=True):
+            if owner != self._rank:
+                p.grad = None
+
+    # ---- state ----
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch's version drops everything but groups and state; a copy must know its owners too.
+        sharding = {key: self.__dict__[key] for key in ("_rank", "_rank_loads", "_owners")}
+        return {**super().__getstate__(), **sharding}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The whole optimizer state, the same on every rank and for every world size. Collective when sharded."""
+        state_dict = super().state_dict()
+        state_dict["rule"] = type(self).__name__
+        if self._is_sharded:
+            state_dict["state"] = self._gather_state(state_dict["state"])
+        return state_dict
+
+    def _gather_state(self, own_state: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
+        params, owners = self._params_and_owners()
+        layout = {i: {key: (t.shape, t.dtype) for key, t in state.items()} for i, state in own_state.items()}
+        layouts: list[Any] = [None] * len(self._rank_loads)
+        dist.all_gather_object(layouts, layout)
+        gathered: dict[int, dict[str, Tensor]] = {}
+        for index, (p, owner) in enumerate(zip(params, owners, strict=True)):
+            for key, (shape, dtype) in layouts[owner].get(index, {}).items():
+                is_owner = owner == self._rank
+                value = own_state[index][key] if is_owner else torch.empty(shape, dtype=dtype, device=p.device)
+                dist.broadcast(value, src=owner)
+                gathered.setdefault(index, {})[key] = value
+        return gathered
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state_dict() of the same rule and parameters, from any world size, bit for bit.
+
+        torch's own loader matches by position and casts to the weights' dtype, silently; this one refuses.
+
+        Raises:
+            ValueError: another rule, other parameter names, or state of another shape.
+        """
+        own = super().state_dict()
+        if state_dict.get("rule") != type(self).__name__:
+            raise ValueError(f"state of rule {state_dict.get('rule')!r} cannot be loaded into {type(self).__name__}")
+        for ours, theirs in zip(own["param_groups"], state_dict["param_groups"], strict=True):
+            if ours.get("param_names") != theirs.get("param_names"):
+                raise ValueError(
+                    f"state belongs to parameters {theirs.get('param_names')}, "
+                    f"this optimizer has {ours.get('param_names')}"
+                )
+        params, owners = self._params_and_owners()
+        for index, state in state_dict["state"].items():
+            buffer = state["momentum_buffer"]
+            if buffer.shape != params[index].shape:
+                raise ValueError(
+                    f"momentum_buffer of parameter {index} has shape {tuple(buffer.shape)}, "
+                    f"the parameter has {tuple(params[index].shape)}"
+                )
+        super().load_state_dict({**state_dict, "state": {}})
+        for index, state in state_dict["state"].items():
+            if owners[index] == self._rank:
+                p = params[index]
+                self.state[p] = {key: value.to(p.device, copy=True) for key, value in state.items()}
+
+
+def check_hparam(is_valid: bool, key: str, wanted: str, group: dict[str, Any]) -> None:
+    if not is_valid:
+        raise ValueError(f"{key} must be {wanted}, got {group[key]!r}")

@@ -1,0 +1,44 @@
+"""NorMuon (Li et al. 2025, https://arxiv.org/abs/2510.05491)."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aurora.base import MatrixOptimizer, check_hparam
+
+
+class NorMuon(MatrixOptimizer):
+    """Muon with every row divided by its running RMS, regrafted to the norm of the polar factor.
+
+        O   = polar(X)
+        v_i <- beta2 v_i + (1 - beta2) mean_j O_ij^2
+        O'  = O / (sqrt(v) + eps), rescaled so that ||O'||_F = ||O||_F
+
+    lr as for Muon. beta2 is the memory of the row statistics, eps guards rows that never moved.
+    Other arguments: see MatrixOptimizer.
+    """
+
+    def __init__(self, params: Iterable[Any], lr: float, beta2: float = 0.95, eps: float = 1e-10, **matrix_hparams: Any):
+        super().__init__(params, lr, rule_hparams=dict(beta2=beta2, eps=eps), **matrix_hparams)
+
+    def check_hparams(self, group: dict[str, Any]) -> None:
+        super().check_hparams(group)
+        check_hparam(0 <= group["beta2"] < 1, "beta2", "in [0, 1)", group)
+        check_hparam(group["eps"] > 0, "eps", "positive", group)
+
+    def direction(self, X_KMN: Tensor, states: list[dict[str, Any]], group: dict[str, Any]) -> Tensor:
+        O_KMN = self.polar(X_KMN, group)
+        mean_sq_KM1 = O_KMN.square().mean(dim=-1, keepdim=True)
+        for state, mean_sq_M1 in zip(states, mean_sq_KM1, strict=True):
+            if "row_second_moment" not in state:
+                state["row_second_moment"] = torch.zeros_like(mean_sq_M1)
+        moments = [state["row_second_moment"] for state in states]
+        torch._foreach_lerp_(moments, list(mean_sq_KM1.unbind()), 1 - group["beta2"])
+
+        normalised_KMN = O_KMN / (torch.stack(moments).sqrt() + group["eps"])
+        norm_K11 = torch.linalg.vector_norm(O_KMN, dim=(-2, -1), keepdim=True)
+        normalised_norm_K11 = torch.linalg.vector_norm(normalised_KMN, dim=(-2, -1), keepdim=True)
+        # A zero matrix stays zero: 0 * (0 / tiny).
+        return normalised_KMN * (norm_K11 / normalised_norm_K11.clamp(min=torch.finfo(O_KMN.dtype).tiny))

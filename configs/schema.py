@@ -1,0 +1,212 @@
+"""What a track's TOML file may say: its tables, types and bounds, and how it is read. Needs nothing but Python.
+
+Errors of the whole harness are defined here too, since reading the config is the first thing that can fail.
+"""
+
+import dataclasses
+import difflib
+import enum
+import math
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+
+class Exit(enum.IntEnum):
+    """Exit codes."""
+
+    CONFIG = 2
+    DATA = 3
+    CHECKPOINT = 4
+    NON_FINITE = 5
+    PEER = 6
+    DISK = 7
+    RANKS_DISAGREE = 8
+    PREEMPTED = 75
+
+
+class HarnessError(Exception):
+    """An error that the user can act on: printed as one line, without a traceback."""
+
+    def __init__(self, reason: Exit, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    vocab_size: int
+    num_layers: int
+    model_dim: int
+    num_heads: int
+    seq_len: int
+    mlp_expansion: int
+    rope_base: float
+    attention_scale: float
+    logit_softcap: float
+    activation_dtype: str  # of activations; weights are float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    train: str  # glob of shards, relative to the folder of train_gpt.py
+    val: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    steps: int
+    batch_tokens: int  # of one step, over all ranks and micro-steps
+    micro_batch: int  # most sequences in one forward pass of one rank
+    compile: str  # auto: on CUDA only
+    log_every: int  # steps a train event
+    checkpoint_every: int  # steps; 0: only when asked to stop
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    tokens: int
+    every: int  # steps
+    late_every: int  # steps, over the last late_frac of the run
+    late_frac: float
+    target: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    cooldown_frac: float  # share of the run over which lr falls linearly to final_lr_frac of its peak
+    final_lr_frac: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    eval: EvalConfig
+    schedule: ScheduleConfig
+    optimizer: str
+    warmup_steps: int  # linear lr warm-up; an optimizer's own, from its table
+    hparams: dict[str, Any]  # the rest of its table
+
+
+def load_config(path: Path, optimizer: str, overrides: Iterable[str] = ()) -> Config:
+    """Read a track, apply "a.b=v" overrides, check every table but the optimizers' own keys.
+
+    Raises:
+        HarnessError: CONFIG, naming file, key, value and what would be right.
+    """
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise HarnessError(Exit.CONFIG, f"config {path} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise HarnessError(Exit.CONFIG, f"config {path} is not valid TOML: {error}") from error
+    for override in overrides:
+        apply_override(tables, override)
+
+    sections = {name: hint for name, hint in get_type_hints(Config).items() if dataclasses.is_dataclass(hint)}
+    optimizer_tables = tables.pop("optimizer", {})
+    check_keys(tables, sections, path.name)
+    parts = {name: cls(**typed_table(tables[name], get_type_hints(cls), name)) for name, cls in sections.items()}
+    if optimizer not in optimizer_tables:
+        raise HarnessError(
+            Exit.CONFIG,
+            f"unknown optimizer {optimizer!r}{suggest(optimizer, optimizer_tables)}; "
+            f"{path.name} has {', '.join(optimizer_tables) or 'none'}",
+        )
+    hparams = dict(optimizer_tables[optimizer])
+    warmup_steps = coerce(f"optimizer.{optimizer}.warmup_steps", hparams.pop("warmup_steps", 0), int)
+    config = Config(**parts, optimizer=optimizer, warmup_steps=warmup_steps, hparams=hparams)
+    check_bounds(config)
+    return config
+
+
+def apply_override(tables: dict[str, Any], override: str) -> None:
+    """Set one value in nested tables from "a.b=v"; v is read as TOML, else as a string."""
+    dotted, equals, text = override.partition("=")
+    *parents, key = dotted.strip().split(".")
+    if not equals or not parents:
+        raise HarnessError(Exit.CONFIG, f"--set {override!r} must look like train.steps=100")
+    table = tables
+    for parent in parents:
+        if not isinstance(table.get(parent), dict):
+            raise HarnessError(Exit.CONFIG, f"--set {override!r}: there is no table {parent!r}{suggest(parent, table)}")
+        table = table[parent]
+    try:
+        table[key] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        table[key] = text
+
+
+def typed_table(table: Any, types: dict[str, Any], label: str, optional: Iterable[str] = ()) -> dict[str, Any]:
+    """The table with every value as its type; keys that are unknown or missing are errors."""
+    check_keys(table, types, label, optional)
+    return {key: coerce(f"{label}.{key}", value, types[key]) for key, value in table.items()}
+
+
+def check_keys(table: Any, known: Iterable[str], label: str, optional: Iterable[str] = ()) -> None:
+    known = list(known)
+    if not isinstance(table, dict):
+        raise HarnessError(Exit.CONFIG, f"{label} must be a table, got {table!r}")
+    for key in table:
+        if key not in known:
+            raise HarnessError(
+                Exit.CONFIG, f"{label} has an unknown key {key!r}{suggest(key, known)}; known: {', '.join(known)}"
+            )
+    for key in set(known) - set(optional):
+        if key not in table:
+            raise HarnessError(Exit.CONFIG, f"{label} lacks the key {key!r}")
+
+
+def coerce(label: str, value: Any, expected: Any) -> Any:
+    """value as the expected type: whole numbers pass as floats, lists as tuples."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if expected is float and is_number:
+        return float(value)
+    if expected == tuple[float, float]:
+        if isinstance(value, list | tuple) and len(value) == 2:
+            return tuple(coerce(label, item, float) for item in value)
+    elif type(value) is expected:
+        return value
+    names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
+    raise HarnessError(Exit.CONFIG, f"{label} must be {names.get(expected, 'two numbers')}, got {value!r}")
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """The text ", did you mean 'x'?" for the closest known word, or an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def check_bounds(config: Config) -> None:
+    """Raise HarnessError for a value out of range."""
+    model, train, evaluation, schedule = config.model, config.train, config.eval, config.schedule
+    head_dim = model.model_dim / model.num_heads if model.num_heads else 0
+    whole_sequences = f"a multiple of model.seq_len = {model.seq_len}"
+    bounds = [
+        ("model.vocab_size", model.vocab_size, model.vocab_size <= 65536, "at most 65536: tokens are uint16"),
+        ("model.model_dim / num_heads", head_dim, head_dim % 4 == 0, "a multiple of 4: half a head turns, in pairs"),
+        ("model.rope_base", model.rope_base, 1 < model.rope_base < math.inf, "above 1 and finite"),
+        ("model.attention_scale", model.attention_scale, 0 < model.attention_scale < math.inf, "positive and finite"),
+        ("model.logit_softcap", model.logit_softcap, 0 < model.logit_softcap < math.inf, "positive and finite"),
+        ("model.activation_dtype", model.activation_dtype, model.activation_dtype in ("float32", "bfloat16"), "float32 or bfloat16"),
+        ("train.compile", train.compile, train.compile in ("auto", "on", "off"), "auto, on or off"),
+        ("train.batch_tokens", train.batch_tokens, train.batch_tokens % (model.seq_len or 1) == 0, whole_sequences),
+        ("eval.tokens", evaluation.tokens, evaluation.tokens % (model.seq_len or 1) == 0, whole_sequences),
+        ("eval.target", evaluation.target, 0 < evaluation.target < math.inf, "a positive, finite loss"),
+        ("eval.late_frac", evaluation.late_frac, 0 <= evaluation.late_frac <= 1, "in [0, 1]"),
+        ("schedule.cooldown_frac", schedule.cooldown_frac, 0 <= schedule.cooldown_frac <= 1, "in [0, 1]"),
+        ("schedule.final_lr_frac", schedule.final_lr_frac, 0 <= schedule.final_lr_frac <= 1, "in [0, 1]"),
+        (f"optimizer.{config.optimizer}.warmup_steps", config.warmup_steps, config.warmup_steps >= 0, "at least 0"),
+    ]  # fmt: skip
+    for name in ("model", "train", "eval"):
+        for key, value in vars(getattr(config, name)).items():
+            if isinstance(value, int):
+                lowest = 0 if key == "checkpoint_every" else 1
+                bounds.insert(0, (f"{name}.{key}", value, value >= lowest, f"at least {lowest}"))
+    for key, value, is_valid, wanted in bounds:
+        if not is_valid:
+            raise HarnessError(Exit.CONFIG, f"{key} must be {wanted}, got {value!r}")

@@ -1,0 +1,115 @@
+"""A corpus without a download: the Python standard library's own sources as bytes, or any text files of yours.
+
+    python data/local.py                          the corpus of configs/quick.toml, in data/local/
+    python data/local.py --text a.txt b.txt --out data/mine
+
+Every byte is a token (vocab_size 256); each document begins with a zero byte. Standard library: the documents are the
+.py files in sorted order of their path, without tests and generated files; a hash of the path puts about 6 % of them
+into the validation shard. Own text: the last 10 % of every file are validation. Equal input gives equal bytes.
+"""
+
+import argparse
+import hashlib
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from data.shards import ShardError, fingerprint, verify_shard, write_shard  # noqa: E402
+
+DOCUMENT_START = b"\0"
+VOCAB_SIZE = 256
+SKIPPED_DIRS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+VAL_HASH_SHARE = 16  # of 256
+TEXT_VAL_SHARE = 0.1
+
+
+def standard_library_files(root: Path) -> list[str]:
+    """Sorted POSIX paths, relative to root, of the sources that every installation of this version has."""
+    files = []
+    for path in root.rglob("*.py"):
+        parts = path.relative_to(root).parts
+        # _sysconfigdata_*.py is written when Python is built and differs from machine to machine.
+        if not SKIPPED_DIRS.intersection(parts) and not path.name.startswith("_sysconfigdata"):
+            files.append("/".join(parts))
+    return sorted(files)
+
+
+def is_validation(relative_path: str) -> bool:
+    """Whether a hash of its path puts this document into the validation shard."""
+    return hashlib.sha256(relative_path.encode()).digest()[0] < VAL_HASH_SHARE
+
+
+def standard_library_split(root: Path) -> tuple[bytes, bytes]:
+    """(train, val) bytes of the standard library below root."""
+    splits = {False: bytearray(), True: bytearray()}
+    for relative_path in standard_library_files(root):
+        split = splits[is_validation(relative_path)]
+        split += DOCUMENT_START
+        split += (root / relative_path).read_bytes()
+    return bytes(splits[False]), bytes(splits[True])
+
+
+def text_split(paths: list[Path]) -> tuple[bytes, bytes]:
+    """(train, val) bytes of one's own files: the end of every file is validation."""
+    train, val = bytearray(), bytearray()
+    for path in paths:
+        text = path.read_bytes()
+        cut = len(text) - int(len(text) * TEXT_VAL_SHARE)
+        train += DOCUMENT_START + text[:cut]
+        val += DOCUMENT_START + text[cut:]
+    return bytes(train), bytes(val)
+
+
+def write_corpus(train: bytes, val: bytes, folder: Path) -> Iterator[str]:
+    """Write one shard a split and yield a line about each."""
+    infos = []
+    for split, content in (("train", train), ("val", val)):
+        path = folder / f"local_{split}_000000.bin"
+        write_shard(path, np.frombuffer(content, dtype=np.uint8))
+        infos.append(verify_shard(path, VOCAB_SIZE))
+        yield f"{path}: {infos[-1].num_tokens:,} tokens"
+    yield f"fingerprint {fingerprint(infos)}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line. Returns the exit code: 0, or 3 when the text cannot be read, 7 when the disk refuses the shards."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", nargs="+", type=Path, metavar="FILE", help="your own files instead")
+    parser.add_argument("--out", type=Path, default=ROOT / "data" / "local", help="folder of the shards")
+    args = parser.parse_args(argv)
+    if args.text and args.out == parser.get_default("out"):
+        parser.error("--text needs --out: the default folder is the corpus of configs/quick.toml")
+    try:
+        train, val = text_split(args.text) if args.text else standard_library_split(_standard_library())
+    except OSError as error:
+        print(f"error: {error.filename} cannot be read: {error.strerror}", file=sys.stderr)
+        return 3
+    try:
+        for line in write_corpus(train, val, args.out):
+            print(line)
+    except ShardError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
+    except OSError as error:
+        print(f"error: cannot write shards to {args.out}: {error.strerror}", file=sys.stderr)
+        return 7
+    if args.text:
+        print(
+            f"train on it:  python train_gpt.py --set data.train={args.out}/local_train_*.bin "
+            f"--set data.val={args.out}/local_val_*.bin"
+        )
+    return 0
+
+
+def _standard_library() -> Path:
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
