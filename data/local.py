@@ -3,9 +3,11 @@
     python data/local.py                          the corpus of configs/quick.toml, in data/local/
     python data/local.py --text a.txt b.txt --out data/mine
 
-Every byte is a token (vocab_size 256); each document begins with a zero byte. Standard library: the documents are the
-.py files in sorted order of their path, without tests and generated files; a hash of the path puts about 6 % of them
-into the validation shard. Own text: the last 10 % of every file are validation. Equal input gives equal bytes.
+Every byte is a token (vocab_size 256). The standard library's .py files are taken without tests and generated tables;
+a hash of its path puts about 6 % of the files into the validation shard. Of your own files, the last 10 % of each are
+validation. Each split is then cut into passages of 512 bytes that begin with a zero byte and stand in the order of a
+hash of path and offset: the loader reads a batch in one piece, which in file order would be a piece of a single file.
+Equal input gives equal bytes.
 """
 
 import argparse
@@ -24,7 +26,9 @@ from data.shards import ShardError, fingerprint, verify_shard, write_shard  # no
 
 DOCUMENT_START = b"\0"
 VOCAB_SIZE = 256
+PASSAGE_BYTES = 512
 SKIPPED_DIRS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+GENERATED_DIRS = {"encodings", "pydoc_data"}
 VAL_HASH_SHARE = 16  # of 256
 TEXT_VAL_SHARE = 0.1
 
@@ -35,7 +39,7 @@ def standard_library_files(root: Path) -> list[str]:
     for path in root.rglob("*.py"):
         parts = path.relative_to(root).parts
         # _sysconfigdata_*.py is written when Python is built and differs from machine to machine.
-        if not SKIPPED_DIRS.intersection(parts) and not path.name.startswith("_sysconfigdata"):
+        if not (SKIPPED_DIRS | GENERATED_DIRS).intersection(parts) and not path.name.startswith("_sysconfigdata"):
             files.append("/".join(parts))
     return sorted(files)
 
@@ -47,23 +51,27 @@ def is_validation(relative_path: str) -> bool:
 
 def standard_library_split(root: Path) -> tuple[bytes, bytes]:
     """(train, val) bytes of the standard library below root."""
-    splits = {False: bytearray(), True: bytearray()}
-    for relative_path in standard_library_files(root):
-        split = splits[is_validation(relative_path)]
-        split += DOCUMENT_START
-        split += (root / relative_path).read_bytes()
-    return bytes(splits[False]), bytes(splits[True])
+    documents = {path: (root / path).read_bytes() for path in standard_library_files(root)}
+    train = {path: text for path, text in documents.items() if not is_validation(path)}
+    val = {path: text for path, text in documents.items() if is_validation(path)}
+    return shuffled_passages(train), shuffled_passages(val)
 
 
 def text_split(paths: list[Path]) -> tuple[bytes, bytes]:
     """(train, val) bytes of one's own files: the end of every file is validation."""
-    train, val = bytearray(), bytearray()
-    for path in paths:
+    train, val = {}, {}
+    for number, path in enumerate(paths):
         text = path.read_bytes()
         cut = len(text) - int(len(text) * TEXT_VAL_SHARE)
-        train += DOCUMENT_START + text[:cut]
-        val += DOCUMENT_START + text[cut:]
-    return bytes(train), bytes(val)
+        train[f"{number}"], val[f"{number}"] = text[:cut], text[cut:]
+    return shuffled_passages(train), shuffled_passages(val)
+
+
+def shuffled_passages(documents: dict[str, bytes]) -> bytes:
+    """The documents' passages, each behind a zero byte, in the order of a hash of document name and offset."""
+    places = [(name, offset) for name, text in documents.items() for offset in range(0, len(text), PASSAGE_BYTES)]
+    places.sort(key=lambda place: hashlib.sha256(f"{place[0]}:{place[1]}".encode()).digest())
+    return b"".join(DOCUMENT_START + documents[name][offset : offset + PASSAGE_BYTES] for name, offset in places)
 
 
 def write_corpus(train: bytes, val: bytes, folder: Path) -> Iterator[str]:

@@ -1,0 +1,174 @@
+"""Run optimizers x seeds on one track and show who won.
+
+    python scripts/compare.py                                       the laptop track, one seed an optimizer
+    python scripts/compare.py --seeds 0 1 2 --out runs/quick
+    python scripts/compare.py --config configs/gpt2_small.toml --nproc 8 --seeds 0 1 2 3
+
+Each run is a process of its own. A run that has finished with the same arguments and the same code is not repeated, a
+run that fails does not stop the others. Ends with the table and writes comparison.md and loss_curves.png to --out.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from scripts.records import Run, by_optimizer, read_folder
+
+DEFAULT_OPTIMIZERS = ["adamw", "muon", "unormuon", "aurora"]
+PREEMPTED = 75
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/quick.toml", help="track (TOML)")
+    parser.add_argument("--optimizers", nargs="+", default=DEFAULT_OPTIMIZERS, metavar="NAME")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N")
+    parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder of the records and the report")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=V", help="as train_gpt.py")
+    parser.add_argument("--nproc", type=int, default=1, help="processes a run, under torchrun when more than 1")
+    return parser.parse_args(argv)
+
+
+def train_argv(args: argparse.Namespace, optimizer: str, seed: int) -> list[str]:
+    """Arguments of train_gpt.py for one run, without --out."""
+    argv = ["--config", args.config, "--optimizer", optimizer, "--seed", str(seed)]
+    for override in args.overrides:
+        argv += ["--set", override]
+    return argv
+
+
+def finished_run(runs: Sequence[Run], argv: list[str], nproc: int) -> Run | None:
+    """The newest finished run with these arguments whose embedded sources are still the files' content."""
+    for run in reversed(runs):
+        same_arguments = without_out(run.start["argv"][1:]) == argv and run.start["world_size"] == nproc
+        if run.is_done and same_arguments and all(is_unchanged(*source) for source in run.start["sources"].items()):
+            return run
+    return None
+
+
+def without_out(argv: list[str]) -> list[str]:
+    index = argv.index("--out") if "--out" in argv else len(argv)
+    return argv[:index] + argv[index + 2 :]
+
+
+def is_unchanged(name: str, text: str) -> bool:
+    path = ROOT / name
+    return path.is_file() and path.read_text(encoding="utf-8") == text
+
+
+def run_one(argv: list[str], out: Path, nproc: int) -> int:
+    """Train in a child process, passing its lines on; returns its exit code."""
+    launcher = [sys.executable]
+    if nproc > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
+    command = [*launcher, "train_gpt.py", *argv, "--out", os.path.relpath(out, ROOT)]
+    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        for line in child.stdout:
+            print(f"    {line}", end="", flush=True)
+        return child.wait()
+    except KeyboardInterrupt:  # the child got it too and is saving what it has
+        child.wait()
+        return PREEMPTED
+
+
+def report(runs: Sequence[Run]) -> str:
+    """The comparison as a Markdown table, best mean loss first. Loss is at the last step, over the given seeds."""
+    rows = [["optimizer", "n", "val loss", "sd", "reached", "steps to target", "seconds to target", "optimizer ms/step", "step ms"]]  # fmt: skip
+    groups = by_optimizer(runs)
+    for optimizer in sorted(groups, key=lambda name: statistics.mean(run.end["val_loss"] for run in groups[name])):
+        group = groups[optimizer]
+        losses = [run.end["val_loss"] for run in group]
+        hits = [hit for run in group if (hit := run.first_at_target())]
+        # The mean over seeds is only a mean when every seed got there.
+        all_reached = len(hits) == len(group)
+        rows.append([
+            optimizer,
+            str(len(group)),
+            f"{statistics.mean(losses):.4f}",
+            f"{statistics.stdev(losses):.4f}" if len(losses) > 1 else "",
+            f"{len(hits)}/{len(group)}",
+            f"{statistics.mean(hit.step for hit in hits):.0f}" if all_reached else f"> {group[0].end['step']}",
+            f"{statistics.mean(hit.train_time_s for hit in hits):.1f}" if all_reached else f"> {statistics.mean(run.end['train_time_s'] for run in group):.1f}",
+            f"{statistics.mean(run.mean_ms('optimizer_ms') for run in group):.1f}",
+            f"{statistics.mean(run.mean_ms('step_ms') for run in group):.1f}",
+        ])  # fmt: skip
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def verdict(runs: Sequence[Run]) -> str:
+    groups = by_optimizer(runs)
+    means = sorted((statistics.mean(run.end["val_loss"] for run in group), name) for name, group in groups.items())
+    text = f"Lowest validation loss at equal steps: {means[0][1]}"
+    text += f", {means[1][0] - means[0][0]:.4f} below {means[1][1]}." if len(means) > 1 else "."
+    fewest = min(len(group) for group in groups.values())
+    if fewest < 3:
+        text += f" With {fewest} seed{'s' if fewest > 1 else ''} an optimizer that is a lead, not evidence: --seeds 0 1 2 ..."
+    return text
+
+
+def main() -> int:
+    args = parse_args()
+    plan = [(optimizer, seed) for seed in args.seeds for optimizer in args.optimizers]
+    done: list[Run] = []
+    failures: list[str] = []
+    durations_s: list[float] = []
+    for number, (optimizer, seed) in enumerate(plan, start=1):
+        argv = train_argv(args, optimizer, seed)
+        title = f"[{number}/{len(plan)}] {optimizer}, seed {seed}"
+        if found := finished_run(read_folder(args.out)[0], argv, args.nproc):
+            print(f"{title}: finished before, {found.path}", flush=True)
+            done.append(found)
+            continue
+        left_s = statistics.mean(durations_s) * (len(plan) - number + 1) if durations_s else None
+        print(title + (f" (about {left_s / 60:.0f} min left for all runs)" if left_s else ""), flush=True)
+        begin_s = time.monotonic()
+        exit_code = run_one(argv, args.out.absolute(), args.nproc)
+        durations_s.append(time.monotonic() - begin_s)
+        if exit_code == PREEMPTED:
+            print("stopped; the same command goes on with the runs that are left", file=sys.stderr)
+            return PREEMPTED
+        if found := finished_run(read_folder(args.out)[0], argv, args.nproc):
+            done.append(found)
+        else:
+            failures.append(f"{optimizer}, seed {seed}: exit code {exit_code}")
+    for failure in failures:
+        print(f"failed: {failure}", file=sys.stderr)
+    if not done:
+        return 1
+    if len({run.start["task_hash"] for run in done}) > 1:
+        print("error: the data changed between the runs, so they are not comparable; use a new --out", file=sys.stderr)
+        return 1
+
+    first = done[0].start
+    text = (
+        f"{args.config}: {first['config']['train']['steps']} steps, target {done[0].target:g}, "
+        f"{first['world_size']} x {first['env']['device_name']}, torch {first['env']['torch']}\n\n"
+        f"{report(done)}\n\n{verdict(done)}\n"
+    )
+    print("\n" + text)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "comparison.md").write_text(text, encoding="utf-8")
+    try:
+        from scripts.plot import plot_loss_curves
+
+        plot_loss_curves(done, args.out / "loss_curves.png")
+        print(f"curves: {args.out / 'loss_curves.png'}")
+    except ImportError as error:
+        print(f"no curves: {error}; pip install matplotlib", file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
