@@ -16,23 +16,17 @@ import copy
 import ctypes
 import dataclasses
 import datetime
-import errno
-import glob
 import hashlib
-import json
 import math
 import os
-import platform
 import secrets
-import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,8 +65,21 @@ from torch import Tensor, nn
 
 import aurora
 from configs.schema import Config, Exit, HarnessError, ModelConfig, load_config, typed_table
-from data.shards import ShardError, ShardInfo, fingerprint, open_shard, verify_shard
-
+from data.loader import RunData, TokenLoader, open_run_data, steps_in_shard
+from data.shards import ShardError
+from results.checkpoint import first_line, newest_checkpoint, save_checkpoint
+from results.record import (
+    SCHEMA,
+    RecordWriter,
+    Validation,
+    code_hash,
+    describe_git,
+    describe_machine,
+    first_at_target,
+    json_hash,
+    read_sources,
+)
+from results.tracking import Tracker
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Batch and data
@@ -88,13 +95,16 @@ class BatchPlan(NamedTuple):
 
 def plan_batch(config: Config, world_size: int) -> BatchPlan:
     """Split batch and validation set over ranks, so that the global batch never depends on their number."""
-    sequences, val_sequences = config.train.batch_tokens // config.model.seq_len, config.eval.tokens // config.model.seq_len
+    sequences, val_sequences = (
+        config.train.batch_tokens // config.model.seq_len,
+        config.eval.tokens // config.model.seq_len,
+    )
     for key, count in (("train.batch_tokens", sequences), ("eval.tokens", val_sequences)):
         if count % world_size:
             raise HarnessError(
                 Exit.CONFIG,
                 f"{world_size} ranks do not divide the {count} sequences of {key}; "
-                f"use a number of ranks that divides {math.gcd(sequences, val_sequences)}"
+                f"use a number of ranks that divides {math.gcd(sequences, val_sequences)}",
             )
     own_sequences = sequences // world_size
     micro_batch = min(config.train.micro_batch, own_sequences)
@@ -102,112 +112,15 @@ def plan_batch(config: Config, world_size: int) -> BatchPlan:
         raise HarnessError(
             Exit.CONFIG,
             f"train.micro_batch = {micro_batch} does not divide the {own_sequences} sequences "
-            f"of a rank; set it to a divisor of {own_sequences}"
+            f"of a rank; set it to a divisor of {own_sequences}",
         )
     return BatchPlan(own_sequences // micro_batch, micro_batch, val_sequences // world_size)
-
-
-def steps_in_shard(num_tokens: int, batch_tokens: int) -> int:
-    """Whole batches that the loader takes from a shard: it leaves one with fewer than batch_tokens + 2 tokens unread.
-
-    This is the stream of the public benchmark, where a shard of 100M tokens gives 190 steps of 524,288.
-    """
-    return max(0, (num_tokens - 2) // batch_tokens)
-
-
-class DataSet(NamedTuple):
-    """What a run reads: its train shards in order, and the validation tokens (eval.tokens + 1,)."""
-
-    train_shards: list[np.ndarray]
-    val_tokens: np.ndarray
-    train_infos: list[ShardInfo]
-    val_sha256: str
-
-    def describe(self) -> dict[str, Any]:
-        """For the record. Tasks are told apart by stream_id, which does not depend on how many shards a run needs."""
-        stream_id = hashlib.sha256((self.train_infos[0].sha256 + self.val_sha256).encode()).hexdigest()
-        return {
-            "shards": [info._asdict() for info in self.train_infos],
-            "fingerprint": fingerprint(self.train_infos),
-            "val_sha256": self.val_sha256,
-            "stream_id": stream_id,
-        }
-
-
-def open_data(config: Config) -> DataSet:
-    """Open, check and hash all that the run will read. Raises DataError before anything expensive."""
-    try:
-        shards = [open_shard(path) for path in find_shards("data.train", config.data.train)]
-        available = np.cumsum([steps_in_shard(len(shard), config.train.batch_tokens) for shard in shards])
-        if available[-1] < config.train.steps:
-            raise HarnessError(
-                Exit.DATA,
-                f"train.steps = {config.train.steps} needs {config.train.steps * config.train.batch_tokens:,} tokens, "
-                f"but data.train = {config.data.train!r} holds {len(shards)} shards, enough for {available[-1]} steps; "
-                f"lower train.steps or add shards"
-            )
-        num_needed = int(np.searchsorted(available, config.train.steps)) + 1
-        train_paths = find_shards("data.train", config.data.train)[:num_needed]
-        val_path = find_shards("data.val", config.data.val)[0]
-        val_shard = open_shard(val_path)
-        if len(val_shard) < config.eval.tokens + 1:
-            raise HarnessError(
-                Exit.DATA,
-                f"eval.tokens = {config.eval.tokens} needs {config.eval.tokens + 1} tokens, "
-                f"but shard {val_path} holds {len(val_shard)}; lower eval.tokens"
-            )
-        verify_shard(val_path, config.model.vocab_size)
-        train_infos = [verify_shard(path, config.model.vocab_size) for path in train_paths]
-    except ShardError as error:
-        raise HarnessError(Exit.DATA, str(error)) from error
-    val_tokens = np.ascontiguousarray(val_shard[: config.eval.tokens + 1])
-    return DataSet(shards[:num_needed], val_tokens, train_infos, hashlib.sha256(val_tokens.data).hexdigest())
-
-
-def find_shards(key: str, pattern: str) -> list[Path]:
-    paths = sorted(Path(name) for name in glob.glob(str(ROOT / pattern)))
-    if not paths:
-        raise HarnessError(
-            Exit.DATA,
-            f"no shard matches {key} = {pattern!r} in {ROOT}; the offline corpus comes from: python data/local.py, "
-            f"other data: see README.md"
-        )
-    return paths
-
-
-class TokenLoader:
-    """This rank's part of each global batch; the token stream is the same for every world size."""
-
-    def __init__(self, shards: list[np.ndarray], config: Config, rank: int, world_size: int, device: torch.device):
-        self.shards, self.device, self.seq_len = shards, device, config.model.seq_len
-        self.batch_tokens = config.train.batch_tokens
-        self.own_tokens = self.batch_tokens // world_size
-        self.own_start = rank * self.own_tokens
-        self.shard_index, self.position = 0, 0
-
-    def next_batch(self) -> tuple[Tensor, Tensor]:
-        """Inputs and targets (B, T) int64 on the device; B is this rank's share. The caller checked that tokens last."""
-        if len(self.shards[self.shard_index]) - self.position < self.batch_tokens + 2:
-            self.shard_index, self.position = self.shard_index + 1, 0
-        start = self.position + self.own_start
-        window = self.shards[self.shard_index][start : start + self.own_tokens + 1]
-        self.position += self.batch_tokens
-        return to_device(window, self.seq_len, self.device)
-
-    def state_dict(self) -> dict[str, int]:
-        return {"shard_index": self.shard_index, "position": self.position}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.shard_index, self.position = state["shard_index"], state["position"]
 
 
 def to_device(window: np.ndarray, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """(B*T + 1,) tokens to inputs and targets (B, T), copied without waiting where the device can."""
     tokens = torch.from_numpy(window.astype(np.int64))
-    if device.type == "cuda":
-        tokens = tokens.pin_memory().to(device, non_blocking=True)
-    else:
-        tokens = tokens.to(device)
+    tokens = tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens.to(device)
     return tokens[:-1].view(-1, seq_len), tokens[1:].view(-1, seq_len)
 
 
@@ -385,7 +298,9 @@ def joined_ranks() -> Iterator[Ranks]:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if device.index >= torch.cuda.device_count():
-            raise HarnessError(Exit.CONFIG, f"local rank {device.index} has no GPU of its own: this node has {torch.cuda.device_count()}")  # fmt: skip
+            available = torch.cuda.device_count()
+            message = f"rank {rank} wants GPU {device.index}, but this node has {available}: start at most {available}"
+            raise HarnessError(Exit.CONFIG, message)
         torch.cuda.set_device(device)
     elif torch.backends.mps.is_available() and world_size == 1:
         device = torch.device("mps")
@@ -560,7 +475,8 @@ def reduce_gradients(optimizers: list[torch.optim.Optimizer], ranks: Ranks) -> N
         grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
         flat = torch.cat([grad.flatten() for grad in grads])  # one collective instead of a hundred
         ranks.all_reduce(flat)
-        torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in grads]), grads)])
+        parts = flat.split([grad.numel() for grad in grads])
+        torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads, strict=True)])
 
 
 class Guard:
@@ -601,12 +517,11 @@ class Guard:
             first_bad, loss_is_finite, go_on = status.tolist()
             self.must_stop |= not go_on
             if first_bad < len(self.names) or not loss_is_finite:
-                where = f"first bad gradient: {self.names[first_bad]}" if first_bad < len(self.names) else "all gradients are finite"  # fmt: skip
-                raise HarnessError(
-                    Exit.NON_FINITE,
-                    f"step {step + 1}: loss is {'finite' if loss_is_finite else 'not finite'}, {where}; "
-                    f"lower the learning rate",
-                )
+                is_bad_gradient = first_bad < len(self.names)
+                where = f"first bad gradient: {self.names[first_bad]}" if is_bad_gradient else "gradients are finite"
+                loss_text = "loss is finite" if loss_is_finite else "loss is not finite"
+                message = f"step {step + 1}: {loss_text}, {where}; lower the learning rate"
+                raise HarnessError(Exit.NON_FINITE, message)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -614,15 +529,21 @@ class Guard:
 
 
 @torch.no_grad()
-def validate(model: nn.Module, val_tokens: np.ndarray, run: Training) -> float:
-    """Mean loss over the fixed validation tokens, in sequences that do not overlap. Collective; changes nothing."""
+def validate(model: nn.Module, data: RunData, run: Training) -> float:
+    """Mean loss over the fixed validation tokens, in sequences that do not overlap.
+
+    Collective; changes nothing. Raises HarnessError when the loss is not finite.
+    """
     config, plan, ranks = run.config, run.plan, run.ranks
     own_tokens = plan.val_sequences * config.model.seq_len
-    window = val_tokens[ranks.rank * own_tokens : (ranks.rank + 1) * own_tokens + 1]
+    window = data.val_tokens[ranks.rank * own_tokens : (ranks.rank + 1) * own_tokens + 1]
     batch = to_device(window, config.model.seq_len, ranks.device)
     losses = [model(*micro) for micro in zip(*(part.split(plan.micro_batch) for part in batch), strict=True)]
     total = torch.stack(losses).cpu().double().sum().to(ranks.device if ranks.world_size > 1 else "cpu")
-    return ranks.all_reduce(total).item() / config.eval.tokens
+    val_loss = ranks.all_reduce(total).item() / config.eval.tokens
+    if not math.isfinite(val_loss):
+        raise HarnessError(Exit.NON_FINITE, f"validation loss is {val_loss}; lower the learning rate")
+    return val_loss
 
 
 def digest(value: Any) -> str:
@@ -684,7 +605,7 @@ def compile_and_warm_up(run: Training) -> nn.Module:
             ranks.say("model: compiled")
             return compiled
         except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
-            reason = f"torch.compile failed: {_first_line(error)}"
+            reason = f"torch.compile failed: {first_line(error)}"
             if mode == "on":
                 raise HarnessError(Exit.CONFIG, f"train.compile = 'on', but {reason}; set it to 'off'") from error
             ranks.say(f"model: eager, for {reason}")
@@ -696,189 +617,299 @@ def compile_and_warm_up(run: Training) -> nn.Module:
     return run.model
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# Checkpoint
+# Run
 
 
-KEPT_CHECKPOINTS = 2
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0
+    validations: list[Validation] = field(default_factory=list)
+    segments: int = 1  # processes that the run took: one, and one more for each resume
 
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
-    """Write state under folder/step-N: hashed, synced, then renamed, so that the name means a whole checkpoint."""
-    final = folder / f"step-{step:06d}"
-    temporary = folder / f".{final.name}-{secrets.token_hex(4)}"
+def train(args: argparse.Namespace, ranks: Ranks) -> None:
+    """One run, from config to the record's end event. Raises HarnessError."""
+    clock = Clock(ranks)
+    config = load_config(args.config, args.optimizer, args.overrides)
+    config = dataclasses.replace(config, hparams=checked_hparams(config))
+    plan = plan_batch(config, ranks.world_size)
+    if args.dry_run:
+        ranks.say(dry_run_report(config, plan, ranks))
+        return
+    check_writable(args.out)
+    data = open_data(config)
+    model = GPT(config.model)
+    model.init_weights(args.seed)
+    model.to(ranks.device)
+    optimizers = build_optimizers(config, model)
+    loader = TokenLoader(data.train_shards, config.train.batch_tokens, ranks.rank, ranks.world_size)
+    run = Training(config, plan, ranks, model, optimizers, loader)
+    start = run_event(args, run, data)
+    identity = {key: start[key] for key in ("config", "seed", "code_hash")} | {"data": start["data"]["fingerprint"]}
+    check_ranks_agree(ranks, **identity, torch=torch.__version__, weights=digest(model.state_dict()))
+    checkpoint = newest_checkpoint(args.out, identity, ranks.say) if args.resume else None
+    run_id = ranks.all_gather_object(checkpoint["run_id"] if checkpoint else start["run_id"])[0]
+    start["run_id"] = run_id
+    record = RecordWriter(args.out / f"{run_id}.jsonl", ranks.is_main)
+    ranks.say(
+        f"{run_id}: {config.optimizer} on {ranks.world_size} x {start['env']['device_name']}, "
+        f"{sum(start['params_by_role'].values()):,} parameters, target {config.eval.target}"
+    )
+    clock.charge("setup")
+
+    callable_model = compile_and_warm_up(run)
+    progress = Progress()
+    if checkpoint:
+        run.load_state_dict(checkpoint["training"])
+        looks = [Validation(*look) for look in checkpoint["validations"]]
+        progress = Progress(checkpoint["step"], looks, checkpoint["segments"] + 1)
+        clock.spent_ns = dict(checkpoint["spent_ns"])
+        record.drop_torn_line()
+        record.write({"event": "resume", "step": progress.step, "utc": start["utc"]})
+        ranks.say(f"resume: from step {progress.step}")
+    else:
+        record.write(start)
+        if args.resume:
+            ranks.say(f"resume: no checkpoint in {args.out}, starting at step 0")
+    tracker = Tracker(args.wandb, start, ranks.is_main)
+    clock.charge("warmup")
+
+    def save() -> None:
+        state = {"training": run.state_dict(), "identity": identity, "run_id": run_id, "spent_ns": clock.spent_ns}
+        state |= vars(progress) | {"validations": [tuple(look) for look in progress.validations]}
+        if ranks.is_main:
+            save_checkpoint(args.out / f"{run_id}.checkpoints", progress.step, state)
+
     try:
-        temporary.mkdir(parents=True)
-        with open(temporary / "state.pt", "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        manifest = {"sha256": hashlib.sha256((temporary / "state.pt").read_bytes()).hexdigest(), "step": step}
-        with open(temporary / "manifest.json", "w") as file:
-            json.dump(manifest, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if final.exists():
-            shutil.rmtree(final)
-        os.rename(temporary, final)
-        parent = os.open(folder, os.O_RDONLY)
-        os.fsync(parent)
-        os.close(parent)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise HarnessError(Exit.DISK, f"checkpoint {final} cannot be written: {_first_line(error)}; the last one is kept") from error  # fmt: skip
-    for old in sorted(folder.glob("step-*"))[:-KEPT_CHECKPOINTS]:
-        shutil.rmtree(old)
+        train_steps(run, callable_model, data, progress, clock, record, tracker, save)
+        check_ranks_agree(ranks, weights=digest(model.state_dict()))
+        record.write(end_event("done", run, progress, clock))
+    except HarnessError as error:
+        if error.reason in (Exit.NON_FINITE, Exit.PREEMPTED):
+            status = "diverged" if error.reason == Exit.NON_FINITE else "interrupted"
+            record.write(end_event(status, run, progress, clock))
+        raise
+    finally:
+        tracker.finish()
+    hit, last = first_at_target(progress.validations, config.eval.target), progress.validations[-1]
+    reached = f"reached at step {hit.step} after {hit.train_time_s:.3f}s" if hit else "not reached"
+    ranks.say(
+        f"{config.optimizer}, seed {args.seed}: val_loss {last.val_loss:.5f}, target {config.eval.target} {reached}; "
+        f"record {record.path}"
+    )
 
 
-def newest_checkpoint(out: Path, identity: dict[str, str], say: Any) -> dict[str, Any] | None:
-    """The newest whole checkpoint below out of a run with this identity. Nothing in the file is executed.
+def train_steps(
+    run: Training,
+    model: nn.Module,
+    data: RunData,
+    progress: Progress,
+    clock: Clock,
+    record: RecordWriter,
+    tracker: Tracker,
+    save: Callable[[], None],
+) -> None:
+    """The timed loop from progress.step to the end, with validation and checkpoints off the clock between steps."""
+    config, ranks, optimizers = run.config, run.ranks, run.optimizers
+    first_step, steps, device = progress.step, config.train.steps, ranks.device
+    guard, log, console = Guard(run.model, ranks), StepLog(config.train.log_every, ranks), Console(config, ranks, clock)
+    due = validation_steps(config) - {look.step for look in progress.validations}
+    with stop_signals(guard):
+        for step in range(first_step, steps + 1):
+            progress.step = step
+            every = config.train.checkpoint_every
+            is_save_due = guard.must_stop or (every > 0 and step > first_step and step % every == 0)
+            if step in due or is_save_due:
+                guard.read()
+                clock.charge("train")
+                events = log.flush()
+                if step in due:
+                    progress.validations.append(Validation(step, validate(model, data, run), clock.slowest_train_s()))
+                    console.show(progress.validations[-1])
+                    tokens = step * config.train.batch_tokens
+                    events.append({"event": "val", "tokens": tokens} | progress.validations[-1]._asdict())
+                record.write(*events)
+                tracker.log(*events)
+                clock.charge("val")
+            if is_save_due:
+                save()
+                clock.charge("checkpoint")
+            if guard.must_stop:
+                raise HarnessError(Exit.PREEMPTED, f"stopped at step {step}; the same command with --resume goes on")
+            if step == steps:
+                return
 
-    Raises HarnessError when the only checkpoints there are of a run that differs.
-    """
-    differing = None
-    for folder in sorted(out.glob("*.checkpoints/step-*"), key=lambda path: path.name, reverse=True):
-        try:
-            manifest = json.loads((folder / "manifest.json").read_text())
-            if hashlib.sha256((folder / "state.pt").read_bytes()).hexdigest() != manifest["sha256"]:
-                raise ValueError("its bytes do not match its manifest")
-            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            say(f"resume: {folder} is damaged ({_first_line(error)}), trying an older one")
-            continue
-        differing = {key: folder for key, value in identity.items() if state["identity"][key] != value}
-        if not differing:
-            return state
-    if differing:
-        raise HarnessError(Exit.CHECKPOINT, f"--resume: the checkpoints in {out} were made with another {', '.join(differing)}; use another --out, or restore it")  # fmt: skip
-    return None
+            begin = time_mark(device)
+            batch = to_device(run.loader.next_window(), config.model.seq_len, device)
+            loss = forward_backward(model, batch, run)
+            guard.check(step, loss)
+            optimizer_begin = time_mark(device)
+            reduce_gradients(optimizers, ranks)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak_lr"] * lr_scale(step, config)
+                optimizer.step()
+            run.model.zero_grad()
+            log.add(step + 1, loss, optimizers[-1].param_groups[0]["lr"], [begin, optimizer_begin, time_mark(device)])
+            console.tick(step + 1, sum(later > step for later in due))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Record
+class Console:
+    """The community's console lines, and progress with an ETA in between. Nothing of ours reads them back."""
 
+    EVERY_S = 5.0
 
-class Record:
-    """The run's JSONL file, written by rank 0: one event a line, one write a line."""
+    def __init__(self, config: Config, ranks: Ranks, clock: Clock):
+        self.steps, self.ranks, self.clock = config.train.steps, ranks, clock
+        self.num_validations = 0
+        self.last_s = time.monotonic()
 
-    def __init__(self, path: Path, ranks: Ranks):
-        self.path, self.ranks = path, ranks
+    def show(self, look: Validation) -> None:
+        step_avg_ms = 1000 * look.train_time_s / look.step if look.step else math.nan
+        self.ranks.say(
+            f"step:{look.step}/{self.steps} val_loss:{look.val_loss:.5f} train_time:{look.train_time_s:.3f}s "
+            f"step_avg:{step_avg_ms:.2f}ms"
+        )
+        self.num_validations += 1
+        self.last_s = time.monotonic()
 
-    def write(self, *events: dict[str, Any]) -> None:
-        """Append events and force them to disk; only call in untimed time."""
-        if not self.ranks.is_main or not events:
+    def tick(self, step: int, validations_left: int) -> None:
+        """After each step; says something only when nothing was said for a while."""
+        if time.monotonic() - self.last_s < self.EVERY_S:
             return
-        try:
-            handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-            try:
-                for event in events:
-                    line = (json.dumps(event, allow_nan=False) + "\n").encode()
-                    if os.write(handle, line) != len(line):
-                        raise OSError(errno.ENOSPC, "the line was cut")
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-        except OSError as error:
-            raise HarnessError(Exit.DISK, f"record {self.path} cannot be written: {error.strerror}") from error
-
-    def drop_torn_line(self) -> None:
-        """Cut off a last line that a crash left without its end."""
-        if self.ranks.is_main and self.path.exists():
-            content = self.path.read_bytes()
-            if not content.endswith(b"\n"):
-                os.truncate(self.path, content.rfind(b"\n") + 1)
+        self.last_s = time.monotonic()
+        train_s = self.clock.running_train_s()
+        validation_s = self.clock.spent_s("val") / max(1, self.num_validations)
+        eta_s = (self.steps - step) * train_s / step + validations_left * validation_s
+        self.ranks.say(
+            f"step:{step}/{self.steps} train_time:{train_s:.3f}s step_avg:{1000 * train_s / step:.2f}ms eta:{eta_s:.0f}s"
+        )
 
 
-class Tracker:
-    """Mirrors metrics to wandb on rank 0. A wandb that is missing, broken or unreachable costs one warning."""
+@contextlib.contextmanager
+def stop_signals(guard: Guard) -> Iterator[None]:
+    """SIGTERM, SIGUSR1 and Ctrl-C ask the run to stop with a checkpoint; a second Ctrl-C means now."""
 
-    def __init__(self, mode: str, event: dict[str, Any], ranks: Ranks):
-        self.run = None
-        if mode != "off" and ranks.is_main:
-            with self._contained():
-                import wandb
+    def request_stop(signum: int, frame: Any) -> None:
+        if signum == signal.SIGINT and guard.stop_requested:
+            raise KeyboardInterrupt
+        guard.stop_requested = True
 
-                self.run = wandb.init(
-                    project="nanogpt-speedrun",
-                    group=event["task_hash"][:12],
-                    name=event["run_id"],
-                    id=event["run_id"],
-                    resume="allow",
-                    mode=mode,
-                    config={key: event[key] for key in ("config", "optimizer", "hparams", "seed", "world_size")},
-                )
-
-    def log(self, *events: dict[str, Any]) -> None:
-        if self.run is not None:
-            with self._contained():
-                for event in events:
-                    metrics = {f"{event['event']}/{k}": v for k, v in event.items() if k not in ("event", "step")}
-                    self.run.log(metrics | {"step": event["step"]})
-
-    def finish(self) -> None:
-        if self.run is not None:
-            with self._contained():
-                self.run.finish()
-
-    @contextlib.contextmanager
-    def _contained(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # whatever wandb raises, the run is worth more
-            self.run = None
-            print(f"warning: wandb is off from here: {_first_line(error)}", file=sys.stderr)
-
-
-def read_sources(config_path: Path) -> dict[str, str]:
-    """The text of every file that decides what the run computes."""
-    paths = [ROOT / "train_gpt.py", ROOT / "configs/schema.py", ROOT / "data/shards.py", *ROOT.glob("aurora/*.py")]
-    sources = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in sorted(paths)}
-    return sources | {f"configs/{config_path.name}": config_path.read_text(encoding="utf-8")}
-
-
-def code_hash(sources: dict[str, str]) -> str:
-    return digest({name: text for name, text in sources.items() if name.endswith(".py")})
-
-
-def task_hash(config: Config, data: DataSet) -> str:
-    """Equal for two runs exactly when their losses may be compared: same model, data, batch, evaluation, target."""
-    task = {"model": vars(config.model), "batch_tokens": config.train.batch_tokens, "eval": vars(config.eval)}
-    return hashlib.sha256(json.dumps(task | {"data": data.describe()["stream_id"]}, sort_keys=True).encode()).hexdigest()
-
-
-def describe_git() -> dict[str, Any] | None:
-    def git(*args: str) -> str:
-        return subprocess.run(["git", "-C", ROOT, *args], capture_output=True, text=True, check=True).stdout.strip()
-
+    names = [name for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
+    previous = {name: signal.signal(getattr(signal, name), request_stop) for name in names}
     try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.CalledProcessError):
-        return None
+        yield
+    finally:
+        for name, handler in previous.items():
+            signal.signal(getattr(signal, name), handler)
 
 
-def describe_env(device: torch.device) -> dict[str, Any]:
-    cpu_name = platform.processor()
-    with contextlib.suppress(OSError):
-        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        cpu_name = models[0].partition(": ")[2] if models else cpu_name
-    is_cuda = device.type == "cuda"
-    prefixes = ("OMP_", "MKL_", "TORCH", "NCCL_", "CUBLAS", "CUDA_")
-    return {
-        "python": platform.python_version(),
+def checked_hparams(config: Config) -> dict[str, Any]:
+    """The optimizer's table, with keys and types checked against its signature."""
+    name = config.optimizer
+    if name not in aurora.RULES:
+        raise HarnessError(Exit.CONFIG, f"[optimizer.{name}]: no such rule; known: {', '.join(aurora.RULES)}")
+    types = aurora.hparam_types(name)
+    optional = set(types) - set(aurora.REQUIRED_HPARAMS)
+    return typed_table(config.hparams, types, f"optimizer.{name}", optional)
+
+
+def build_optimizers(config: Config, model: GPT) -> list[torch.optim.Optimizer]:
+    try:
+        return aurora.build(config.optimizer, model.roles(), config.hparams)
+    except ValueError as error:
+        raise HarnessError(Exit.CONFIG, f"optimizer.{config.optimizer}: {error}") from error
+
+
+def check_writable(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise HarnessError(Exit.DISK, f"--out {out} is not a folder that can be written: {error.strerror}") from error
+
+
+def open_data(config: Config) -> RunData:
+    data, train = config.data, config.train
+    try:
+        return open_run_data(
+            data.train, data.val, train.steps, train.batch_tokens, config.eval.tokens, config.model.vocab_size
+        )
+    except ShardError as error:
+        raise HarnessError(Exit.DATA, str(error)) from error
+
+
+def check_ranks_agree(ranks: Ranks, **fields: Any) -> None:
+    """Raise HarnessError naming the first rank and field that differ from rank 0's. Collective."""
+    everyone = ranks.all_gather_object(fields)
+    for rank, theirs in enumerate(everyone):
+        for key, value in theirs.items():
+            if value != everyone[0][key]:
+                message = f"rank {rank} has {key} = {value!r:.80}, rank 0 has {everyone[0][key]!r:.80}"
+                raise HarnessError(Exit.RANKS_DISAGREE, message)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the record says of a run
+
+
+def run_event(args: argparse.Namespace, run: Training, data: RunData) -> dict[str, Any]:
+    """The record's first line: everything needed to judge, group and repeat the run."""
+    config, device = run.config, run.ranks.device
+    utc, sources, is_cuda = datetime.datetime.now(datetime.UTC), read_sources(args.config), device.type == "cuda"
+    described_data, machine = data.describe(), describe_machine()
+    task = {"model": vars(config.model), "batch_tokens": config.train.batch_tokens, "eval": vars(config.eval)}
+    stack = {
         "torch": torch.__version__,
         "numpy": np.__version__,
-        "platform": f"{platform.system()} {platform.machine()}",
-        "cpu": cpu_name,
-        "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
-        "device_name": torch.cuda.get_device_name(device) if is_cuda else cpu_name,
+        "device_name": torch.cuda.get_device_name(device) if is_cuda else machine["cpu"],
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if is_cuda else None,
-        "variables": {key: value for key, value in sorted(os.environ.items()) if key.startswith(prefixes)},
+    }
+    return {
+        "event": "run",
+        "schema": SCHEMA,
+        "run_id": f"{args.config.stem}-{config.optimizer}-s{args.seed}-{utc:%Y%m%dT%H%M%S}-{secrets.token_hex(2)}",
+        "utc": utc.isoformat(timespec="seconds"),
+        "argv": sys.argv,
+        "config": dataclasses.asdict(config),
+        "task_hash": json_hash(task | {"data": described_data["stream_id"]}),
+        "optimizer": config.optimizer,
+        "hparams": config.hparams | {"warmup_steps": config.warmup_steps},
+        "param_groups": describe_groups(run.optimizers),
+        "seed": args.seed,
+        "world_size": run.ranks.world_size,
+        "device": device.type,
+        "params_by_role": params_by_role(run.model.roles()),
+        "git": describe_git(),
+        "code_hash": code_hash(sources),
+        "sources": sources,
+        "data": described_data,
+        "env": machine | stack,
+    }
+
+
+def end_event(status: str, run: Training, progress: Progress, clock: Clock) -> dict[str, Any]:
+    """The record's last line. Collective."""
+    hit = first_at_target(progress.validations, run.config.eval.target)
+    return {
+        "event": "end",
+        "status": status,
+        "step": progress.step,
+        "train_time_s": clock.slowest_train_s(),
+        "val_loss": progress.validations[-1].val_loss if progress.validations else None,
+        "reached_target": hit is not None,
+        "steps_to_target": hit.step if hit else None,
+        "time_to_target_s": hit.train_time_s if hit else None,
+        "untimed": {f"{account}_s": clock.spent_s(account) for account in clock.spent_ns if account != "train"},
+        "segments": progress.segments,
+        "weights_sha256": digest(run.model.state_dict()),
+        "peak_mem_mib": peak_memory_mib(run.ranks.device),
     }
 
 
@@ -911,236 +942,6 @@ def describe_groups(optimizers: list[torch.optim.Optimizer]) -> list[dict[str, A
     ]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Run
-
-
-PROGRESS_EVERY_S = 5.0
-
-
-def check_ranks_agree(ranks: Ranks, **fields: Any) -> None:
-    """Raise HarnessError naming the first rank and field that differ from rank 0. Collective."""
-    everyone = ranks.all_gather_object(fields)
-    for rank, theirs in enumerate(everyone):
-        for key, value in theirs.items():
-            if value != everyone[0][key]:
-                raise HarnessError(
-                    Exit.RANKS_DISAGREE, f"rank {rank} has {key} = {value!r:.80}, rank 0 has {everyone[0][key]!r:.80}"
-                )
-
-
-@contextlib.contextmanager
-def stop_signals(guard: Guard) -> Iterator[None]:
-    """SIGTERM, SIGUSR1 and Ctrl-C ask the run to stop with a checkpoint; a second Ctrl-C means now."""
-
-    def request_stop(signum: int, frame: Any) -> None:
-        if signum == signal.SIGINT and guard.stop_requested:
-            raise KeyboardInterrupt
-        guard.stop_requested = True
-
-    names = [name for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
-    previous = {name: signal.signal(getattr(signal, name), request_stop) for name in names}
-    try:
-        yield
-    finally:
-        for name, handler in previous.items():
-            signal.signal(getattr(signal, name), handler)
-
-
-def train(args: argparse.Namespace, ranks: Ranks) -> None:
-    """One run, from config to the record's end event. Raises HarnessError."""
-    clock = Clock(ranks)
-    config = load_config(args.config, args.optimizer, args.overrides)
-    config = dataclasses.replace(config, hparams=checked_hparams(config))
-    plan = plan_batch(config, ranks.world_size)
-    if args.dry_run:
-        ranks.say(dry_run_report(config, plan, ranks))
-        return
-    check_writable(args.out)
-    data = open_data(config)
-    sources = read_sources(args.config)
-
-    model = GPT(config.model)
-    model.init_weights(args.seed)
-    model.to(ranks.device)
-    optimizers = build_optimizers(config, model)
-    loader = TokenLoader(data.train_shards, config, ranks.rank, ranks.world_size, ranks.device)
-    run = Training(config, plan, ranks, model, optimizers, loader)
-    identity = {
-        "config": digest(dataclasses.asdict(config)),
-        "code": code_hash(sources),
-        "data": data.describe()["fingerprint"],
-        "seed": str(args.seed),
-    }
-    check_ranks_agree(ranks, **identity, torch_version=torch.__version__, weights=digest(model.state_dict()))
-
-    checkpoint = newest_checkpoint(args.out, identity, ranks.say) if args.resume else None
-    if args.resume:
-        ranks.say(f"resume: from step {checkpoint['step']}" if checkpoint else f"resume: no checkpoint in {args.out}, starting at step 0")  # fmt: skip
-    utc = datetime.datetime.now(datetime.UTC)
-    name = f"{args.config.stem}-{config.optimizer}-s{args.seed}-{utc:%Y%m%dT%H%M%S}-{secrets.token_hex(2)}"
-    run_id = ranks.broadcast_object(checkpoint["run_id"] if checkpoint else name)
-    record = Record(args.out / f"{run_id}.jsonl", ranks)
-    event = {
-        "event": "run",
-        "schema": 1,
-        "run_id": run_id,
-        "utc": utc.isoformat(timespec="seconds"),
-        "argv": sys.argv,
-        "config": dataclasses.asdict(config),
-        "task_hash": task_hash(config, data),
-        "optimizer": config.optimizer,
-        "hparams": config.hparams | {"warmup_steps": config.warmup_steps},
-        "param_groups": describe_groups(optimizers),
-        "seed": args.seed,
-        "world_size": ranks.world_size,
-        "device": ranks.device.type,
-        "params_by_role": params_by_role(model.roles()),
-        "git": describe_git(),
-        "code_hash": identity["code"],
-        "sources": sources,
-        "data": data.describe(),
-        "env": describe_env(ranks.device),
-    }
-    ranks.say(
-        f"{run_id}: {config.optimizer} on {ranks.world_size} x {event['env']['device_name']}, "
-        f"{sum(event['params_by_role'].values()):,} parameters, target {config.eval.target}"
-    )
-    clock.charge("setup")
-    callable_model = compile_and_warm_up(run)
-    if checkpoint:
-        run.load_state_dict(checkpoint["training"])
-        clock.spent_ns = dict(checkpoint["spent_ns"])
-        record.drop_torn_line()
-        record.write({"event": "resume", "step": checkpoint["step"], "utc": event["utc"]})
-    else:
-        record.write(event)
-    tracker = Tracker(args.wandb, event, ranks)
-    clock.charge("warmup")
-
-    start_step = checkpoint["step"] if checkpoint else 0
-    history = {step: (loss, train_s) for step, loss, train_s in checkpoint["history"]} if checkpoint else {}
-    segments = checkpoint["segments"] + 1 if checkpoint else 1
-    guard, log = Guard(model, ranks), StepLog(config.train.log_every, ranks)
-    due, steps, target = validation_steps(config), config.train.steps, config.eval.target
-    last_said_s = time.monotonic()
-
-    def flush_log() -> None:
-        events = log.flush()
-        record.write(*events)
-        tracker.log(*events)
-
-    def save(step: int) -> None:
-        state = {"training": run.state_dict(), "identity": identity, "run_id": run_id, "step": step}
-        state |= {"history": [(s, *values) for s, values in history.items()], "segments": segments}
-        state |= {"spent_ns": clock.spent_ns}
-        if ranks.is_main:
-            save_checkpoint(args.out / f"{run_id}.checkpoints", step, state)
-        clock.charge("checkpoint")
-
-    def end(status: str, step: int) -> None:
-        reached = [s for s, (loss, _) in sorted(history.items()) if loss <= target]
-        last_loss = history[max(history)][0] if history else None
-        record.write({
-            "event": "end",
-            "status": status,
-            "step": step,
-            "train_time_s": clock.slowest_train_s(),
-            "val_loss": last_loss,
-            "reached_target": bool(reached),
-            "steps_to_target": reached[0] if reached else None,
-            "time_to_target_s": history[reached[0]][1] if reached else None,
-            "untimed": {f"{key}_s": clock.spent_s(key) for key in clock.spent_ns if key != "train"},
-            "segments": segments,
-            "weights_sha256": digest(model.state_dict()),
-            "peak_mem_mib": peak_memory_mib(ranks.device),
-        })  # fmt: skip
-        tracker.finish()
-
-    step = start_step
-    try:
-        with stop_signals(guard):
-            for step in range(start_step, steps + 1):
-                if step in due and step not in history:
-                    guard.read()
-                    clock.charge("train")
-                    train_s = clock.slowest_train_s()
-                    loss = validate(callable_model, data.val_tokens, run)
-                    if not math.isfinite(loss):
-                        raise HarnessError(Exit.NON_FINITE, f"step {step}: validation loss is {loss}; lower the learning rate")  # fmt: skip
-                    history[step] = loss, train_s
-                    flush_log()
-                    event = {"event": "val", "step": step, "tokens": step * config.train.batch_tokens, "train_time_s": train_s, "val_loss": loss}  # fmt: skip
-                    record.write(event)
-                    tracker.log(event)
-                    average_ms = 1000 * train_s / step if step else math.nan
-                    ranks.say(f"step:{step}/{steps} val_loss:{loss:.5f} train_time:{train_s:.3f}s step_avg:{average_ms:.2f}ms")  # fmt: skip
-                    last_said_s = time.monotonic()
-                    clock.charge("val")
-                is_checkpoint_due = config.train.checkpoint_every and step > start_step and step % config.train.checkpoint_every == 0  # fmt: skip
-                if is_checkpoint_due or guard.must_stop:
-                    guard.read()
-                    clock.charge("train")
-                    flush_log()
-                    save(step)
-                if guard.must_stop:
-                    raise HarnessError(Exit.PREEMPTED, f"stopped on request after step {step}; go on with --resume and the same arguments")  # fmt: skip
-                if step == steps:
-                    break
-
-                begin = time_mark(ranks.device)
-                batch = loader.next_batch()
-                train_loss = forward_backward(callable_model, batch, run)
-                guard.check(step, train_loss)
-                optimizer_begin = time_mark(ranks.device)
-                reduce_gradients(optimizers, ranks)
-                for optimizer in optimizers:
-                    for group in optimizer.param_groups:
-                        group["lr"] = group["peak_lr"] * lr_scale(step, config)
-                    optimizer.step()
-                model.zero_grad()
-                log.add(step + 1, train_loss, optimizers[-1].param_groups[0]["lr"], [begin, optimizer_begin, time_mark(ranks.device)])  # fmt: skip
-                if time.monotonic() - last_said_s > PROGRESS_EVERY_S:
-                    last_said_s = time.monotonic()
-                    average_s = clock.running_train_s() / (step + 1)
-                    eta_s = (steps - step - 1) * average_s + len(due - set(history)) * clock.spent_s("val") / max(1, len(history))  # fmt: skip
-                    ranks.say(f"step:{step + 1}/{steps} train_time:{clock.running_train_s():.3f}s step_avg:{1000 * average_s:.2f}ms eta:{eta_s:.0f}s")  # fmt: skip
-    except HarnessError as error:
-        if error.reason in (Exit.NON_FINITE, Exit.PREEMPTED):
-            end("diverged" if error.reason == Exit.NON_FINITE else "interrupted", step)
-        raise
-    check_ranks_agree(ranks, weights=digest(model.state_dict()))
-    end("done", steps)
-    reached = [s for s, (loss, _) in sorted(history.items()) if loss <= target]
-    result = f"reached {target} at step {reached[0]} after {history[reached[0]][1]:.3f}s" if reached else f"did not reach {target}"  # fmt: skip
-    ranks.say(f"{config.optimizer} seed {args.seed}: val_loss {history[steps][0]:.5f}, {result}; record {record.path}")
-
-
-def checked_hparams(config: Config) -> dict[str, Any]:
-    """The optimizer's table, with keys and types checked against its signature."""
-    if config.optimizer not in aurora.RULES:
-        raise HarnessError(Exit.CONFIG, f"[optimizer.{config.optimizer}]: no such rule; known: {', '.join(aurora.RULES)}")
-    types = aurora.hparam_types(config.optimizer)
-    optional = [key for key in types if key not in aurora.REQUIRED_HPARAMS]
-    return typed_table(config.hparams, types, f"optimizer.{config.optimizer}", optional)
-
-
-def build_optimizers(config: Config, model: GPT) -> list[torch.optim.Optimizer]:
-    try:
-        return aurora.build(config.optimizer, model.roles(), config.hparams)
-    except ValueError as error:
-        raise HarnessError(Exit.CONFIG, f"optimizer.{config.optimizer}: {error}") from error
-
-
-def check_writable(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise HarnessError(Exit.DISK, f"--out {out} is not a folder that can be written: {error.strerror}") from error
-
-
 BENCHMARK_SHARD_TOKENS = 100_000_000
 
 
@@ -1156,7 +957,10 @@ def dry_run_report(config: Config, plan: BatchPlan, ranks: Ranks) -> str:
     for group in describe_groups(optimizers):
         role = group["role"]
         tensors = sum(p.role == role for p in params)
-        lines.append(f"{role:8}{tensors:>8}{counts[role]:>14,}  {group['optimizer']:12}{group['lr']:>10g}{group['weight_decay']:>14g}")  # fmt: skip
+        lines.append(
+            f"{role:8}{tensors:>8}{counts[role]:>14,}  {group['optimizer']:12}{group['lr']:>10g}"
+            f"{group['weight_decay']:>14g}"
+        )
     lines.append(f"vectors include the head's bias of {model.head.bias.numel():,}")
 
     per_shard = steps_in_shard(BENCHMARK_SHARD_TOKENS, train.batch_tokens)
@@ -1169,11 +973,15 @@ def dry_run_report(config: Config, plan: BatchPlan, ranks: Ranks) -> str:
     ]
     gib = memory_estimate_gib(config, plan, params, optimizers, ranks.world_size)
     parts = ", ".join(f"{name} {value:.2f}" for name, value in gib.items())
-    lines.append(f"memory of a rank, GiB: {sum(gib.values()):.2f} ({parts}; activations are an estimate for eager mode)")
+    lines.append(
+        f"memory of a rank, GiB: {sum(gib.values()):.2f} ({parts}; activations are an estimate for eager mode)"
+    )
     return "\n".join(lines)
 
 
-def memory_estimate_gib(config: Config, plan: BatchPlan, params: list[aurora.Param], optimizers: list, world_size: int) -> dict[str, float]:  # fmt: skip
+def memory_estimate_gib(
+    config: Config, plan: BatchPlan, params: list[aurora.Param], optimizers: list, world_size: int
+) -> dict[str, float]:
     """Weights, gradients and optimizer state by count; activations as what autograd keeps of one micro-step."""
     counts, model = params_by_role(params), config.model
     num_params, is_sharded_rule = sum(counts.values()), isinstance(optimizers[-1], aurora.MatrixOptimizer)
@@ -1183,7 +991,12 @@ def memory_estimate_gib(config: Config, plan: BatchPlan, params: list[aurora.Par
     per_token = model.num_layers * (12 + 2 * model.mlp_expansion) * model.model_dim * width
     per_token += model.vocab_size * (width + 5 * 4)  # logits, and float32 copies on the way to the loss and back
     activations = plan.micro_batch * model.seq_len * per_token
-    sizes = {"weights": 4 * num_params, "gradients": 4 * num_params, "optimizer state": 4 * state, "activations": activations}
+    sizes = {
+        "weights": 4 * num_params,
+        "gradients": 4 * num_params,
+        "optimizer state": 4 * state,
+        "activations": activations,
+    }
     return {name: size / 2**30 for name, size in sizes.items()}
 
 
@@ -1198,11 +1011,11 @@ def main(argv: list[str] | None = None) -> int:
     except HarnessError as error:
         reason, message = error.reason, str(error)
     except torch.OutOfMemoryError as error:
-        reason, message = Exit.CONFIG, f"out of memory: {_first_line(error)}; lower train.micro_batch"
+        reason, message = Exit.CONFIG, f"out of memory: {first_line(error)}; lower train.micro_batch"
     except (dist.DistError, RuntimeError) as error:
         if not is_peer_failure(error):
             raise
-        reason, message, is_main = Exit.PEER, f"rank {os.environ['RANK']} lost a peer: {_first_line(error)}", True
+        reason, message, is_main = Exit.PEER, f"rank {os.environ['RANK']} lost a peer: {first_line(error)}", True
     if is_main or reason == Exit.RANKS_DISAGREE:
         print(f"{'stopped' if reason == Exit.PREEMPTED else 'error'}: {message}", file=sys.stderr, flush=True)
     return int(reason)

@@ -93,7 +93,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
         check_hparam(group["weight_decay"] >= 0, "weight_decay", "at least 0", group)
         check_hparam(0 <= group["momentum"] < 1, "momentum", "in [0, 1)", group)
         check_hparam(group["polar_schedule"] in SCHEDULES, "polar_schedule", f"one of {', '.join(SCHEDULES)}", group)
-        check_hparam(group["polar_dtype"] in COMPUTE_DTYPES, "polar_dtype", f"one of {', '.join(COMPUTE_DTYPES)}", group)
+        check_hparam(
+            group["polar_dtype"] in COMPUTE_DTYPES, "polar_dtype", f"one of {', '.join(COMPUTE_DTYPES)}", group
+        )
 
     # ---- the step ----
 

@@ -20,7 +20,9 @@ class NorMuon(MatrixOptimizer):
     Other arguments: see MatrixOptimizer.
     """
 
-    def __init__(self, params: Iterable[Any], lr: float, beta2: float = 0.95, eps: float = 1e-10, **matrix_hparams: Any):
+    def __init__(
+        self, params: Iterable[Any], lr: float, beta2: float = 0.95, eps: float = 1e-10, **matrix_hparams: Any
+    ):
         super().__init__(params, lr, rule_hparams=dict(beta2=beta2, eps=eps), **matrix_hparams)
 
     def check_hparams(self, group: dict[str, Any]) -> None:

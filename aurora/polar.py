@@ -129,5 +129,5 @@ def _polar_svd(X_KMN: Tensor, min_singular_value: float) -> Tensor:
     """Exact polar factor in float64; directions with s <= min_singular_value * ||X||_F are dropped."""
     U, S, Vh = torch.linalg.svd(X_KMN.double(), full_matrices=False)
     norm_K1 = torch.linalg.vector_norm(S, dim=-1, keepdim=True)
-    kept = (S > min_singular_value * norm_K1).to(S.dtype)
+    kept = (min_singular_value * norm_K1 < S).to(S.dtype)
     return ((U * kept.unsqueeze(-2)) @ Vh).to(X_KMN.dtype if X_KMN.dtype == torch.float64 else torch.float32)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
+DTYPES = ("float32", "bfloat16")
+
 
 class Exit(enum.IntEnum):
     """Exit codes."""
@@ -192,7 +194,7 @@ def check_bounds(config: Config) -> None:
         ("model.rope_base", model.rope_base, 1 < model.rope_base < math.inf, "above 1 and finite"),
         ("model.attention_scale", model.attention_scale, 0 < model.attention_scale < math.inf, "positive and finite"),
         ("model.logit_softcap", model.logit_softcap, 0 < model.logit_softcap < math.inf, "positive and finite"),
-        ("model.activation_dtype", model.activation_dtype, model.activation_dtype in ("float32", "bfloat16"), "float32 or bfloat16"),
+        ("model.activation_dtype", model.activation_dtype, model.activation_dtype in DTYPES, " or ".join(DTYPES)),
         ("train.compile", train.compile, train.compile in ("auto", "on", "off"), "auto, on or off"),
         ("train.batch_tokens", train.batch_tokens, train.batch_tokens % (model.seq_len or 1) == 0, whole_sequences),
         ("eval.tokens", evaluation.tokens, evaluation.tokens % (model.seq_len or 1) == 0, whole_sequences),
@@ -201,7 +203,7 @@ def check_bounds(config: Config) -> None:
         ("schedule.cooldown_frac", schedule.cooldown_frac, 0 <= schedule.cooldown_frac <= 1, "in [0, 1]"),
         ("schedule.final_lr_frac", schedule.final_lr_frac, 0 <= schedule.final_lr_frac <= 1, "in [0, 1]"),
         (f"optimizer.{config.optimizer}.warmup_steps", config.warmup_steps, config.warmup_steps >= 0, "at least 0"),
-    ]  # fmt: skip
+    ]
     for name in ("model", "train", "eval"):
         for key, value in vars(getattr(config, name)).items():
             if isinstance(value, int):

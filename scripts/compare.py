@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from scripts.records import Run, by_optimizer, read_folder
+from results.record import Run, by_optimizer, read_folder, read_sources
 
 DEFAULT_OPTIMIZERS = ["adamw", "muon", "unormuon", "aurora"]
 PREEMPTED = 75
@@ -45,11 +45,11 @@ def train_argv(args: argparse.Namespace, optimizer: str, seed: int) -> list[str]
     return argv
 
 
-def finished_run(runs: Sequence[Run], argv: list[str], nproc: int) -> Run | None:
-    """The newest finished run with these arguments whose embedded sources are still the files' content."""
+def finished_run(runs: Sequence[Run], argv: list[str], nproc: int, sources: dict[str, str]) -> Run | None:
+    """The newest finished run with these arguments that embeds these sources."""
     for run in reversed(runs):
         same_arguments = without_out(run.start["argv"][1:]) == argv and run.start["world_size"] == nproc
-        if run.is_done and same_arguments and all(is_unchanged(*source) for source in run.start["sources"].items()):
+        if run.is_done and same_arguments and run.start["sources"] == sources:
             return run
     return None
 
@@ -57,11 +57,6 @@ def finished_run(runs: Sequence[Run], argv: list[str], nproc: int) -> Run | None
 def without_out(argv: list[str]) -> list[str]:
     index = argv.index("--out") if "--out" in argv else len(argv)
     return argv[:index] + argv[index + 2 :]
-
-
-def is_unchanged(name: str, text: str) -> bool:
-    path = ROOT / name
-    return path.is_file() and path.read_text(encoding="utf-8") == text
 
 
 def run_one(argv: list[str], out: Path, nproc: int) -> int:
@@ -80,54 +75,72 @@ def run_one(argv: list[str], out: Path, nproc: int) -> int:
         return PREEMPTED
 
 
+COLUMNS = ("optimizer", "n", "val loss", "sd", "reached", "steps to target", "seconds to target", "optimizer ms/step", "training ms/step")  # fmt: skip
+
+
 def report(runs: Sequence[Run]) -> str:
-    """The comparison as a Markdown table, best mean loss first. Loss is at the last step, over the given seeds."""
-    rows = [["optimizer", "n", "val loss", "sd", "reached", "steps to target", "seconds to target", "optimizer ms/step", "step ms"]]  # fmt: skip
+    """The comparison as a Markdown table, lowest mean loss at the last step first."""
     groups = by_optimizer(runs)
-    for optimizer in sorted(groups, key=lambda name: statistics.mean(run.end["val_loss"] for run in groups[name])):
-        group = groups[optimizer]
-        losses = [run.end["val_loss"] for run in group]
-        hits = [hit for run in group if (hit := run.first_at_target())]
-        # The mean over seeds is only a mean when every seed got there.
-        all_reached = len(hits) == len(group)
-        rows.append([
-            optimizer,
-            str(len(group)),
-            f"{statistics.mean(losses):.4f}",
-            f"{statistics.stdev(losses):.4f}" if len(losses) > 1 else "",
-            f"{len(hits)}/{len(group)}",
-            f"{statistics.mean(hit.step for hit in hits):.0f}" if all_reached else f"> {group[0].end['step']}",
-            f"{statistics.mean(hit.train_time_s for hit in hits):.1f}" if all_reached else f"> {statistics.mean(run.end['train_time_s'] for run in group):.1f}",
-            f"{statistics.mean(run.mean_ms('optimizer_ms') for run in group):.1f}",
-            f"{statistics.mean(run.mean_ms('step_ms') for run in group):.1f}",
-        ])  # fmt: skip
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
+    rows = [COLUMNS, *(row(name, groups[name]) for name in sorted(groups, key=lambda name: mean_loss(groups[name])))]
+    widths = [max(len(cells[i]) for cells in rows) for i in range(len(COLUMNS))]
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) for cells in rows]
+    lines.insert(1, " | ".join("-" * width for width in widths))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def row(optimizer: str, group: Sequence[Run]) -> tuple[str, ...]:
+    losses = [run.end["val_loss"] for run in group]
+    hits = [hit for run in group if (hit := run.first_at_target())]
+    if len(hits) == len(group):
+        steps = f"{statistics.mean(hit.step for hit in hits):.0f}"
+        seconds = f"{statistics.mean(hit.train_time_s for hit in hits):.1f}"
+    else:  # a mean over the seeds that got there would flatter
+        steps = f"> {statistics.mean(run.end['step'] for run in group):.0f}"
+        seconds = f"> {statistics.mean(run.end['train_time_s'] for run in group):.1f}"
+    return (
+        optimizer,
+        str(len(group)),
+        f"{mean_loss(group):.4f}",
+        f"{statistics.stdev(losses):.4f}" if len(losses) > 1 else "",
+        f"{len(hits)}/{len(group)}",
+        steps,
+        seconds,
+        f"{statistics.mean(run.mean_ms('optimizer_ms') for run in group):.1f}",
+        f"{statistics.mean(run.mean_ms('step_ms') for run in group):.1f}",
+    )
+
+
+def mean_loss(group: Sequence[Run]) -> float:
+    return statistics.mean(run.end["val_loss"] for run in group)
 
 
 def verdict(runs: Sequence[Run]) -> str:
     groups = by_optimizer(runs)
-    means = sorted((statistics.mean(run.end["val_loss"] for run in group), name) for name, group in groups.items())
-    text = f"Lowest validation loss at equal steps: {means[0][1]}"
-    text += f", {means[1][0] - means[0][0]:.4f} below {means[1][1]}." if len(means) > 1 else "."
+    (best_loss, best), *others = sorted((mean_loss(group), name) for name, group in groups.items())
+    text = f"Lowest validation loss at equal steps: {best}"
+    if others:
+        text += f", {others[0][0] - best_loss:.4f} below {others[0][1]}"
     fewest = min(len(group) for group in groups.values())
     if fewest < 3:
-        text += f" With {fewest} seed{'s' if fewest > 1 else ''} an optimizer that is a lead, not evidence: --seeds 0 1 2 ..."
-    return text
+        text += f". n = {fewest} is a lead, not evidence: add seeds with --seeds 0 1 2"
+    return text + "."
 
 
 def main() -> int:
     args = parse_args()
     plan = [(optimizer, seed) for seed in args.seeds for optimizer in args.optimizers]
+    try:
+        sources = read_sources(ROOT / args.config)
+    except OSError as error:
+        print(f"error: config {args.config} cannot be read: {error.strerror}", file=sys.stderr)
+        return 2
     done: list[Run] = []
     failures: list[str] = []
     durations_s: list[float] = []
     for number, (optimizer, seed) in enumerate(plan, start=1):
         argv = train_argv(args, optimizer, seed)
         title = f"[{number}/{len(plan)}] {optimizer}, seed {seed}"
-        if found := finished_run(read_folder(args.out)[0], argv, args.nproc):
+        if found := finished_run(read_folder(args.out)[0], argv, args.nproc, sources):
             print(f"{title}: finished before, {found.path}", flush=True)
             done.append(found)
             continue
@@ -139,7 +152,7 @@ def main() -> int:
         if exit_code == PREEMPTED:
             print("stopped; the same command goes on with the runs that are left", file=sys.stderr)
             return PREEMPTED
-        if found := finished_run(read_folder(args.out)[0], argv, args.nproc):
+        if found := finished_run(read_folder(args.out)[0], argv, args.nproc, sources):
             done.append(found)
         else:
             failures.append(f"{optimizer}, seed {seed}: exit code {exit_code}")

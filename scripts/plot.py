@@ -1,6 +1,6 @@
 """Plots of run records.
 
-    python scripts/plot.py results/quick --out curves.png
+python scripts/plot.py results/quick --out curves.png
 """
 
 import argparse
@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.records import Run, by_optimizer, read_folder
+from results.record import Run, by_optimizer, read_folder
 
 # Okabe and Ito's palette, told apart by colour-blind readers; line styles tell them apart in grey print.
 STYLES = {
@@ -51,10 +51,14 @@ def plot_loss_curves(runs: Sequence[Run], path: Path) -> None:
         axis.axhline(runs[0].target, color="0.5", linewidth=0.8)
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
-    axes[0].annotate(f"target {runs[0].target:g}", (0.01, runs[0].target), xycoords=("axes fraction", "data"), va="bottom")
+    axes[0].annotate(
+        f"target {runs[0].target:g}", (0.01, runs[0].target), xycoords=("axes fraction", "data"), va="bottom"
+    )
     axes[0].set_ylabel("validation loss (nats per token)")
     axes[1].legend()
-    figure.suptitle(f"{runs[0].start['config']['train']['steps']} steps of {runs[0].start['config']['train']['batch_tokens']:,} tokens on {runs[0].start['world_size']} x {runs[0].start['env']['device_name']}")  # fmt: skip
+    first = runs[0].start
+    train, machine = first["config"]["train"], f"{first['world_size']} x {first['env']['device_name']}"
+    figure.suptitle(f"{train['steps']} steps of {train['batch_tokens']:,} tokens on {machine}")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -68,8 +72,9 @@ def main() -> int:
     runs = [run for run in runs if run.is_done]
     for error in errors:
         print(f"warning: {error}", file=sys.stderr)
-    if not runs or len({run.start["task_hash"] for run in runs}) != 1:
-        print(f"error: {args.folder} must hold finished runs of one task, found {len(runs)} runs of {len({run.start['task_hash'] for run in runs})} tasks", file=sys.stderr)  # fmt: skip
+    tasks = {run.start["task_hash"] for run in runs}
+    if len(tasks) != 1:
+        print(f"error: {args.folder} must hold finished runs of one task, found {len(tasks)} tasks", file=sys.stderr)
         return 2
     plot_loss_curves(runs, args.out)
     print(args.out)

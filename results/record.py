@@ -1,0 +1,202 @@
+"""The record of a run: one JSONL file, one event a line (run, train, val, resume, end). Written here and read here.
+
+Needs nothing but Python, so that results can be analysed on any machine.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from configs.schema import Exit, HarnessError
+
+ROOT = Path(__file__).resolve().parent.parent
+SCHEMA = 1
+
+
+class RecordWriter:
+    """The run's JSONL file, one write a line. Does nothing unless is_writer: ranks other than 0 share the code."""
+
+    def __init__(self, path: Path, is_writer: bool):
+        self.path, self.is_writer = path, is_writer
+
+    def write(self, *events: dict[str, Any]) -> None:
+        """Append events and force them to disk; only call in untimed time."""
+        if not self.is_writer or not events:
+            return
+        try:
+            handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                for event in events:
+                    line = (json.dumps(event, allow_nan=False) + "\n").encode()
+                    if os.write(handle, line) != len(line):
+                        raise OSError(errno.ENOSPC, "the line was cut")
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        except OSError as error:
+            raise HarnessError(Exit.DISK, f"record {self.path} cannot be written: {error.strerror}") from error
+
+    def drop_torn_line(self) -> None:
+        """Cut off a last line that a crash left without its end."""
+        if self.is_writer and self.path.exists():
+            content = self.path.read_bytes()
+            if not content.endswith(b"\n"):
+                os.truncate(self.path, content.rfind(b"\n") + 1)
+
+
+SOURCE_MODULES = ["configs/schema.py", "data/loader.py", "data/shards.py", "results/checkpoint.py", "results/record.py"]
+
+
+def read_sources(config_path: Path) -> dict[str, str]:
+    """The text of every file that decides what the run computes."""
+    names = ["train_gpt.py", *SOURCE_MODULES]
+    paths = [*(ROOT / name for name in names), *ROOT.glob("aurora/*.py")]
+    sources = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in sorted(paths)}
+    is_ours = config_path.resolve().is_relative_to(ROOT)
+    config_name = config_path.resolve().relative_to(ROOT).as_posix() if is_ours else config_path.name
+    return sources | {config_name: config_path.read_text(encoding="utf-8")}
+
+
+def code_hash(sources: dict[str, str]) -> str:
+    """One sha256 over the Python files among the sources."""
+    return json_hash({name: text for name, text in sources.items() if name.endswith(".py")})
+
+
+def json_hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def describe_git() -> dict[str, Any] | None:
+    def git(*args: str) -> str:
+        return subprocess.run(["git", "-C", ROOT, *args], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def describe_machine() -> dict[str, Any]:
+    """Python, processor, and the environment variables that can change speed or results."""
+    cpu_name = platform.processor()
+    with contextlib.suppress(OSError):
+        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        cpu_name = models[0].partition(": ")[2] if models else cpu_name
+    prefixes = ("OMP_", "MKL_", "TORCH", "PYTORCH", "NCCL_", "CUBLAS", "CUDA_")
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": cpu_name,
+        "cpu_count": os.cpu_count(),
+        "variables": {key: value for key, value in sorted(os.environ.items()) if key.startswith(prefixes)},
+    }
+
+
+class RecordError(ValueError):
+    """A file that is not a run record; the message names file, line and finding."""
+
+
+class Validation(NamedTuple):
+    step: int
+    val_loss: float
+    train_time_s: float
+
+
+def first_at_target(validations: Iterable[Validation], target: float) -> Validation | None:
+    """The first validation, in the order given, at or below the target."""
+    return next((look for look in validations if look.val_loss <= target), None)
+
+
+@dataclass
+class Run:
+    """A run as its record tells it; without an end event it is incomplete."""
+
+    path: Path
+    start: dict[str, Any]
+    validations: list[Validation] = field(default_factory=list)
+    train_events: list[dict[str, Any]] = field(default_factory=list)
+    end: dict[str, Any] | None = None
+
+    @property
+    def is_done(self) -> bool:
+        return self.end is not None and self.end["status"] == "done"
+
+    @property
+    def target(self) -> float:
+        return self.start["config"]["eval"]["target"]
+
+    def first_at_target(self) -> Validation | None:
+        """The first validation at or below the target."""
+        return first_at_target(self.validations, self.target)
+
+    def mean_ms(self, key: str) -> float:
+        """Mean of "step_ms" or "optimizer_ms" over the run, or NaN when the record has no train events."""
+        values = [event[key] for event in self.train_events]
+        return sum(values) / len(values) if values else math.nan
+
+
+def read_record(path: Path) -> Run:
+    """Read one record. A last line without its end, as a crash leaves it, is dropped.
+
+    After a resume a step can stand in the file twice; the later line counts.
+
+    Raises:
+        RecordError: the file cannot be read, a line is not an event, or the first event is not "run".
+    """
+    try:
+        *lines, _torn = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecordError(f"{path} cannot be read: {error}") from error
+    run: Run | None = None
+    validations: dict[int, Validation] = {}
+    train_events: dict[int, dict[str, Any]] = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            event = json.loads(line)
+            kind = event["event"]
+            if run is None:
+                if kind != "run":
+                    raise RecordError(f"{path}, line 1: a record begins with a run event, not {kind!r}")
+                run = Run(path, event)
+            elif kind == "val":
+                validations[event["step"]] = Validation(event["step"], event["val_loss"], event["train_time_s"])
+            elif kind == "train":
+                train_events[event["step"]] = event
+            elif kind == "end":
+                run.end = event
+            elif kind == "resume":
+                run.end = None
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise RecordError(f"{path}, line {number}: not an event of a run record ({error!r})") from error
+    if run is None:
+        raise RecordError(f"{path} holds no event")
+    run.validations = [validations[step] for step in sorted(validations)]
+    run.train_events = [train_events[step] for step in sorted(train_events)]
+    return run
+
+
+def read_folder(folder: Path) -> tuple[list[Run], list[RecordError]]:
+    """All records below a folder in order of their names, and what could not be read."""
+    runs, errors = [], []
+    for path in sorted(folder.rglob("*.jsonl")):
+        try:
+            runs.append(read_record(path))
+        except RecordError as error:
+            errors.append(error)
+    return runs, errors
+
+
+def by_optimizer(runs: Iterable[Run]) -> dict[str, list[Run]]:
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.start["optimizer"], []).append(run)
+    return groups
