@@ -55,7 +55,7 @@ SCHEDULES = {
                 (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
             ),
             norm_margin=1.02,
-            max_error=0.1412,
+            max_error=0.1534,
             min_singular_value=1e-3,
             source="https://arxiv.org/abs/2505.16932, five steps with safety 0.02 and cushion 2, as in "
             "https://github.com/KellerJordan/modded-nanogpt/blob/f411b3d/train_gpt.py",
@@ -74,7 +74,7 @@ SCHEDULES = {
             coefficients=(),
             norm_margin=1.0,
             max_error=1e-12,
-            min_singular_value=1e-10,
+            min_singular_value=1e-6,  # below lies the rounding of float32 input
             source="exact: torch.linalg.svd in float64",
         ),
     )
@@ -105,8 +105,9 @@ def polar(X_KMN: Tensor, schedule: PolarSchedule, dtype: torch.dtype = torch.flo
 
     Returns:
         (K, M, N) float32. Singular values s >= schedule.min_singular_value * ||X||_F come out within
-        schedule.max_error of 1 (plus rounding in dtype), smaller ones below 1, zero ones at 0: a zero matrix gives
-        zeros, a rank-1 matrix u v^T. Scale does not matter down to ||X||_F = 1e-20. NaN and Inf give NaN.
+        schedule.max_error of 1, smaller ones below 1, zero ones at 0: a zero matrix gives zeros, a rank-1 matrix
+        u v^T. Rounding adds up to 1e-4 in float32 and 0.1 in bfloat16. Scale does not matter down to
+        ||X||_F = 1e-20. NaN and Inf give NaN.
 
     Cost: with m = min(M, N), n = max(M, N), (4 n/m + 2) m^3 FLOPs a step and matrix. No host sync.
     """

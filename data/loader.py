@@ -97,7 +97,7 @@ class TokenLoader:
         Raises:
             ShardError: the shards are used up; open_run_data() checks that beforehand.
         """
-        if len(self.shards[self.shard_index]) - self.position < self.batch_tokens + 2:
+        while len(self.shards[self.shard_index]) - self.position < self.batch_tokens + 2:
             if self.shard_index + 1 == len(self.shards):
                 raise ShardError("the train shards are used up")
             self.shard_index, self.position = self.shard_index + 1, 0

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import pickle
 import secrets
 import shutil
 from collections.abc import Callable
@@ -61,7 +62,7 @@ def newest_checkpoint(out: Path, identity: dict[str, str], say: Callable[[str], 
             if hashlib.sha256((folder / "state.pt").read_bytes()).hexdigest() != manifest["sha256"]:
                 raise ValueError("its bytes do not match its manifest")
             state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
             say(f"resume: {folder} is damaged ({first_line(error)}), trying an older one")
             continue
         differing = {key: folder for key, value in identity.items() if state["identity"][key] != value}

@@ -1,0 +1,127 @@
+"""A tiny track that trains in seconds, and helpers to run the trainer in this process or in one of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data.shards import write_shard
+
+ROOT = Path(__file__).resolve().parent.parent
+OPTIMIZERS = ["adamw", "muon", "normuon", "unormuon", "aurora"]
+
+TINY_TRACK = """
+[model]
+vocab_size = 64
+num_layers = 2
+model_dim = 32
+num_heads = 2
+seq_len = 32
+mlp_expansion = 4
+rope_base = 1024
+attention_scale = 0.5
+logit_softcap = 15
+activation_dtype = "float32"
+
+[data]
+train = "{folder}/tiny_train_*.bin"
+val = "{folder}/tiny_val_*.bin"
+
+[train]
+steps = 30
+batch_tokens = 512
+micro_batch = 4
+compile = "auto"
+log_every = 5
+checkpoint_every = 0
+
+[eval]
+tokens = 512
+every = 10
+late_every = 5
+late_frac = 0.4
+target = 3.9
+
+[schedule]
+cooldown_frac = 0.4
+final_lr_frac = 0.0
+"""
+
+TINY_OPTIMIZER = """
+[optimizer.{name}]
+lr = {lr}
+weight_decay = 0.01
+embed_lr = 0.003
+head_lr = 0.003
+vector_lr = 0.003
+aux_betas = [0.9, 0.95]
+aux_eps = 1e-10
+aux_weight_decay = 0.0
+"""
+
+
+def markov_tokens(num_tokens: int, seed: int, vocab_size: int = 64) -> np.ndarray:
+    """Tokens that a model can learn something about: each mostly follows from the one before."""
+    generator = np.random.default_rng(seed)
+    noise = generator.integers(0, vocab_size, num_tokens)
+    is_noise = generator.random(num_tokens) < 0.3
+    tokens = np.zeros(num_tokens, dtype=np.uint16)
+    for i in range(1, num_tokens):
+        tokens[i] = noise[i] if is_noise[i] else (tokens[i - 1] * 7 + 3) % vocab_size
+    return tokens
+
+
+@pytest.fixture(scope="session")
+def tiny_track(tmp_path_factory) -> Path:
+    """Path of a config whose shards lie beside it: two train shards of 20 and 15 steps, one validation shard."""
+    folder = tmp_path_factory.mktemp("tiny")
+    write_shard(folder / "tiny_train_000001.bin", markov_tokens(20 * 512 + 100, seed=1))
+    write_shard(folder / "tiny_train_000002.bin", markov_tokens(15 * 512 + 2, seed=2))
+    write_shard(folder / "tiny_val_000000.bin", markov_tokens(1000, seed=3))
+    tables = [TINY_OPTIMIZER.format(name=name, lr=0.003 if name == "adamw" else 0.02) for name in OPTIMIZERS]
+    config = folder / "tiny.toml"
+    config.write_text(TINY_TRACK.format(folder=folder) + "".join(tables))
+    return config
+
+
+@pytest.fixture(autouse=True)
+def fixed_threads():
+    """Bits depend on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def train_here(config: Path, out: Path, *args: str) -> int:
+    """Run the trainer in this process; returns its exit code."""
+    import train_gpt
+
+    return train_gpt.main(["--config", str(config), "--out", str(out), *args])
+
+
+def start_process(*command: str) -> subprocess.Popen:
+    """Start a Python command of this project in a process of its own, with one thread a process."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def torchrun(num_processes: int) -> list[str]:
+    return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
+
+
+def events(out: Path) -> list[dict]:
+    """The events of the only record in a folder."""
+    (path,) = out.glob("*.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def losses(out: Path) -> list[tuple[int, float]]:
+    return [(event["step"], event["val_loss"]) for event in events(out) if event["event"] == "val"]

@@ -1,0 +1,137 @@
+"""Tracks load with every optimizer; whatever is wrong in one is named."""
+
+import re
+
+import pytest
+
+import train_gpt
+from configs.schema import Exit, HarnessError, load_config
+from tests.conftest import OPTIMIZERS, ROOT, train_here
+
+TRACKS = sorted((ROOT / "configs").glob("*.toml"))
+
+
+def test_there_are_tracks():
+    assert {"quick.toml", "gpt2_small.toml"} <= {path.name for path in TRACKS}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("track", TRACKS, ids=lambda path: path.stem)
+def test_every_track_builds_every_optimizer(track, optimizer):
+    config = load_config(track, optimizer)
+    assert train_gpt.checked_hparams(config)["lr"] == config.hparams["lr"]
+
+
+def test_overrides_take_toml_values_and_plain_words(tiny_track):
+    overrides = ["train.steps=7", "eval.target=3", "data.train=some/where_*.bin", "optimizer.muon.nesterov=false"]
+    config = load_config(tiny_track, "muon", overrides)
+    assert (config.train.steps, config.eval.target, config.data.train) == (7, 3.0, "some/where_*.bin")
+    assert isinstance(config.eval.target, float) and config.hparams["nesterov"] is False
+
+
+BAD_VALUES = [
+    ("eval.target=abc", "eval.target must be a number, got 'abc'"),
+    ("eval.target=nan", "eval.target must be a positive, finite loss"),
+    ("train.steps=ten", "train.steps must be a whole number, got 'ten'"),
+    ("train.steps=1.5", "train.steps must be a whole number, got 1.5"),
+    ("train.steps=0", "train.steps must be at least 1, got 0"),
+    ("train.stepz=10", "train has an unknown key 'stepz', did you mean 'steps'"),
+    ("trian.steps=10", "no table 'trian', did you mean 'train'"),
+    ("steps=10", "must look like train.steps=100"),
+    ("train.steps", "must look like train.steps=100"),
+    ("train.batch_tokens=500", "train.batch_tokens must be a multiple of model.seq_len = 32, got 500"),
+    ("train.micro_batch=3", "micro_batch = 3 does not divide the 16 sequences"),
+    ("train.compile=maybe", "train.compile must be auto, on or off, got 'maybe'"),
+    ("model.num_heads=3", "must be a multiple of 4"),
+    ("model.num_heads=0", "model.num_heads must be at least 1"),
+    ("model.activation_dtype=float16", "float32 or bfloat16"),
+    ("model.vocab_size=70000", "at most 65536"),
+    ("schedule.cooldown_frac=2", "schedule.cooldown_frac must be in"),
+    ("optimizer.muon.momentun=0.9", "optimizer.muon has an unknown key 'momentun', did you mean 'momentum'"),
+    ("optimizer.muon.lr=fast", "optimizer.muon.lr must be a number, got 'fast'"),
+    ("optimizer.muon.lr=-1", "optimizer.muon: lr must be at least 0"),
+    ("optimizer.muon.nesterov=1", "optimizer.muon.nesterov must be true or false, got 1"),
+    ("optimizer.muon.aux_betas=[0.9]", "aux_betas must be two numbers"),
+    ("optimizer.muon.aux_betas=[0.9, 1.5]", "optimizer.muon: Invalid beta"),
+    ("optimizer.muon.polar_schedule=ns9", "polar_schedule must be one of ns5_jordan"),
+    ("optimizer.muon.warmup_steps=-1", "warmup_steps must be at least 0"),
+]
+
+
+@pytest.mark.parametrize("override, message", BAD_VALUES)
+def test_bad_value_exits_2_with_one_line_before_anything_is_written(tiny_track, tmp_path, capsys, override, message):
+    assert train_here(tiny_track, tmp_path / "out", "--optimizer", "muon", "--set", override) == Exit.CONFIG
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert message in error
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_unknown_optimizer_is_answered_with_the_nearest_name(tiny_track, tmp_path, capsys):
+    assert train_here(tiny_track, tmp_path, "--optimizer", "munon") == Exit.CONFIG
+    assert "unknown optimizer 'munon', did you mean 'muon'" in capsys.readouterr().err
+
+
+def test_table_of_a_rule_that_does_not_exist_is_refused(tiny_track, tmp_path, capsys):
+    config = tmp_path / "c.toml"
+    config.write_text(tiny_track.read_text().replace("[optimizer.muon]", "[optimizer.moon]"))
+    assert train_here(config, tmp_path, "--optimizer", "moon") == Exit.CONFIG
+    assert "[optimizer.moon]: no such rule" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("section", ["model", "data", "train", "eval", "schedule"])
+def test_missing_table_or_key_is_named(tiny_track, tmp_path, section):
+    text = tiny_track.read_text()
+    without_table = re.sub(rf"\[{section}\]\n(?:[^\[\n].*\n)*", "", text)
+    config = tmp_path / "c.toml"
+    config.write_text(without_table)
+    with pytest.raises(HarnessError, match=f"lacks the key '{section}'"):
+        load_config(config, "muon")
+    key = re.search(rf"\[{section}\]\n(\w+)", text).group(1)
+    config.write_text(re.sub(rf"(\[{section}\]\n).*\n", r"\1", text))
+    with pytest.raises(HarnessError, match=f"{section} lacks the key '{key}'"):
+        load_config(config, "muon")
+
+
+@pytest.mark.parametrize("content, message", [(None, "cannot be read"), ("a = [", "not valid TOML")])
+def test_unreadable_config_exits_2(tmp_path, capsys, content, message):
+    config = tmp_path / "c.toml"
+    if content:
+        config.write_text(content)
+    assert train_here(config, tmp_path) == Exit.CONFIG
+    assert message in capsys.readouterr().err
+
+
+def test_gpt2_small_is_the_public_task():
+    config = load_config(ROOT / "configs/gpt2_small.toml", "muon")
+    assert (config.train.steps, config.train.batch_tokens, config.eval.tokens) == (3250, 524288, 10485760)
+    assert (config.eval.target, config.schedule.cooldown_frac) == (3.28, 0.7)
+    steps = train_gpt.validation_steps(config)
+    expected = {s for s in range(3250) if s % (125 if s / 3250 < 0.9 else 25) == 0} | {3250}
+    assert steps == expected
+
+
+def test_lr_schedule_is_flat_then_linear_with_the_optimizers_own_warm_up(tiny_track):
+    overrides = ["train.steps=100", "schedule.cooldown_frac=0.4", "optimizer.muon.warmup_steps=4"]
+    config = load_config(tiny_track, "muon", overrides)
+    scales = [train_gpt.lr_scale(step, config) for step in range(100)]
+    assert scales[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert set(scales[4:60]) == {1.0}
+    assert scales[80] == pytest.approx(0.5) and scales[99] == pytest.approx(0.025)
+    config = load_config(tiny_track, "muon", ["train.steps=100", "schedule.final_lr_frac=0.1"])
+    assert train_gpt.lr_scale(99, config) == pytest.approx(0.1 + 0.9 * 0.01 / 0.4)
+
+
+def test_dry_run_of_gpt2_small_counts_parameters_tokens_and_shards(tmp_path, capsys):
+    assert train_here(ROOT / "configs/gpt2_small.toml", tmp_path, "--optimizer", "muon", "--dry-run") == 0
+    report = capsys.readouterr().out
+    for role, count, settings in [
+        ("embed", "38,633,472", ["AdamW", "0.7", "0.001"]),
+        ("head", "38,633,472", ["AdamW", "0.004", "0.001"]),
+        ("matrix", "84,934,656", ["Muon", "0.025", "0.05"]),
+    ]:
+        (line,) = [line for line in report.splitlines() if line.startswith(role)]
+        assert count in line and line.split()[-3:] == settings
+    assert "head's bias of 50,304" in report
+    assert "3,250 steps x 524,288 = 1,703,936,000" in report and "18 shards" in report
+    assert "memory of a rank, GiB" in report

@@ -1,0 +1,194 @@
+"""Shard format, offline corpus and the loader's stream."""
+
+import hashlib
+
+import numpy as np
+import pytest
+
+from data import local
+from data.loader import TokenLoader, open_run_data, steps_in_shard
+from data.shards import MAGIC, ShardError, open_shard, verify_shard, write_shard
+
+
+def shard_bytes(tokens=(1, 2, 3), magic=MAGIC, version=1, num_tokens=None, dtype="<u2"):
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = magic, version, len(tokens) if num_tokens is None else num_tokens
+    return header.tobytes() + np.array(tokens, dtype=dtype).tobytes()
+
+
+def test_write_then_open_gives_the_tokens_back(tmp_path):
+    tokens = np.random.default_rng(0).integers(0, 65536, 1000).astype(np.uint16)
+    write_shard(tmp_path / "a.bin", tokens)
+    assert (tmp_path / "a.bin").read_bytes() == shard_bytes(tokens)
+    assert np.array_equal(open_shard(tmp_path / "a.bin"), tokens)
+    info = verify_shard(tmp_path / "a.bin", vocab_size=65536)
+    assert info == ("a.bin", 1000, int(tokens.max()), hashlib.sha256(tokens.astype("<u2").tobytes()).hexdigest())
+    assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "0 bytes, less than its 1024-byte header"),
+        (shard_bytes()[:1023], "1023 bytes"),
+        (shard_bytes()[:-1], "claims 3 tokens, so 1030 bytes, but has 1029"),
+        (shard_bytes() + b"\0\0", "but has 1032"),
+        (shard_bytes(magic=20240801), "magic number 20240801, expected 20240520"),
+        (shard_bytes(version=2), "version 2, expected 1"),
+        (shard_bytes(num_tokens=-1), "claims -1 tokens"),
+        (shard_bytes(num_tokens=2**31 - 1), "claims 2147483647 tokens"),
+        (shard_bytes((), num_tokens=0), "claims 0 tokens"),
+        (shard_bytes(dtype="<u4"), "but has 1036"),
+    ],
+)
+def test_open_refuses_broken_shards_naming_file_and_finding(tmp_path, content, message):
+    path = tmp_path / "bad.bin"
+    path.write_bytes(content)
+    with pytest.raises(ShardError, match=message) as error:
+        open_shard(path)
+    assert str(path) in str(error.value)
+
+
+def test_open_refuses_a_missing_shard(tmp_path):
+    with pytest.raises(ShardError, match="gone.bin cannot be read: No such file"):
+        open_shard(tmp_path / "gone.bin")
+
+
+def test_verify_names_the_first_token_outside_the_vocabulary(tmp_path):
+    write_shard(tmp_path / "a.bin", np.array([1, 2, 99, 98], dtype=np.uint16))
+    with pytest.raises(ShardError, match="token 99 at position 2, but the model's vocab_size is 50"):
+        verify_shard(tmp_path / "a.bin", vocab_size=50)
+    assert verify_shard(tmp_path / "a.bin", vocab_size=100).max_token == 99
+
+
+def test_write_refuses_what_does_not_fit_and_leaves_nothing(tmp_path):
+    for tokens in (np.array([-1]), np.array([65536]), np.zeros((2, 2), dtype=np.uint16)):
+        with pytest.raises(ShardError):
+            write_shard(tmp_path / "a.bin", tokens)
+    assert not list(tmp_path.iterdir())
+
+
+def write_shards(folder, sizes):
+    start = 0
+    for number, size in enumerate(sizes):
+        write_shard(folder / f"t_train_{number:06d}.bin", np.arange(start, start + size) % 60000)
+        start += size
+    write_shard(folder / "t_val_000000.bin", np.arange(200))
+
+
+def run_data(folder, steps, batch_tokens=20, val_tokens=100):
+    patterns = f"{folder}/t_train_*.bin", f"{folder}/t_val_*.bin"
+    return open_run_data(*patterns, steps, batch_tokens, val_tokens, vocab_size=65536)
+
+
+def public_stream(sizes, batch_tokens):
+    """The public benchmark's loader: move on when position + batch + 1 reaches the end of the shard."""
+    starts, shard_start = [], 0
+    for size in sizes:
+        position = 0
+        while position + batch_tokens + 1 < size:
+            starts.append(shard_start + position)
+            position += batch_tokens
+        shard_start += size
+    return starts
+
+
+@pytest.mark.parametrize("sizes", [(101, 62, 61), (22, 21, 20, 40, 42), (100,), (161, 20, 22)])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_loader_gives_the_public_stream_to_any_number_of_ranks(tmp_path, sizes, world_size):
+    write_shards(tmp_path, sizes)
+    starts = public_stream(sizes, 20)
+    assert sum(steps_in_shard(size, 20) for size in sizes) == len(starts)
+    data = run_data(tmp_path, steps=len(starts))
+    loaders = [TokenLoader(data.train_shards, 20, rank, world_size) for rank in range(world_size)]
+    for start in starts:
+        windows = [loader.next_window() for loader in loaders]
+        inputs = np.concatenate([window[:-1] for window in windows])
+        targets = np.concatenate([window[1:] for window in windows])
+        assert np.array_equal(inputs, np.arange(start, start + 20))
+        assert np.array_equal(targets, np.arange(start + 1, start + 21))
+    with pytest.raises(ShardError, match="used up"):
+        loaders[0].next_window()
+
+
+def test_public_benchmark_shard_gives_190_steps():
+    assert steps_in_shard(100_000_000, 524_288) == 190
+
+
+def test_loader_state_continues_in_mid_shard_and_at_its_edge(tmp_path):
+    write_shards(tmp_path, (101, 101))
+    data = run_data(tmp_path, steps=8)
+    for cut in range(8):
+        whole, resumed = (TokenLoader(data.train_shards, 20, 0, 1) for _ in range(2))
+        for _ in range(cut):
+            whole.next_window()
+        resumed.load_state_dict(whole.state_dict())
+        assert np.array_equal(whole.next_window(), resumed.next_window())
+
+
+def test_run_data_counts_steps_and_opens_only_what_it_needs(tmp_path):
+    write_shards(tmp_path, (101, 101, 101))
+    assert len(run_data(tmp_path, steps=4).train_shards) == 1
+    assert len(run_data(tmp_path, steps=5).train_shards) == 2
+    assert len(run_data(tmp_path, steps=12).train_shards) == 3
+    with pytest.raises(ShardError, match="13 steps of 20 tokens need 260 tokens, but the 3 shards .* 12 steps"):
+        run_data(tmp_path, steps=13)
+    with pytest.raises(ShardError, match="validation on 200 tokens needs one more, .* holds 200"):
+        run_data(tmp_path, steps=1, val_tokens=200)
+
+
+def test_stream_id_depends_on_content_not_on_how_many_shards_are_needed(tmp_path):
+    write_shards(tmp_path, (101, 101))
+    short, long = run_data(tmp_path, steps=4).describe(), run_data(tmp_path, steps=8).describe()
+    assert short["stream_id"] == long["stream_id"] and short["fingerprint"] != long["fingerprint"]
+    write_shard(tmp_path / "t_val_000000.bin", np.arange(1, 201))
+    assert run_data(tmp_path, steps=4).describe()["stream_id"] != short["stream_id"]
+
+
+@pytest.fixture
+def small_library(tmp_path):
+    root = tmp_path / "lib"
+    for name in ("a.py", "b.py", "pkg/c.py", "pkg/test/d.py", "encodings/e.py", "_sysconfigdata_x.py", "f.txt"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(f"# {name}\n" * 200)
+    return root
+
+
+def test_standard_library_files_leave_out_tests_and_generated_files(small_library):
+    assert local.standard_library_files(small_library) == ["a.py", "b.py", "pkg/c.py"]
+
+
+def test_standard_library_split_holds_every_byte_once_and_no_file_in_both(small_library, monkeypatch):
+    monkeypatch.setattr(local, "is_validation", lambda path: path == "b.py")
+    train, val = local.standard_library_split(small_library)
+    passages = {split: set(text.split(b"\0")[1:]) for split, text in (("train", train), ("val", val))}
+    expected = {"train": ["a.py", "pkg/c.py"], "val": ["b.py"]}
+    for split, names in expected.items():
+        texts = [(small_library / name).read_bytes() for name in names]
+        whole = {text[i : i + local.PASSAGE_BYTES] for text in texts for i in range(0, len(text), local.PASSAGE_BYTES)}
+        assert passages[split] == whole
+    assert (train, val) == local.standard_library_split(small_library)
+
+
+def test_local_corpus_of_this_python_is_written_deterministically(tmp_path):
+    for name in ("one", "two"):
+        assert local.main(["--out", str(tmp_path / name)]) == 0
+    for split in ("train", "val"):
+        one, two = (tmp_path / name / f"local_{split}_000000.bin" for name in ("one", "two"))
+        assert one.read_bytes() == two.read_bytes()
+        assert len(open_shard(one)) > 100_000
+        assert verify_shard(one, vocab_size=256).max_token < 256
+
+
+def test_own_text_keeps_the_end_of_every_file_for_validation(tmp_path, capsys):
+    (tmp_path / "mine.txt").write_bytes(b"x" * 900 + b"y" * 100)
+    assert local.main(["--text", str(tmp_path / "mine.txt"), "--out", str(tmp_path / "out")]) == 0
+    train = bytes(open_shard(tmp_path / "out" / "local_train_000000.bin").astype(np.uint8))
+    val = bytes(open_shard(tmp_path / "out" / "local_val_000000.bin").astype(np.uint8))
+    assert sorted(train.split(b"\0")) == sorted([b"", b"x" * 512, b"x" * 388]) and val == b"\0" + b"y" * 100
+    assert "--set data.train=" in capsys.readouterr().out
+
+
+def test_own_text_that_is_missing_is_an_error_in_one_line(tmp_path, capsys):
+    assert local.main(["--text", str(tmp_path / "gone.txt"), "--out", str(tmp_path)]) == 3
+    assert "gone.txt cannot be read" in capsys.readouterr().err

@@ -1,0 +1,112 @@
+"""The model against an independent plain implementation, and what it must never do."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import train_gpt
+from configs.schema import load_config
+from tests import reference
+from tests.conftest import ROOT
+
+
+def model_with_random_weights(config):
+    """Zero-initialised projections would hide most of the model: give every parameter some weight."""
+    model = train_gpt.GPT(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * 0.05)
+    return model
+
+
+@pytest.fixture(params=["tiny", "gpt2_small, fewer and narrower layers"])
+def config(request, tiny_track):
+    if request.param == "tiny":
+        return load_config(tiny_track, "muon").model
+    config = load_config(ROOT / "configs/gpt2_small.toml", "muon").model
+    return dataclasses.replace(config, num_layers=2, model_dim=256, num_heads=2, seq_len=96, activation_dtype="float32")
+
+
+def tokens_for(config, batch=2, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(config.vocab_size, (batch, config.seq_len), generator=generator)
+
+
+def test_logits_equal_plain_implementation(config):
+    model, tokens = model_with_random_weights(config), tokens_for(config)
+    ours = model.logits(tokens)
+    plain = reference.gpt_logits(model.state_dict(), config, tokens)
+    assert plain.std() > 0.1
+    torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
+
+
+def test_loss_and_gradients_equal_plain_implementation_in_float64(config):
+    model, tokens = model_with_random_weights(config), tokens_for(config)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    loss = model(inputs, targets)
+    loss.backward()
+    weights = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
+    plain = reference.gpt_loss(weights, config, inputs, targets)
+    plain.backward()
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-5)
+    for name, p in model.named_parameters():
+        scale = weights[name].grad.abs().max().item()
+        torch.testing.assert_close(
+            p.grad.double(), weights[name].grad, atol=2e-4 * scale, rtol=0, msg=lambda m: m + name
+        )  # noqa: B023
+
+
+def test_later_tokens_do_not_change_earlier_logits(config):
+    model, tokens = model_with_random_weights(config), tokens_for(config)
+    changed = tokens.clone()
+    changed[:, 20:] = (changed[:, 20:] + 1) % config.vocab_size
+    before, after = model.logits(tokens), model.logits(changed)
+    torch.testing.assert_close(before[:, :20], after[:, :20], atol=1e-5, rtol=0)
+    assert not torch.allclose(before[:, 20:], after[:, 20:], atol=1e-3)
+
+
+def test_logits_are_soft_capped(config):
+    model = model_with_random_weights(config)
+    with torch.no_grad():
+        model.head.bias.add_(1000.0)
+    assert model.logits(tokens_for(config)).max() <= config.logit_softcap
+
+
+def test_init_is_the_benchmarks_and_depends_on_the_seed_alone(tiny_track):
+    config = dataclasses.replace(load_config(tiny_track, "muon").model, vocab_size=4096, model_dim=256)
+    model, same, other = (train_gpt.GPT(config) for _ in range(3))
+    model.init_weights(5)
+    torch.manual_seed(99)
+    same.init_weights(5)
+    other.init_weights(6)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), same.parameters(), strict=True))
+    assert not torch.equal(model.embed.weight, other.embed.weight)
+    for name, p in model.named_parameters():
+        if name in ("head.weight",) or name.endswith(("attention.out.weight", "mlp.down.weight", "bias")):
+            assert not p.any(), name
+        elif name.endswith("gain"):
+            assert torch.equal(p, torch.ones_like(p))
+        else:
+            expected = 1.0 if name == "embed.weight" else (0.33 / p.shape[1]) ** 0.5
+            assert p.std().item() == pytest.approx(expected, rel=0.02), name
+    tokens = tokens_for(config)
+    assert model(tokens, tokens).item() / tokens.numel() == pytest.approx(torch.tensor(4096.0).log().item(), rel=1e-6)
+
+
+def test_roles_cover_every_parameter_and_leave_no_matrix_out(config):
+    model = train_gpt.GPT(config)
+    roles = {param.name: param.role for param in model.roles()}
+    assert set(roles) == {name for name, _ in model.named_parameters()}
+    for name, p in model.named_parameters():
+        expected = {"embed.weight": "embed", "head.weight": "head"}.get(name, "matrix" if p.ndim == 2 else "vector")
+        assert roles[name] == expected
+
+
+def test_bfloat16_activations_leave_weights_and_logits_in_float32(config):
+    model = model_with_random_weights(dataclasses.replace(config, activation_dtype="bfloat16"))
+    tokens = tokens_for(config)
+    logits = model.logits(tokens)
+    assert logits.dtype == torch.float32 and all(p.dtype == torch.float32 for p in model.parameters())
+    torch.testing.assert_close(logits, reference.gpt_logits(model.state_dict(), config, tokens), atol=0.15, rtol=0.05)
