@@ -784,8 +784,9 @@ class Console:
         train_s = self.clock.running_train_s()
         validation_s = self.clock.spent_s("val") / max(1, self.num_validations)
         eta_s = (self.steps - step) * train_s / step + validations_left * validation_s
+        step_avg_ms = 1000 * train_s / step
         self.ranks.say(
-            f"step:{step}/{self.steps} train_time:{train_s:.3f}s step_avg:{1000 * train_s / step:.2f}ms eta:{eta_s:.0f}s"
+            f"step:{step}/{self.steps} train_time:{train_s:.3f}s step_avg:{step_avg_ms:.2f}ms eta:{eta_s:.0f}s"
         )
 
 

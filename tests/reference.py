@@ -27,11 +27,13 @@ def muon(X, state, polar):
 
 
 def normuon(X, state, polar, beta2=0.95, eps=1e-10):
-    O = polar(X)
-    state["v"] = beta2 * state.get("v", torch.zeros(X.shape[0], dtype=torch.float64)) + (1 - beta2) * (O**2).mean(1)
-    scaled = O / (state["v"].sqrt() + eps)[:, None]
+    factor = polar(X)
+    state["v"] = beta2 * state.get("v", torch.zeros(X.shape[0], dtype=torch.float64)) + (1 - beta2) * (factor**2).mean(
+        1
+    )
+    scaled = factor / (state["v"].sqrt() + eps)[:, None]
     norm = scaled.norm()
-    return scaled * (O.norm() / norm) if norm > 0 else scaled
+    return scaled * (factor.norm() / norm) if norm > 0 else scaled
 
 
 def unormuon(X, state, polar):

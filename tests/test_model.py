@@ -52,10 +52,8 @@ def test_loss_and_gradients_equal_plain_implementation_in_float64(config):
     plain.backward()
     assert loss.item() == pytest.approx(plain.item(), rel=1e-5)
     for name, p in model.named_parameters():
-        scale = weights[name].grad.abs().max().item()
-        torch.testing.assert_close(
-            p.grad.double(), weights[name].grad, atol=2e-4 * scale, rtol=0, msg=lambda m: m + name
-        )  # noqa: B023
+        error = (p.grad.double() - weights[name].grad).abs().max() / weights[name].grad.abs().max()
+        assert error < 2e-4, name
 
 
 def test_later_tokens_do_not_change_earlier_logits(config):

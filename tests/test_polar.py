@@ -61,9 +61,9 @@ def test_polar_of_stack_equals_each_alone(name):
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_polar_of_zero_is_zero_and_does_not_disturb_its_stack(name):
     X = torch.stack([random_matrix((40, 16)), torch.zeros(40, 16)])
-    O = polar(X, SCHEDULES[name])
-    assert torch.equal(O[1], torch.zeros(40, 16))
-    torch.testing.assert_close(O[0], polar(X[:1], SCHEDULES[name])[0], atol=2e-6, rtol=0)
+    result = polar(X, SCHEDULES[name])
+    assert torch.equal(result[1], torch.zeros(40, 16))
+    torch.testing.assert_close(result[0], polar(X[:1], SCHEDULES[name])[0], atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

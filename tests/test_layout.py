@@ -1,0 +1,70 @@
+"""Rules of the architecture that a reader relies on."""
+
+import ast
+import sys
+
+import pytest
+
+from results.record import SOURCE_MODULES
+from tests.conftest import ROOT
+
+PYTHON_FILES = [
+    path for folder in ("aurora", "configs", "data", "results", "scripts") for path in (ROOT / folder).glob("*.py")
+]
+ALLOWED = {
+    "aurora": {"torch", "aurora"},
+    "configs": set(),
+    "data": {"numpy", "data"},
+    "results": {"configs"},
+    "scripts": {"numpy", "results", "scripts"},
+}
+EXCEPTIONS = {"results/checkpoint.py": {"torch"}}
+
+
+def imported_packages(path, top_level_only=True):
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    packages = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            packages |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            packages.add(node.module.split(".")[0])
+    return packages - set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("path", PYTHON_FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_imports_go_one_way(path):
+    name = path.relative_to(ROOT).as_posix()
+    assert imported_packages(path) <= ALLOWED[path.parent.name] | EXCEPTIONS.get(name, set())
+
+
+def test_trainer_needs_torch_and_numpy_alone():
+    packages = imported_packages(ROOT / "train_gpt.py", top_level_only=False)
+    assert packages == {"torch", "numpy", "aurora", "configs", "data", "results"}
+
+
+def test_analysis_never_imports_torch():
+    for path in (ROOT / "scripts").glob("*.py"):
+        if path.name != "benchmark.py":
+            assert "torch" not in imported_packages(path, top_level_only=False), path
+
+
+def test_record_embeds_every_module_that_the_trainer_imports():
+    own = {"configs", "data", "results"}
+    seen, todo = set(), [ROOT / "train_gpt.py"]
+    while todo:
+        for node in ast.walk(ast.parse(todo.pop().read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in own:
+                path = ROOT / (node.module.replace(".", "/") + ".py")
+                if path not in seen:
+                    seen.add(path)
+                    todo.append(path)
+    # A mirror of metrics computes nothing.
+    assert {path.relative_to(ROOT).as_posix() for path in seen} == {*SOURCE_MODULES, "results/tracking.py"}
+
+
+def test_readme_shows_commands_that_exist():
+    text = (ROOT / "README.md").read_text()
+    for name in ("scripts/quickstart.sh", "scripts/test.sh", "train_gpt.py", "data/local.py", "scripts/compare.py"):
+        assert name in text and (ROOT / name).is_file()
