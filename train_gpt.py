@@ -19,7 +19,6 @@ import datetime
 import hashlib
 import math
 import os
-import secrets
 import signal
 import statistics
 import sys
@@ -65,20 +64,11 @@ from torch import Tensor, nn
 
 import aurora
 from configs.schema import Config, Exit, HarnessError, ModelConfig, load_config, typed_table
-from data.loader import RunData, TokenLoader, open_run_data, steps_in_shard
+from data.loader import RunData, TokenLoader, open_run_data
 from data.shards import ShardError
 from results.checkpoint import first_line, newest_checkpoint, save_checkpoint
-from results.record import (
-    SCHEMA,
-    RecordWriter,
-    Validation,
-    code_hash,
-    describe_git,
-    describe_machine,
-    first_at_target,
-    json_hash,
-    read_sources,
-)
+from results.describe import dry_run_report, peak_memory_mib, run_event
+from results.record import RecordWriter, Validation, first_at_target
 from results.tracking import Tracker
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -637,7 +627,12 @@ def train(args: argparse.Namespace, ranks: Ranks) -> None:
     config = dataclasses.replace(config, hparams=checked_hparams(config))
     plan = plan_batch(config, ranks.world_size)
     if args.dry_run:
-        ranks.say(dry_run_report(config, plan, ranks))
+        with torch.device("meta"):
+            model = GPT(config.model)
+        optimizers = build_optimizers(config, model)
+        ranks.say(
+            dry_run_report(config, model.roles(), optimizers, ranks.world_size, plan.micro_steps, plan.micro_batch)
+        )
         return
     check_writable(args.out)
     data = open_data(config)
@@ -647,7 +642,7 @@ def train(args: argparse.Namespace, ranks: Ranks) -> None:
     optimizers = build_optimizers(config, model)
     loader = TokenLoader(data.train_shards, config.train.batch_tokens, ranks.rank, ranks.world_size)
     run = Training(config, plan, ranks, model, optimizers, loader)
-    start = run_event(args, run, data)
+    start = run_event(config, args.config, args.seed, ranks.world_size, ranks.device, model.roles(), optimizers, data)
     identity = {key: start[key] for key in ("config", "seed", "code_hash")} | {"data": start["data"]["fingerprint"]}
     check_ranks_agree(ranks, **identity, torch=torch.__version__, weights=digest(model.state_dict()))
     checkpoint = newest_checkpoint(args.out, identity, ranks.say) if args.resume else None
@@ -713,8 +708,8 @@ def train_steps(
     save: Callable[[], None],
 ) -> None:
     """The timed loop from progress.step to the end, with validation and checkpoints off the clock between steps."""
-    config, ranks, optimizers = run.config, run.ranks, run.optimizers
-    first_step, steps, device = progress.step, config.train.steps, ranks.device
+    config, ranks = run.config, run.ranks
+    first_step, steps = progress.step, config.train.steps
     guard, log, console = Guard(run.model, ranks), StepLog(config.train.log_every, ranks), Console(config, ranks, clock)
     due = validation_steps(config) - {look.step for look in progress.validations}
     with stop_signals(guard):
@@ -742,19 +737,45 @@ def train_steps(
             if step == steps:
                 return
 
-            begin = time_mark(device)
-            batch = to_device(run.loader.next_window(), config.model.seq_len, device)
-            loss = forward_backward(model, batch, run)
-            guard.check(step, loss)
-            optimizer_begin = time_mark(device)
-            reduce_gradients(optimizers, ranks)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak_lr"] * lr_scale(step, config)
-                optimizer.step()
-            run.model.zero_grad()
-            log.add(step + 1, loss, optimizers[-1].param_groups[0]["lr"], [begin, optimizer_begin, time_mark(device)])
+            train_step(run, model, step, guard, log)
             console.tick(step + 1, sum(later > step for later in due))
+
+
+def train_step(run: Training, model: nn.Module, step: int, guard: Guard, log: StepLog) -> None:
+    """One update, from tokens to weights: all that the clock sees."""
+    device = run.ranks.device
+    begin = time_mark(device)
+    batch = to_device(run.loader.next_window(), run.config.model.seq_len, device)
+    loss = forward_backward(model, batch, run)
+    guard.check(step, loss)
+    optimizer_begin = time_mark(device)
+    reduce_gradients(run.optimizers, run.ranks)
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * lr_scale(step, run.config)
+        optimizer.step()
+    run.model.zero_grad()
+    lr = run.optimizers[-1].param_groups[0]["lr"]
+    log.add(step + 1, loss, lr, [begin, optimizer_begin, time_mark(device)])
+
+
+def end_event(status: str, run: Training, progress: Progress, clock: Clock) -> dict[str, Any]:
+    """The record's last line. Collective."""
+    hit = first_at_target(progress.validations, run.config.eval.target)
+    return {
+        "event": "end",
+        "status": status,
+        "step": progress.step,
+        "train_time_s": clock.slowest_train_s(),
+        "val_loss": progress.validations[-1].val_loss if progress.validations else None,
+        "reached_target": hit is not None,
+        "steps_to_target": hit.step if hit else None,
+        "time_to_target_s": hit.train_time_s if hit else None,
+        "untimed": {f"{account}_s": clock.spent_s(account) for account in clock.spent_ns if account != "train"},
+        "segments": progress.segments,
+        "weights_sha256": digest(run.model.state_dict()),
+        "peak_mem_mib": peak_memory_mib(run.ranks.device),
+    }
 
 
 class Console:
@@ -855,150 +876,7 @@ def check_ranks_agree(ranks: Ranks, **fields: Any) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What the record says of a run
-
-
-def run_event(args: argparse.Namespace, run: Training, data: RunData) -> dict[str, Any]:
-    """The record's first line: everything needed to judge, group and repeat the run."""
-    config, device = run.config, run.ranks.device
-    utc, sources, is_cuda = datetime.datetime.now(datetime.UTC), read_sources(args.config), device.type == "cuda"
-    described_data, machine = data.describe(), describe_machine()
-    task = {"model": vars(config.model), "batch_tokens": config.train.batch_tokens, "eval": vars(config.eval)}
-    stack = {
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "torch_threads": torch.get_num_threads(),
-        "device_name": torch.cuda.get_device_name(device) if is_cuda else machine["cpu"],
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version() if is_cuda else None,
-    }
-    return {
-        "event": "run",
-        "schema": SCHEMA,
-        "run_id": f"{args.config.stem}-{config.optimizer}-s{args.seed}-{utc:%Y%m%dT%H%M%S}-{secrets.token_hex(2)}",
-        "utc": utc.isoformat(timespec="seconds"),
-        "argv": sys.argv,
-        "config": dataclasses.asdict(config),
-        "task_hash": json_hash(task | {"data": described_data["stream_id"]}),
-        "optimizer": config.optimizer,
-        "hparams": config.hparams | {"warmup_steps": config.warmup_steps},
-        "param_groups": describe_groups(run.optimizers),
-        "seed": args.seed,
-        "world_size": run.ranks.world_size,
-        "device": device.type,
-        "params_by_role": params_by_role(run.model.roles()),
-        "git": describe_git(),
-        "code_hash": code_hash(sources),
-        "sources": sources,
-        "data": described_data,
-        "env": machine | stack,
-    }
-
-
-def end_event(status: str, run: Training, progress: Progress, clock: Clock) -> dict[str, Any]:
-    """The record's last line. Collective."""
-    hit = first_at_target(progress.validations, run.config.eval.target)
-    return {
-        "event": "end",
-        "status": status,
-        "step": progress.step,
-        "train_time_s": clock.slowest_train_s(),
-        "val_loss": progress.validations[-1].val_loss if progress.validations else None,
-        "reached_target": hit is not None,
-        "steps_to_target": hit.step if hit else None,
-        "time_to_target_s": hit.train_time_s if hit else None,
-        "untimed": {f"{account}_s": clock.spent_s(account) for account in clock.spent_ns if account != "train"},
-        "segments": progress.segments,
-        "weights_sha256": digest(run.model.state_dict()),
-        "peak_mem_mib": peak_memory_mib(run.ranks.device),
-    }
-
-
-def peak_memory_mib(device: torch.device) -> float | None:
-    """Most memory that this process held: of the GPU where there is one, else resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def params_by_role(params: list[aurora.Param]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for param in params:
-        counts[param.role] = counts.get(param.role, 0) + param.tensor.numel()
-    return counts
-
-
-def describe_groups(optimizers: list[torch.optim.Optimizer]) -> list[dict[str, Any]]:
-    """The settings of each parameter group, read back from the optimizers."""
-    return [
-        {"optimizer": type(optimizer).__name__}
-        | {key: value for key, value in group.items() if key not in ("params", "param_names")}
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-    ]
-
-
-BENCHMARK_SHARD_TOKENS = 100_000_000
-
-
-def dry_run_report(config: Config, plan: BatchPlan, ranks: Ranks) -> str:
-    """What a run would train, read and need; builds no weights and opens no data."""
-    with torch.device("meta"):
-        model = GPT(config.model)
-    params, train = model.roles(), config.train
-    optimizers = build_optimizers(config, model)
-    lines = [f"{config.optimizer}: {sum(p.tensor.numel() for p in params):,} parameters", ""]
-    lines.append(f"{'role':8}{'tensors':>8}{'weights':>14}  {'optimizer':12}{'lr':>10}{'weight_decay':>14}")
-    counts = params_by_role(params)
-    for group in describe_groups(optimizers):
-        role = group["role"]
-        tensors = sum(p.role == role for p in params)
-        lines.append(
-            f"{role:8}{tensors:>8}{counts[role]:>14,}  {group['optimizer']:12}{group['lr']:>10g}"
-            f"{group['weight_decay']:>14g}"
-        )
-    lines.append(f"vectors include the head's bias of {model.head.bias.numel():,}")
-
-    per_shard = steps_in_shard(BENCHMARK_SHARD_TOKENS, train.batch_tokens)
-    lines += [
-        "",
-        f"tokens: {train.steps:,} steps x {train.batch_tokens:,} = {train.steps * train.batch_tokens:,} for training "
-        f"({-(-train.steps // per_shard)} shards of {BENCHMARK_SHARD_TOKENS:,}), {config.eval.tokens:,} for validation",
-        f"step: {ranks.world_size} ranks x {plan.micro_steps} micro-steps x {plan.micro_batch} sequences "
-        f"x {config.model.seq_len} tokens",
-    ]
-    gib = memory_estimate_gib(config, plan, params, optimizers, ranks.world_size)
-    parts = ", ".join(f"{name} {value:.2f}" for name, value in gib.items())
-    lines.append(
-        f"memory of a rank, GiB: {sum(gib.values()):.2f} ({parts}; activations are an estimate for eager mode)"
-    )
-    return "\n".join(lines)
-
-
-def memory_estimate_gib(
-    config: Config, plan: BatchPlan, params: list[aurora.Param], optimizers: list, world_size: int
-) -> dict[str, float]:
-    """Weights, gradients and optimizer state by count; activations as what autograd keeps of one micro-step."""
-    counts, model = params_by_role(params), config.model
-    num_params, is_sharded_rule = sum(counts.values()), isinstance(optimizers[-1], aurora.MatrixOptimizer)
-    state = 2 * (num_params - counts["matrix"])  # AdamW keeps two floats a weight, a matrix rule one, on its owner
-    state += counts["matrix"] / world_size if is_sharded_rule else 2 * counts["matrix"]
-    width = 4 if model.activation_dtype == "float32" else 2
-    per_token = model.num_layers * (12 + 2 * model.mlp_expansion) * model.model_dim * width
-    per_token += model.vocab_size * (width + 5 * 4)  # logits, and float32 copies on the way to the loss and back
-    activations = plan.micro_batch * model.seq_len * per_token
-    sizes = {
-        "weights": 4 * num_params,
-        "gradients": 4 * num_params,
-        "optimizer state": 4 * state,
-        "activations": activations,
-    }
-    return {name: size / 2**30 for name, size in sizes.items()}
+# Main
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -53,7 +53,10 @@ class RecordWriter:
                 os.truncate(self.path, content.rfind(b"\n") + 1)
 
 
-SOURCE_MODULES = ["configs/schema.py", "data/loader.py", "data/shards.py", "results/checkpoint.py", "results/record.py"]
+SOURCE_MODULES = [
+    *("configs/schema.py", "data/loader.py", "data/shards.py"),
+    *("results/checkpoint.py", "results/describe.py", "results/record.py"),
+]
 
 
 def read_sources(config_path: Path) -> dict[str, str]:

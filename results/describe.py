@@ -1,0 +1,157 @@
+"""What a run says of itself: the first line of its record, and the report of a dry run."""
+
+import dataclasses
+import datetime
+import re
+import secrets
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import aurora
+from configs.schema import Config
+from data.loader import RunData, steps_in_shard
+from results.record import SCHEMA, code_hash, describe_git, describe_machine, json_hash, read_sources
+
+
+def run_event(
+    config: Config,
+    config_path: Path,
+    seed: int,
+    world_size: int,
+    device: torch.device,
+    params: list[aurora.Param],
+    optimizers: list[torch.optim.Optimizer],
+    data: RunData,
+) -> dict[str, Any]:
+    """The record's first line: everything needed to judge, group and repeat the run."""
+    utc, sources, is_cuda = datetime.datetime.now(datetime.UTC), read_sources(config_path), device.type == "cuda"
+    described_data, machine = data.describe(), describe_machine()
+    task = {"model": vars(config.model), "batch_tokens": config.train.batch_tokens, "eval": vars(config.eval)}
+    stack = {
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "torch_threads": torch.get_num_threads(),
+        "device_name": torch.cuda.get_device_name(device) if is_cuda else machine["cpu"],
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if is_cuda else None,
+    }
+    return {
+        "event": "run",
+        "schema": SCHEMA,
+        "run_id": f"{re.sub('[^A-Za-z0-9._-]', '-', config_path.stem)}-{config.optimizer}-s{seed}-{utc:%Y%m%dT%H%M%S}-{secrets.token_hex(2)}",
+        "utc": utc.isoformat(timespec="seconds"),
+        "argv": sys.argv,
+        "config": dataclasses.asdict(config),
+        "task_hash": json_hash(task | {"data": described_data["stream_id"]}),
+        "optimizer": config.optimizer,
+        "hparams": config.hparams | {"warmup_steps": config.warmup_steps},
+        "param_groups": describe_groups(optimizers),
+        "seed": seed,
+        "world_size": world_size,
+        "device": device.type,
+        "params_by_role": params_by_role(params),
+        "git": describe_git(),
+        "code_hash": code_hash(sources),
+        "sources": sources,
+        "data": described_data,
+        "env": machine | stack,
+    }
+
+
+def peak_memory_mib(device: torch.device) -> float | None:
+    """Most memory that this process held: of the GPU where there is one, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def params_by_role(params: list[aurora.Param]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for param in params:
+        counts[param.role] = counts.get(param.role, 0) + param.tensor.numel()
+    return counts
+
+
+def describe_groups(optimizers: list[torch.optim.Optimizer]) -> list[dict[str, Any]]:
+    """The settings of each parameter group, read back from the optimizers."""
+    return [
+        {"optimizer": type(optimizer).__name__}
+        | {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+    ]
+
+
+BENCHMARK_SHARD_TOKENS = 100_000_000
+
+
+def dry_run_report(
+    config: Config,
+    params: list[aurora.Param],
+    optimizers: list[torch.optim.Optimizer],
+    world_size: int,
+    micro_steps: int,
+    micro_batch: int,
+) -> str:
+    """What a run would train, read and need."""
+    train = config.train
+    lines = [f"{config.optimizer}: {sum(p.tensor.numel() for p in params):,} parameters", ""]
+    lines.append(f"{'role':8}{'tensors':>8}{'weights':>14}  {'optimizer':12}{'lr':>10}{'weight_decay':>14}")
+    counts = params_by_role(params)
+    for group in describe_groups(optimizers):
+        role = group["role"]
+        tensors = sum(p.role == role for p in params)
+        lines.append(
+            f"{role:8}{tensors:>8}{counts[role]:>14,}  {group['optimizer']:12}{group['lr']:>10g}"
+            f"{group['weight_decay']:>14g}"
+        )
+    lines.append(f"vectors include the head's bias of {config.model.vocab_size:,}")
+
+    per_shard = steps_in_shard(BENCHMARK_SHARD_TOKENS, train.batch_tokens)
+    lines += [
+        "",
+        f"tokens: {train.steps:,} steps x {train.batch_tokens:,} = {train.steps * train.batch_tokens:,} for training "
+        f"({-(-train.steps // per_shard)} shards of {BENCHMARK_SHARD_TOKENS:,}), {config.eval.tokens:,} for validation",
+        f"step: {world_size} ranks x {micro_steps} micro-steps x {micro_batch} sequences "
+        f"x {config.model.seq_len} tokens",
+    ]
+    gib = memory_estimate_gib(config, params, optimizers, world_size, micro_batch)
+    parts = ", ".join(f"{name} {value:.2f}" for name, value in gib.items())
+    lines.append(
+        f"memory of a rank, GiB: {sum(gib.values()):.2f} ({parts}; activations are an estimate for eager mode)"
+    )
+    return "\n".join(lines)
+
+
+def memory_estimate_gib(
+    config: Config,
+    params: list[aurora.Param],
+    optimizers: list[torch.optim.Optimizer],
+    world_size: int,
+    micro_batch: int,
+) -> dict[str, float]:
+    """Weights, gradients and optimizer state by count; activations as what autograd keeps of one micro-step."""
+    counts, model = params_by_role(params), config.model
+    num_params, is_sharded_rule = sum(counts.values()), isinstance(optimizers[-1], aurora.MatrixOptimizer)
+    state = 2 * (num_params - counts["matrix"])  # AdamW keeps two floats a weight, a matrix rule one, on its owner
+    state += counts["matrix"] / world_size if is_sharded_rule else 2 * counts["matrix"]
+    width = 4 if model.activation_dtype == "float32" else 2
+    per_token = model.num_layers * (12 + 2 * model.mlp_expansion) * model.model_dim * width
+    per_token += model.vocab_size * (width + 5 * 4)  # logits, and float32 copies on the way to the loss and back
+    activations = micro_batch * model.seq_len * per_token
+    sizes = {
+        "weights": 4 * num_params,
+        "gradients": 4 * num_params,
+        "optimizer state": 4 * state,
+        "activations": activations,
+    }
+    return {name: size / 2**30 for name, size in sizes.items()}
