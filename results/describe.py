@@ -29,6 +29,7 @@ def run_event(
 ) -> dict[str, Any]:
     """The record's first line: everything needed to judge, group and repeat the run."""
     utc, sources, is_cuda = datetime.datetime.now(datetime.UTC), read_sources(config_path), device.type == "cuda"
+    name = re.sub("[^A-Za-z0-9._-]", "-", config_path.stem)
     described_data, machine = data.describe(), describe_machine()
     task = {"model": vars(config.model), "batch_tokens": config.train.batch_tokens, "eval": vars(config.eval)}
     stack = {
@@ -42,7 +43,7 @@ def run_event(
     return {
         "event": "run",
         "schema": SCHEMA,
-        "run_id": f"{re.sub('[^A-Za-z0-9._-]', '-', config_path.stem)}-{config.optimizer}-s{seed}-{utc:%Y%m%dT%H%M%S}-{secrets.token_hex(2)}",
+        "run_id": f"{name}-{config.optimizer}-s{seed}-{utc:%Y%m%dT%H%M%S}-{secrets.token_hex(2)}",
         "utc": utc.isoformat(timespec="seconds"),
         "argv": sys.argv,
         "config": dataclasses.asdict(config),

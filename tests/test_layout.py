@@ -24,11 +24,6 @@ EXCEPTIONS = {
     # Times the trainer, so it needs what the trainer needs.
     "scripts/benchmark.py": {"torch", "aurora", "configs", "data", "train_gpt"},
 }
-    "results/checkpoint.py": {"torch"},
-    "results/describe.py": {"torch", "numpy", "aurora", "configs", "data", "results"},
-    # Times the trainer, so it needs what the trainer needs.
-    "scripts/benchmark.py": {"torch", "aurora", "configs", "data", "train_gpt"},
-}
 
 
 def imported_packages(path, top_level_only=True):
