@@ -300,7 +300,8 @@ def joined_ranks() -> Iterator[Ranks]:
     if world_size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         # Long enough for the slowest rank to compile.
-        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
+        device_id = device if device.type == "cuda" else None
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10), device_id=device_id)
     try:
         yield Ranks(rank, world_size, device)
     finally:
@@ -488,7 +489,8 @@ class Guard:
         """Before the gradients are reduced and applied. Raises HarnessError naming step and parameter."""
         norms = torch.stack(torch._foreach_norm([p.grad for p in self.params]))
         first_bad = torch.where(norms.isfinite(), len(self.params), self.indices).min()
-        go_on = torch.tensor(not self.stop_requested, device=self.ranks.device, dtype=torch.int64)
+        # torch.full fills on the device; torch.tensor would copy from the host and wait for it.
+        go_on = torch.full((), not self.stop_requested, device=self.ranks.device, dtype=torch.int64)
         status = self.ranks.all_reduce(torch.stack([first_bad, loss.isfinite().long(), go_on]), dist.ReduceOp.MIN)
         event = None
         if self.ranks.device.type == "cuda":
@@ -623,6 +625,8 @@ class Progress:
 def train(args: argparse.Namespace, ranks: Ranks) -> None:
     """One run, from config to the record's end event. Raises HarnessError."""
     clock = Clock(ranks)
+    if not 0 <= args.seed < 2**63:
+        raise HarnessError(Exit.CONFIG, f"--seed must be in [0, 2^63), got {args.seed}")
     config = load_config(args.config, args.optimizer, args.overrides)
     config = dataclasses.replace(config, hparams=checked_hparams(config))
     plan = plan_batch(config, ranks.world_size)
@@ -646,6 +650,7 @@ def train(args: argparse.Namespace, ranks: Ranks) -> None:
     identity = {key: start[key] for key in ("config", "seed", "code_hash")} | {"data": start["data"]["fingerprint"]}
     check_ranks_agree(ranks, **identity, torch=torch.__version__, weights=digest(model.state_dict()))
     checkpoint = newest_checkpoint(args.out, identity, ranks.say) if args.resume else None
+    check_ranks_agree(ranks, checkpoint_step=checkpoint["step"] if checkpoint else None)
     run_id = ranks.all_gather_object(checkpoint["run_id"] if checkpoint else start["run_id"])[0]
     start["run_id"] = run_id
     record = RecordWriter(args.out / f"{run_id}.jsonl", ranks.is_main)
@@ -889,20 +894,28 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except HarnessError as error:
         reason, message = error.reason, str(error)
-    except torch.OutOfMemoryError as error:
-        reason, message = Exit.CONFIG, f"out of memory: {first_line(error)}; lower train.micro_batch"
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     except (dist.DistError, RuntimeError) as error:
-        if not is_peer_failure(error):
+        if is_out_of_memory(error):
+            reason, message = Exit.CONFIG, f"out of memory, lower train.micro_batch: {first_line(error)}"
+        elif is_peer_failure(error):
+            reason, message, is_main = Exit.PEER, f"rank {os.environ['RANK']} lost a peer: {first_line(error)}", True
+        else:
             raise
-        reason, message, is_main = Exit.PEER, f"rank {os.environ['RANK']} lost a peer: {first_line(error)}", True
     if is_main or reason == Exit.RANKS_DISAGREE:
         print(f"{'stopped' if reason == Exit.PREEMPTED else 'error'}: {message}", file=sys.stderr, flush=True)
     return int(reason)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def is_peer_failure(error: Exception) -> bool:
     """Whether a collective failed because another rank is gone; gloo reports that as a plain RuntimeError."""
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "Connection"))
+    words = ("gloo", "Gloo", "NCCL", "Connection")
+    return isinstance(error, dist.DistError) or ("RANK" in os.environ and any(word in str(error) for word in words))
 
 
 if __name__ == "__main__":

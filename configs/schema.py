@@ -165,15 +165,15 @@ def check_keys(table: Any, known: Iterable[str], label: str, optional: Iterable[
 
 def coerce(label: str, value: Any, expected: Any) -> Any:
     """value as the expected type: whole numbers pass as floats, lists as tuples."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if expected is float and is_number:
-        return float(value)
-    if expected == tuple[float, float]:
+    if expected is float:
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    elif expected == tuple[float, float]:
         if isinstance(value, list | tuple) and len(value) == 2:
             return tuple(coerce(label, item, float) for item in value)
     elif type(value) is expected:
         return value
-    names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
+    names = {int: "a whole number", float: "a finite number", str: "a string", bool: "true or false"}
     raise HarnessError(Exit.CONFIG, f"{label} must be {names.get(expected, 'two numbers')}, got {value!r}")
 
 
@@ -191,14 +191,14 @@ def check_bounds(config: Config) -> None:
     bounds = [
         ("model.vocab_size", model.vocab_size, model.vocab_size <= 65536, "at most 65536: tokens are uint16"),
         ("model.model_dim / num_heads", head_dim, head_dim % 4 == 0, "a multiple of 4: half a head turns, in pairs"),
-        ("model.rope_base", model.rope_base, 1 < model.rope_base < math.inf, "above 1 and finite"),
-        ("model.attention_scale", model.attention_scale, 0 < model.attention_scale < math.inf, "positive and finite"),
-        ("model.logit_softcap", model.logit_softcap, 0 < model.logit_softcap < math.inf, "positive and finite"),
+        ("model.rope_base", model.rope_base, model.rope_base > 1, "above 1"),
+        ("model.attention_scale", model.attention_scale, model.attention_scale > 0, "positive"),
+        ("model.logit_softcap", model.logit_softcap, model.logit_softcap > 0, "positive"),
         ("model.activation_dtype", model.activation_dtype, model.activation_dtype in DTYPES, " or ".join(DTYPES)),
         ("train.compile", train.compile, train.compile in ("auto", "on", "off"), "auto, on or off"),
         ("train.batch_tokens", train.batch_tokens, train.batch_tokens % (model.seq_len or 1) == 0, whole_sequences),
         ("eval.tokens", evaluation.tokens, evaluation.tokens % (model.seq_len or 1) == 0, whole_sequences),
-        ("eval.target", evaluation.target, 0 < evaluation.target < math.inf, "a positive, finite loss"),
+        ("eval.target", evaluation.target, evaluation.target > 0, "a positive loss"),
         ("eval.late_frac", evaluation.late_frac, 0 <= evaluation.late_frac <= 1, "in [0, 1]"),
         ("schedule.cooldown_frac", schedule.cooldown_frac, 0 <= schedule.cooldown_frac <= 1, "in [0, 1]"),
         ("schedule.final_lr_frac", schedule.final_lr_frac, 0 <= schedule.final_lr_frac <= 1, "in [0, 1]"),

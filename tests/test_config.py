@@ -30,8 +30,8 @@ def test_overrides_take_toml_values_and_plain_words(tiny_track):
 
 
 BAD_VALUES = [
-    ("eval.target=abc", "eval.target must be a number, got 'abc'"),
-    ("eval.target=nan", "eval.target must be a positive, finite loss"),
+    ("eval.target=abc", "eval.target must be a finite number, got 'abc'"),
+    ("eval.target=nan", "eval.target must be a finite number, got nan"),
     ("train.steps=ten", "train.steps must be a whole number, got 'ten'"),
     ("train.steps=1.5", "train.steps must be a whole number, got 1.5"),
     ("train.steps=0", "train.steps must be at least 1, got 0"),
@@ -48,7 +48,9 @@ BAD_VALUES = [
     ("model.vocab_size=70000", "at most 65536"),
     ("schedule.cooldown_frac=2", "schedule.cooldown_frac must be in"),
     ("optimizer.muon.momentun=0.9", "optimizer.muon has an unknown key 'momentun', did you mean 'momentum'"),
-    ("optimizer.muon.lr=fast", "optimizer.muon.lr must be a number, got 'fast'"),
+    ("optimizer.muon.lr=fast", "optimizer.muon.lr must be a finite number, got 'fast'"),
+    ("optimizer.muon.embed_lr=inf", "optimizer.muon.embed_lr must be a finite number, got inf"),
+    ("eval.target=-1", "eval.target must be a positive loss, got -1.0"),
     ("optimizer.muon.lr=-1", "optimizer.muon: lr must be at least 0"),
     ("optimizer.muon.nesterov=1", "optimizer.muon.nesterov must be true or false, got 1"),
     ("optimizer.muon.aux_betas=[0.9]", "aux_betas must be two numbers"),

@@ -7,6 +7,7 @@ import torch
 
 import train_gpt
 from configs.schema import load_config
+from results.describe import memory_estimate_gib
 from tests import reference
 from tests.conftest import ROOT
 
@@ -108,3 +109,24 @@ def test_bfloat16_activations_leave_weights_and_logits_in_float32(config):
     logits = model.logits(tokens)
     assert logits.dtype == torch.float32 and all(p.dtype == torch.float32 for p in model.parameters())
     torch.testing.assert_close(logits, reference.gpt_logits(model.state_dict(), config, tokens), atol=0.15, rtol=0.05)
+
+
+def test_memory_estimate_is_what_autograd_keeps():
+    config = load_config(ROOT / "configs/quick.toml", "muon")
+    model = train_gpt.GPT(config.model)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept_bytes = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept_bytes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    tokens = tokens_for(config.model, batch=4)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(tokens, tokens)
+    optimizers = train_gpt.build_optimizers(config, model)
+    gib = memory_estimate_gib(config, model.roles(), optimizers, world_size=1, micro_batch=4)
+    assert loss.requires_grad and gib["activations"] * 2**30 == pytest.approx(sum(kept_bytes.values()), rel=0.1)
+    assert gib["weights"] * 2**30 == 4 * sum(p.numel() for p in model.parameters())
