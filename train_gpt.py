@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent
+IMPORT_BEGIN_NS = time.perf_counter_ns()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -70,6 +71,8 @@ from results.checkpoint import first_line, newest_checkpoint, save_checkpoint
 from results.describe import dry_run_report, peak_memory_mib, run_event
 from results.record import RecordWriter, Validation, first_at_target
 from results.tracking import Tracker
+
+IMPORT_NS = time.perf_counter_ns() - IMPORT_BEGIN_NS
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Batch and data
@@ -267,9 +270,18 @@ class Ranks:
             dist.all_gather_object(values, value)
         return values
 
-    def broadcast_object(self, value: Any) -> Any:
-        """Rank 0's value."""
-        return self.all_gather_object(value)[0]
+    def together(self, task: Callable[[], Any]) -> Any:
+        """The result of a task that may fail on any rank; where one fails, all raise its error. Collective."""
+        result, failure = None, None
+        try:
+            result = task()
+        except HarnessError as error:
+            failure = error.reason, str(error)
+        failures = {rank: failure for rank, failure in enumerate(self.all_gather_object(failure)) if failure}
+        if failures:
+            rank, (reason, message) = next(iter(failures.items()))
+            raise HarnessError(reason, message if rank == 0 else f"on rank {rank}: {message}")
+        return result
 
     def align(self) -> None:
         """Wait until every rank's device has done all its work: both the sync and the barrier are needed."""
@@ -281,63 +293,68 @@ class Ranks:
             dist.barrier()
 
 
-@contextlib.contextmanager
-def joined_ranks() -> Iterator[Ranks]:
-    """Join the process group that torchrun announces in the environment, if any."""
+def join_ranks() -> Ranks:
+    """Join the process group that torchrun announces in the environment, if any, and choose the device.
+
+    The environment variable SPEEDRUN_DEVICE=cpu keeps a machine's GPU out of it.
+    """
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    if torch.cuda.is_available():
+    wants_cpu = os.environ.get("SPEEDRUN_DEVICE") == "cpu"
+    if torch.cuda.is_available() and not wants_cpu:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if device.index >= torch.cuda.device_count():
             available = torch.cuda.device_count()
             message = f"rank {rank} wants GPU {device.index}, but this node has {available}: start at most {available}"
             raise HarnessError(Exit.CONFIG, message)
         torch.cuda.set_device(device)
-    elif torch.backends.mps.is_available() and world_size == 1:
+    elif torch.backends.mps.is_available() and world_size == 1 and not wants_cpu:
         device = torch.device("mps")
     else:
         device = torch.device("cpu")
         keep_freed_memory()
     if world_size > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        is_cuda = device.type == "cuda"
         # Long enough for the slowest rank to compile.
-        device_id = device if device.type == "cuda" else None
-        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10), device_id=device_id)
-    try:
-        yield Ranks(rank, world_size, device)
-    finally:
-        if world_size > 1:
-            dist.destroy_process_group()
+        timeout = datetime.timedelta(minutes=10)
+        dist.init_process_group("nccl" if is_cuda else "gloo", timeout=timeout, device_id=device if is_cuda else None)
+    return Ranks(rank, world_size, device)
 
 
 def keep_freed_memory() -> None:
     """Have glibc keep the memory of freed activations: giving it back costs a page fault a page in the next step."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # not glibc
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+        if mallopt(-3, 1 << 30):  # M_MMAP_THRESHOLD, refused by old versions
+            mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
 class Clock:
-    """Charges all wall time since it was made to one account or another, so that the accounts add up to the whole.
+    """Charges all wall time from begin_ns on to one account or another, so that the accounts add up to the whole.
 
-    Only "train" is timed for the comparison. Ranks align before every reading, so the slowest one counts.
+    Only "train" is timed for the comparison. Ranks align before every reading, so the slowest one counts. After a
+    resume the accounts hold the sums over all segments.
     """
 
-    def __init__(self, ranks: Ranks):
-        self.ranks = ranks
-        self.spent_ns: dict[str, int] = {}
-        self.last_ns = time.perf_counter_ns()
+    ACCOUNTS = ("import", "setup", "warmup", "train", "val", "checkpoint")
 
-    def charge(self, account: str) -> float:
-        """Charge the time since the last reading to account; returns its total in seconds."""
+    def __init__(self, ranks: Ranks, begin_ns: int, import_ns: int = 0):
+        self.ranks, self.last_ns = ranks, begin_ns
+        self.spent_ns = dict.fromkeys(self.ACCOUNTS, 0) | {"import": import_ns}
+
+    def charge(self, account: str) -> None:
+        """Charge the time since the last reading to account."""
         self.ranks.align()
         now_ns = time.perf_counter_ns()
-        self.spent_ns[account] = self.spent_ns.get(account, 0) + now_ns - self.last_ns
+        self.spent_ns[account] += now_ns - self.last_ns
         self.last_ns = now_ns
-        return self.spent_s(account)
+
+    def add(self, spent_ns: dict[str, int]) -> None:
+        """Take over the accounts of the segments before."""
+        for account, value_ns in spent_ns.items():
+            self.spent_ns[account] += value_ns
 
     def spent_s(self, account: str) -> float:
-        return self.spent_ns.get(account, 0) / 1e9
+        return self.spent_ns[account] / 1e9
 
     def running_train_s(self) -> float:
         """Train time up to now as this rank sees it, without waiting for the device: for progress lines only."""
@@ -345,12 +362,12 @@ class Clock:
 
     def slowest_train_s(self) -> float:
         """Train time of the slowest rank. Collective."""
-        spent = torch.tensor([self.spent_ns.get("train", 0)], dtype=torch.int64, device=self.ranks.device)
+        spent = torch.tensor([self.spent_ns["train"]], dtype=torch.int64, device=self.ranks.device)
         return self.ranks.all_reduce(spent, dist.ReduceOp.MAX).item() / 1e9
 
 
 def time_mark(device: torch.device) -> torch.cuda.Event | int:
-    """A point in the device's time that costs no sync; see elapsed_ms."""
+    """A point in time that costs no sync, see elapsed_ms: the GPU's on CUDA, else the host's."""
     if device.type != "cuda":
         return time.perf_counter_ns()
     event = torch.cuda.Event(enable_timing=True)
@@ -375,7 +392,7 @@ class StepLog:
         self.steps.append((step, loss, lr, marks))
 
     def flush(self) -> list[dict[str, Any]]:
-        """A train event for every log_every steps, averaged over them. Collective; call it in untimed time."""
+        """A train event for every log_every steps, averaged over them; none where a loss is not finite. Collective."""
         if not self.steps:
             return []
         losses = self.ranks.all_reduce(torch.stack([loss for _, loss, _, _ in self.steps])).tolist()
@@ -384,6 +401,8 @@ class StepLog:
             window = slice(first, first + self.every)
             marks = [marks for _, _, _, marks in self.steps[window]]
             last_step, _, lr, _ = self.steps[window][-1]
+            if not all(map(math.isfinite, losses[window])):
+                continue
             events.append({
                 "event": "train",
                 "step": last_step,
@@ -486,7 +505,7 @@ class Guard:
         self.pending: list[tuple[int, Tensor, torch.cuda.Event | None]] = []
 
     def check(self, step: int, loss: Tensor) -> None:
-        """Before the gradients are reduced and applied. Raises HarnessError naming step and parameter."""
+        """Call between backward and update. Raises HarnessError naming step and parameter; on CUDA one step late."""
         norms = torch.stack(torch._foreach_norm([p.grad for p in self.params]))
         first_bad = torch.where(norms.isfinite(), len(self.params), self.indices).min()
         # torch.full fills on the device; torch.tensor would copy from the host and wait for it.
@@ -524,7 +543,7 @@ class Guard:
 def validate(model: nn.Module, data: RunData, run: Training) -> float:
     """Mean loss over the fixed validation tokens, in sequences that do not overlap.
 
-    Collective; changes nothing. Raises HarnessError when the loss is not finite.
+    Collective; changes nothing.
     """
     config, plan, ranks = run.config, run.plan, run.ranks
     own_tokens = plan.val_sequences * config.model.seq_len
@@ -532,10 +551,7 @@ def validate(model: nn.Module, data: RunData, run: Training) -> float:
     batch = to_device(window, config.model.seq_len, ranks.device)
     losses = [model(*micro) for micro in zip(*(part.split(plan.micro_batch) for part in batch), strict=True)]
     total = torch.stack(losses).cpu().double().sum().to(ranks.device if ranks.world_size > 1 else "cpu")
-    val_loss = ranks.all_reduce(total).item() / config.eval.tokens
-    if not math.isfinite(val_loss):
-        raise HarnessError(Exit.NON_FINITE, f"validation loss is {val_loss}; lower the learning rate")
-    return val_loss
+    return ranks.all_reduce(total).item() / config.eval.tokens
 
 
 def digest(value: Any) -> str:
@@ -573,16 +589,19 @@ def warm_up(model: nn.Module, run: Training) -> None:
         tokens = torch.randint(run.config.model.vocab_size, (sequences * seq_len + 1,), generator=generator)
         return to_device(tokens.numpy(), seq_len, run.ranks.device)
 
-    for _ in range(WARMUP_STEPS):
-        forward_backward(model, made_up_batch(plan.micro_steps * plan.micro_batch), run)
-        reduce_gradients(run.optimizers, run.ranks)
-        for optimizer in run.optimizers:
-            optimizer.step()
+    try:
+        for _ in range(WARMUP_STEPS):
+            forward_backward(model, made_up_batch(plan.micro_steps * plan.micro_batch), run)
+            reduce_gradients(run.optimizers, run.ranks)
+            for optimizer in run.optimizers:
+                optimizer.step()
+            run.model.zero_grad()
+        with torch.no_grad():
+            for sequences in {min(plan.micro_batch, plan.val_sequences), plan.val_sequences % plan.micro_batch} - {0}:
+                model(*made_up_batch(sequences))
+    finally:
         run.model.zero_grad()
-    with torch.no_grad():
-        for sequences in {min(plan.micro_batch, plan.val_sequences), plan.val_sequences % plan.micro_batch} - {0}:
-            model(*made_up_batch(sequences))
-    run.load_state_dict(before)
+        run.load_state_dict(before)
     if digest(run.state_dict()) != digest(before):
         raise RuntimeError("warm-up left a trace in weights, optimizer state, RNG or loader")
 
@@ -602,7 +621,6 @@ def compile_and_warm_up(run: Training) -> nn.Module:
                 raise HarnessError(Exit.CONFIG, f"train.compile = 'on', but {reason}; set it to 'off'") from error
             ranks.say(f"model: eager, for {reason}")
             torch._dynamo.reset()
-            run.model.zero_grad()
     else:
         ranks.say(f"model: eager (train.compile = {mode!r} on {ranks.device.type})")
     warm_up(run.model, run)
@@ -622,9 +640,9 @@ class Progress:
     segments: int = 1  # processes that the run took: one, and one more for each resume
 
 
-def train(args: argparse.Namespace, ranks: Ranks) -> None:
+def train(args: argparse.Namespace, ranks: Ranks, begin_ns: int) -> None:
     """One run, from config to the record's end event. Raises HarnessError."""
-    clock = Clock(ranks)
+    clock = Clock(ranks, begin_ns, IMPORT_NS)
     if not 0 <= args.seed < 2**63:
         raise HarnessError(Exit.CONFIG, f"--seed must be in [0, 2^63), got {args.seed}")
     config = load_config(args.config, args.optimizer, args.overrides)
@@ -638,8 +656,8 @@ def train(args: argparse.Namespace, ranks: Ranks) -> None:
             dry_run_report(config, model.roles(), optimizers, ranks.world_size, plan.micro_steps, plan.micro_batch)
         )
         return
-    check_writable(args.out)
-    data = open_data(config)
+    ranks.together(lambda: check_writable(args.out))
+    data = ranks.together(lambda: open_data(config))
     model = GPT(config.model)
     model.init_weights(args.seed)
     model.to(ranks.device)
@@ -649,7 +667,7 @@ def train(args: argparse.Namespace, ranks: Ranks) -> None:
     start = run_event(config, args.config, args.seed, ranks.world_size, ranks.device, model.roles(), optimizers, data)
     identity = {key: start[key] for key in ("config", "seed", "code_hash")} | {"data": start["data"]["fingerprint"]}
     check_ranks_agree(ranks, **identity, torch=torch.__version__, weights=digest(model.state_dict()))
-    checkpoint = newest_checkpoint(args.out, identity, ranks.say) if args.resume else None
+    checkpoint = ranks.together(lambda: newest_checkpoint(args.out, identity, ranks.say)) if args.resume else None
     check_ranks_agree(ranks, checkpoint_step=checkpoint["step"] if checkpoint else None)
     run_id = ranks.all_gather_object(checkpoint["run_id"] if checkpoint else start["run_id"])[0]
     start["run_id"] = run_id
@@ -661,20 +679,25 @@ def train(args: argparse.Namespace, ranks: Ranks) -> None:
     clock.charge("setup")
 
     callable_model = compile_and_warm_up(run)
+    start["compiled"] = callable_model is not model
     progress = Progress()
     if checkpoint:
         run.load_state_dict(checkpoint["training"])
         looks = [Validation(*look) for look in checkpoint["validations"]]
         progress = Progress(checkpoint["step"], looks, checkpoint["segments"] + 1)
-        clock.spent_ns = dict(checkpoint["spent_ns"])
-        record.drop_torn_line()
-        record.write({"event": "resume", "step": progress.step, "utc": start["utc"]})
+        clock.add(checkpoint["spent_ns"])
         ranks.say(f"resume: from step {progress.step}")
-    else:
+    elif args.resume:
+        ranks.say(f"resume: no unfinished run with a checkpoint in {args.out}, starting at step 0")
+    record.drop_torn_line()
+    if not record.path.exists():
         record.write(start)
-        if args.resume:
-            ranks.say(f"resume: no checkpoint in {args.out}, starting at step 0")
+    if checkpoint:
+        here = {key: start[key] for key in ("utc", "world_size", "device", "compiled", "git", "env")}
+        record.write({"event": "resume", "step": progress.step} | here)
     tracker = Tracker(args.wandb, start, ranks.is_main)
+    if ranks.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     clock.charge("warmup")
 
     def save() -> None:
@@ -717,33 +740,54 @@ def train_steps(
     first_step, steps = progress.step, config.train.steps
     guard, log, console = Guard(run.model, ranks), StepLog(config.train.log_every, ranks), Console(config, ranks, clock)
     due = validation_steps(config) - {look.step for look in progress.validations}
-    with stop_signals(guard):
+    with stop_signals(guard), last_words(clock, log, record):
         for step in range(first_step, steps + 1):
             progress.step = step
             every = config.train.checkpoint_every
-            is_save_due = guard.must_stop or (every > 0 and step > first_step and step % every == 0)
-            if step in due or is_save_due:
+            is_checkpoint_step = every > 0 and step > first_step and step % every == 0
+            if step in due or is_checkpoint_step or guard.must_stop:
                 guard.read()
                 clock.charge("train")
                 events = log.flush()
-                if step in due:
-                    progress.validations.append(Validation(step, validate(model, data, run), clock.slowest_train_s()))
-                    console.show(progress.validations[-1])
-                    tokens = step * config.train.batch_tokens
-                    events.append({"event": "val", "tokens": tokens} | progress.validations[-1]._asdict())
                 record.write(*events)
+                if step in due:
+                    look = Validation(step, validate(model, data, run), clock.slowest_train_s())
+                    if not math.isfinite(look.val_loss):
+                        raise HarnessError(Exit.NON_FINITE, non_finite_validation(look, run.model))
+                    progress.validations.append(look)
+                    console.show(look)
+                    events.append({"event": "val", "tokens": step * config.train.batch_tokens} | look._asdict())
+                    record.write(events[-1])
                 tracker.log(*events)
                 clock.charge("val")
-            if is_save_due:
-                save()
-                clock.charge("checkpoint")
+                if is_checkpoint_step or guard.must_stop:
+                    save()
+                    clock.charge("checkpoint")
             if guard.must_stop:
                 raise HarnessError(Exit.PREEMPTED, f"stopped at step {step}; the same command with --resume goes on")
             if step == steps:
                 return
-
             train_step(run, model, step, guard, log)
             console.tick(step + 1, sum(later > step for later in due))
+
+
+def non_finite_validation(look: Validation, model: GPT) -> str:
+    """The message for a validation loss that is no number. Weights are equal on all ranks, and so is this."""
+    bad = next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
+    where = f"first bad parameter: {bad}" if bad else "weights are finite"
+    return f"step {look.step}: validation loss is {look.val_loss}, {where}; lower the learning rate"
+
+
+@contextlib.contextmanager
+def last_words(clock: Clock, log: StepLog, record: RecordWriter) -> Iterator[None]:
+    """When a run diverges, which all ranks notice at once, time and steps since the last validation still count."""
+    try:
+        yield
+    except HarnessError as error:
+        if error.reason == Exit.NON_FINITE:
+            clock.charge("train")
+            record.write(*log.flush())
+        raise
 
 
 def train_step(run: Training, model: nn.Module, step: int, guard: Guard, log: StepLog) -> None:
@@ -767,6 +811,7 @@ def train_step(run: Training, model: nn.Module, step: int, guard: Guard, log: St
 def end_event(status: str, run: Training, progress: Progress, clock: Clock) -> dict[str, Any]:
     """The record's last line. Collective."""
     hit = first_at_target(progress.validations, run.config.eval.target)
+    memory = torch.tensor([peak_memory_mib(run.ranks.device)], device=run.ranks.device)
     return {
         "event": "end",
         "status": status,
@@ -776,10 +821,10 @@ def end_event(status: str, run: Training, progress: Progress, clock: Clock) -> d
         "reached_target": hit is not None,
         "steps_to_target": hit.step if hit else None,
         "time_to_target_s": hit.train_time_s if hit else None,
-        "untimed": {f"{account}_s": clock.spent_s(account) for account in clock.spent_ns if account != "train"},
+        "untimed": {f"{account}_s": clock.spent_s(account) for account in Clock.ACCOUNTS if account != "train"},
         "segments": progress.segments,
         "weights_sha256": digest(run.model.state_dict()),
-        "peak_mem_mib": peak_memory_mib(run.ranks.device),
+        "peak_mem_mib": run.ranks.all_reduce(memory, dist.ReduceOp.MAX).item(),
     }
 
 
@@ -871,13 +916,22 @@ def open_data(config: Config) -> RunData:
 
 
 def check_ranks_agree(ranks: Ranks, **fields: Any) -> None:
-    """Raise HarnessError naming the first rank and field that differ from rank 0's. Collective."""
+    """Raise HarnessError naming the first rank and field (or key of a table) that differ from rank 0's. Collective."""
     everyone = ranks.all_gather_object(fields)
     for rank, theirs in enumerate(everyone):
-        for key, value in theirs.items():
-            if value != everyone[0][key]:
-                message = f"rank {rank} has {key} = {value!r:.80}, rank 0 has {everyone[0][key]!r:.80}"
-                raise HarnessError(Exit.RANKS_DISAGREE, message)
+        difference = first_difference(everyone[0], theirs)
+        if difference:
+            key, ours, other = difference
+            raise HarnessError(Exit.RANKS_DISAGREE, f"rank {rank} has {key} = {other!r}, rank 0 has {ours!r}")
+
+
+def first_difference(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:
+    for key in ours:
+        if ours[key] != theirs[key]:
+            if isinstance(ours[key], dict) and ours[key].keys() == theirs[key].keys():
+                return first_difference(ours[key], theirs[key], f"{prefix}{key}.")
+            return prefix + key, ours[key], theirs[key]
+    return None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -886,26 +940,30 @@ def check_ranks_agree(ranks: Ranks, **fields: Any) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    begin_ns = time.perf_counter_ns()
     args = parse_args(argv)
-    is_main = os.environ.get("RANK", "0") == "0"
+    rank = os.environ.get("RANK", "0")
     try:
-        with joined_ranks() as ranks:
-            train(args, ranks)
+        ranks = join_ranks()
+        train(args, ranks, begin_ns)
+        if ranks.world_size > 1:  # after an error, peers may be gone or waiting: leave without a handshake
+            dist.destroy_process_group()
         return 0
-    except HarnessError as error:
-        reason, message = error.reason, str(error)
+    except HarnessError as error:  # raised by all ranks alike, but for a full disk
+        if rank == "0":
+            print(f"{'stopped' if error.reason == Exit.PREEMPTED else 'error'}: {error}", file=sys.stderr, flush=True)
+        return int(error.reason)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except (dist.DistError, RuntimeError) as error:
         if is_out_of_memory(error):
-            reason, message = Exit.CONFIG, f"out of memory, lower train.micro_batch: {first_line(error)}"
+            reason, message = Exit.CONFIG, "is out of memory, lower train.micro_batch"
         elif is_peer_failure(error):
-            reason, message, is_main = Exit.PEER, f"rank {os.environ['RANK']} lost a peer: {first_line(error)}", True
+            reason, message = Exit.PEER, "lost a peer"
         else:
             raise
-    if is_main or reason == Exit.RANKS_DISAGREE:
-        print(f"{'stopped' if reason == Exit.PREEMPTED else 'error'}: {message}", file=sys.stderr, flush=True)
-    return int(reason)
+        print(f"error: rank {rank} {message}: {first_line(error)}", file=sys.stderr, flush=True)
+        return int(reason)
 
 
 def is_out_of_memory(error: Exception) -> bool:

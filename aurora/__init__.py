@@ -9,7 +9,7 @@ from aurora.base import MatrixOptimizer
 from aurora.muon import Muon
 from aurora.normuon import NorMuon
 from aurora.params import Param, Role, check_exact_cover
-from aurora.polar import SCHEDULES, PolarSchedule, polar
+from aurora.polar import SCHEDULES, PolarSchedule, compute_dtype, polar
 from aurora.registry import REQUIRED_HPARAMS, RULES, build, hparam_types
 from aurora.unormuon import UNorMuon
 
@@ -28,6 +28,7 @@ __all__ = [
     "adamw",
     "build",
     "check_exact_cover",
+    "compute_dtype",
     "hparam_types",
     "polar",
 ]

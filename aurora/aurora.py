@@ -9,7 +9,7 @@ from torch import Tensor
 from aurora.base import MatrixOptimizer, check_hparam
 from aurora.polar import TINY_NORM
 
-# A zero row has no direction: its row of the polar factor is zero, and this keeps its weight finite.
+# A zero row has no direction: its row of the polar factor is zero too, and its weight is left as it is.
 MIN_ROW_SQ = 1e-14
 
 
@@ -59,7 +59,8 @@ class Aurora(MatrixOptimizer):
         D_KM1 = 1 / torch.linalg.vector_norm(X_KMN, dim=-1, keepdim=True).clamp(min=TINY_NORM)
         U_KMN = self.polar(D_KM1 * X_KMN, group)
         for _ in range(group["balance_steps"] - 1):
-            row_sq_KM1 = U_KMN.square().sum(dim=-1, keepdim=True).clamp(min=MIN_ROW_SQ)
-            D_KM1 = D_KM1 * (uniform_row_sq / row_sq_KM1) ** group["balance_power"]
+            row_sq_KM1 = U_KMN.square().sum(dim=-1, keepdim=True)
+            correction_KM1 = torch.where(row_sq_KM1 > MIN_ROW_SQ, uniform_row_sq / row_sq_KM1, 1.0)
+            D_KM1 = D_KM1 * correction_KM1 ** group["balance_power"]
             U_KMN = self.polar(D_KM1 * X_KMN, group)
         return U_KMN

@@ -37,7 +37,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         nesterov: look ahead by mixing the gradient into the buffer once more.
         aspect_scale: multiply tall updates by sqrt(M/N).
         polar_schedule: a name in aurora.SCHEDULES.
-        polar_dtype: "auto", "float32" or "bfloat16"; see aurora.polar.compute_dtype.
+        polar_dtype: "auto", "float32" or "bfloat16"; see compute_dtype() in aurora/polar.py.
         rule_hparams: for subclasses: the hyper-parameters that the rule adds.
 
     Raises:
@@ -122,7 +122,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             for stack in stacks.values():
                 self._update(stack, group)
         if self._is_sharded:
-            gather_from_owners(*self._params_and_owners(), group=None)
+            gather_from_owners(*self._params_and_owners())
         return loss
 
     def _update(self, stack: list[Tensor], group: dict[str, Any]) -> None:
@@ -187,7 +187,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for index, p in enumerate(params):
             if p.grad is None:
                 raise ValueError(f"reduce_gradients: parameter {index} of shape {tuple(p.shape)} has no gradient")
-        reduce_to_owners([p.grad for p in params], owners, group=None)
+        reduce_to_owners([p.grad for p in params], owners)
         for p, owner in zip(params, owners, strict=True):
             if owner != self._rank:
                 p.grad = None

@@ -107,7 +107,7 @@ def polar(X_KMN: Tensor, schedule: PolarSchedule, dtype: torch.dtype = torch.flo
         (K, M, N) float32. Singular values s >= schedule.min_singular_value * ||X||_F come out within
         schedule.max_error of 1, smaller ones below 1, zero ones at 0: a zero matrix gives zeros, a rank-1 matrix
         u v^T. Rounding adds up to 1e-4 in float32 and 0.1 in bfloat16. Scale does not matter down to
-        ||X||_F = 1e-20. NaN and Inf give NaN.
+        ||X||_F = 1e-19. NaN and Inf give NaN.
 
     Cost: with m = min(M, N), n = max(M, N), (4 n/m + 2) m^3 FLOPs a step and matrix. No host sync.
     """

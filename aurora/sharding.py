@@ -40,29 +40,29 @@ def assign_owners(costs: Sequence[int], rank_loads: list[int]) -> list[int]:
     return owners
 
 
-def reduce_to_owners(tensors: Sequence[Tensor], owners: Sequence[int], group: dist.ProcessGroup | None) -> None:
+def reduce_to_owners(tensors: Sequence[Tensor], owners: Sequence[int]) -> None:
     """Sum each tensor over ranks, in place, on its owner; elsewhere the content is left as it was. Collective."""
-    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     for chunks in _chunks_by_dtype(tensors, owners, world_size):
         send = _new_buffer(chunks)
         for owner, chunk in enumerate(chunks):
-            torch._foreach_copy_(_views(send[owner], chunk), chunk)
+            _copy(_views(send[owner], chunk), chunk)
         received = torch.empty_like(send[rank])
-        _reduce_scatter(received, send.flatten(), group=group)
-        torch._foreach_copy_(chunks[rank], _views(received, chunks[rank]))
+        _reduce_scatter(received, send.flatten())
+        _copy(chunks[rank], _views(received, chunks[rank]))
 
 
-def gather_from_owners(tensors: Sequence[Tensor], owners: Sequence[int], group: dist.ProcessGroup | None) -> None:
+def gather_from_owners(tensors: Sequence[Tensor], owners: Sequence[int]) -> None:
     """Overwrite each tensor, in place, with its owner's content. Collective."""
-    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     for chunks in _chunks_by_dtype(tensors, owners, world_size):
         received = _new_buffer(chunks)
         send = torch.zeros_like(received[rank])
-        torch._foreach_copy_(_views(send, chunks[rank]), chunks[rank])
-        _all_gather(received.view(-1), send, group=group)
+        _copy(_views(send, chunks[rank]), chunks[rank])
+        _all_gather(received.view(-1), send)
         for owner, chunk in enumerate(chunks):
             if owner != rank:
-                torch._foreach_copy_(chunk, _views(received[owner], chunk))
+                _copy(chunk, _views(received[owner], chunk))
 
 
 def _chunks_by_dtype(tensors: Sequence[Tensor], owners: Sequence[int], world_size: int) -> list[list[list[Tensor]]]:
@@ -78,6 +78,11 @@ def _new_buffer(chunks: list[list[Tensor]]) -> Tensor:
     size = max(sum(tensor.numel() for tensor in chunk) for chunk in chunks)
     like = next(tensor for chunk in chunks for tensor in chunk)
     return like.new_zeros((len(chunks), size))
+
+
+def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    if targets:  # a rank may own nothing, and foreach refuses empty lists
+        torch._foreach_copy_(targets, sources)
 
 
 def _views(flat: Tensor, chunk: list[Tensor]) -> list[Tensor]:

@@ -111,6 +111,9 @@ def load_config(path: Path, optimizer: str, overrides: Iterable[str] = ()) -> Co
 
     sections = {name: hint for name, hint in get_type_hints(Config).items() if dataclasses.is_dataclass(hint)}
     optimizer_tables = tables.pop("optimizer", {})
+    entries = optimizer_tables.values() if isinstance(optimizer_tables, dict) else [optimizer_tables]
+    if not all(isinstance(entry, dict) for entry in entries):
+        raise HarnessError(Exit.CONFIG, f"{path.name}: optimizer must hold tables, as in [optimizer.muon]")
     check_keys(tables, sections, path.name)
     parts = {name: cls(**typed_table(tables[name], get_type_hints(cls), name)) for name, cls in sections.items()}
     if optimizer not in optimizer_tables:

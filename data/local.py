@@ -108,10 +108,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: cannot write shards to {args.out}: {error.strerror}", file=sys.stderr)
         return 7
     if args.text:
-        print(
-            f"train on it:  python train_gpt.py --set data.train={args.out}/local_train_*.bin "
-            f"--set data.val={args.out}/local_val_*.bin"
-        )
+        out = args.out.resolve()
+        overrides = [f"--set 'data.{split}={out}/local_{split}_*.bin'" for split in ("train", "val")]
+        print(f"train on it:  python train_gpt.py {' '.join(overrides)}")
     return 0
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from configs.schema import Exit, HarnessError
+from results.record import RecordError, read_record
 
 KEPT_CHECKPOINTS = 2
 
@@ -46,29 +47,49 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         message = f"checkpoint {final} cannot be written: {first_line(error)}; the one before is kept"
         raise HarnessError(Exit.DISK, message) from error
-    for old in sorted(folder.glob("step-*"))[:-KEPT_CHECKPOINTS]:
-        shutil.rmtree(old)
+    for old in sorted(folder.glob("step-*"), key=step_of)[:-KEPT_CHECKPOINTS]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
-def newest_checkpoint(out: Path, identity: dict[str, str], say: Callable[[str], None]) -> dict[str, Any] | None:
-    """The newest whole checkpoint below out of a run with this identity. Nothing in the file is executed.
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
-    Raises HarnessError when the only checkpoints there are of a run that differs.
+
+def newest_checkpoint(out: Path, identity: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any] | None:
+    """The newest whole checkpoint of the newest unfinished run below out that has this identity; None if there is none.
+
+    Nothing in a checkpoint is executed.
+
+    Raises:
+        HarnessError: CHECKPOINT, when all there are were damaged or made by a run that differs.
     """
-    differing = None
-    for folder in sorted(out.glob("*.checkpoints/step-*"), key=lambda path: path.name, reverse=True):
-        try:
-            manifest = json.loads((folder / "manifest.json").read_text())
-            if hashlib.sha256((folder / "state.pt").read_bytes()).hexdigest() != manifest["sha256"]:
-                raise ValueError("its bytes do not match its manifest")
-            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-        except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
-            say(f"resume: {folder} is damaged ({first_line(error)}), trying an older one")
+    obstacle = None
+    for run_folder in sorted(out.glob("*.checkpoints"), reverse=True):  # run ids of equal identity end in their time
+        if is_finished(run_folder):
             continue
-        differing = {key: folder for key, value in identity.items() if state["identity"][key] != value}
-        if not differing:
-            return state
-    if differing:
-        message = f"the checkpoints in {out} were made with another {', '.join(differing)}; --resume wants the same"
-        raise HarnessError(Exit.CHECKPOINT, f"{message}: restore it, or use another --out")
+        for folder in sorted(run_folder.glob("step-*"), key=step_of, reverse=True):
+            try:
+                manifest = json.loads((folder / "manifest.json").read_text())
+                if hashlib.sha256((folder / "state.pt").read_bytes()).hexdigest() != manifest["sha256"]:
+                    raise ValueError("its bytes do not match its manifest")
+                state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+                differing = [key for key, value in identity.items() if state["identity"][key] != value]
+            except (OSError, ValueError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
+                obstacle = obstacle or f"all checkpoints in {run_folder} are damaged"
+                say(f"resume: {folder} is damaged ({first_line(error)}), trying an older one")
+                continue
+            if not differing:
+                return state
+            obstacle = f"{folder} was made with another {', '.join(differing)}"
+            break
+    if obstacle:
+        raise HarnessError(Exit.CHECKPOINT, f"--resume: {obstacle}; restore it, or start over in another --out")
     return None
+
+
+def is_finished(run_folder: Path) -> bool:
+    """Whether the record beside these checkpoints says that the run was done."""
+    try:
+        return read_record(run_folder.with_name(run_folder.name.removesuffix(".checkpoints") + ".jsonl")).is_done
+    except RecordError:
+        return False

@@ -63,14 +63,14 @@ def run_event(
     }
 
 
-def peak_memory_mib(device: torch.device) -> float | None:
+def peak_memory_mib(device: torch.device) -> float:
     """Most memory that this process held: of the GPU where there is one, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     try:
         import resource
-    except ImportError:  # Windows
-        return None
+    except ImportError:  # Windows does not tell
+        return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
@@ -83,13 +83,21 @@ def params_by_role(params: list[aurora.Param]) -> dict[str, int]:
 
 
 def describe_groups(optimizers: list[torch.optim.Optimizer]) -> list[dict[str, Any]]:
-    """The settings of each parameter group, read back from the optimizers."""
-    return [
-        {"optimizer": type(optimizer).__name__}
-        | {key: value for key, value in group.items() if key not in ("params", "param_names")}
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-    ]
+    """The settings of each parameter group, read back from the optimizers, with the numbers of its polar schedule."""
+    descriptions = []
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            description = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+            if "polar_schedule" in group:
+                schedule = aurora.SCHEDULES[group["polar_schedule"]]
+                dtype = aurora.compute_dtype(group["polar_dtype"], group["params"][0].device)
+                description |= {
+                    "polar_coefficients": schedule.coefficients,
+                    "polar_norm_margin": schedule.norm_margin,
+                    "polar_dtype": str(dtype).removeprefix("torch."),
+                }
+            descriptions.append({"optimizer": type(optimizer).__name__} | description)
+    return descriptions
 
 
 BENCHMARK_SHARD_TOKENS = 100_000_000
@@ -118,10 +126,11 @@ def dry_run_report(
     lines.append(f"vectors include the head's bias of {config.model.vocab_size:,}")
 
     per_shard = steps_in_shard(BENCHMARK_SHARD_TOKENS, train.batch_tokens)
+    shards = f"{-(-train.steps // per_shard)} shards" if per_shard else "a batch does not fit into shards"
     lines += [
         "",
         f"tokens: {train.steps:,} steps x {train.batch_tokens:,} = {train.steps * train.batch_tokens:,} for training "
-        f"({-(-train.steps // per_shard)} shards of {BENCHMARK_SHARD_TOKENS:,}), {config.eval.tokens:,} for validation",
+        f"({shards} of {BENCHMARK_SHARD_TOKENS:,} tokens), {config.eval.tokens:,} for validation",
         f"step: {world_size} ranks x {micro_steps} micro-steps x {micro_batch} sequences "
         f"x {config.model.seq_len} tokens",
     ]

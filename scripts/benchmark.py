@@ -23,6 +23,8 @@ from aurora.polar import SCHEDULES, PolarSchedule
 from configs.schema import load_config
 from data.loader import TokenLoader
 
+UNTIMED_ROUNDS = 3
+
 
 class PlainMuon(torch.optim.Optimizer):
     """Muon one matrix at a time, in a few lines: what one would write without a library."""
@@ -35,7 +37,9 @@ class PlainMuon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
-                buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                if p not in self.state:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                buffer = self.state[p]["momentum_buffer"]
                 buffer.lerp_(p.grad, 1 - group["momentum"])
                 X = p.grad.lerp(buffer, group["momentum"])
                 X = X.T if p.shape[0] > p.shape[1] else X
@@ -47,9 +51,10 @@ class PlainMuon(torch.optim.Optimizer):
                 p.add_(X, alpha=-group["lr"] * math.sqrt(max(1, p.shape[0] / p.shape[1])))
 
 
-def harness_step(hparams: dict[str, str]) -> Callable[[], None]:
+def harness_step(hparams: dict[str, str], num_steps: int) -> Callable[[], None]:
     """One call is one step of the trainer, everything that its clock sees included."""
     overrides = [f"optimizer.muon.{key}={value}" for key, value in hparams.items()]
+    overrides.append(f"train.steps={num_steps}")
     config = load_config(ROOT / "configs" / "quick.toml", "muon", overrides)
     data = train_gpt.open_data(config)
     model = train_gpt.GPT(config.model)
@@ -69,12 +74,12 @@ def bare_step(make_muon: Callable[[list[torch.nn.Parameter]], torch.optim.Optimi
     data = train_gpt.open_data(config)
     model = train_gpt.GPT(config.model)
     model.init_weights(0)
-    tokens = torch.from_numpy(data.train_shards[0][: 10**6].astype("int64"))
+    tokens = torch.from_numpy(data.train_shards[0].astype("int64"))
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if not any(p is q for q in matrices)]
     adamw = torch.optim.AdamW(others, lr=0.003, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
     optimizers = [adamw, make_muon(matrices)]
-    starts = iter(range(0, 10**6, config.train.batch_tokens))
+    starts = iter(range(0, len(tokens), config.train.batch_tokens))
 
     def step() -> None:
         start = next(starts)
@@ -106,16 +111,16 @@ HARNESS_PAIRS = {
 
 
 def interleaved_ms(first: Callable[[], None], second: Callable[[], None], rounds: int) -> list[tuple[float, float]]:
-    """Milliseconds of both, in A B B A order, after three untimed rounds."""
+    """Milliseconds of both, in A B B A order, after the untimed rounds."""
     pairs = []
-    for number in range(3 + rounds):
+    for number in range(UNTIMED_ROUNDS + rounds):
         times = {}
         for step in (first, second) if number % 2 else (second, first):
             begin_ns = time.perf_counter_ns()
             step()
             times[step] = (time.perf_counter_ns() - begin_ns) / 1e6
         pairs.append((times[first], times[second]))
-    return pairs[3:]
+    return pairs[UNTIMED_ROUNDS:]
 
 
 def harness(rounds: int) -> str:
@@ -129,7 +134,7 @@ def harness(rounds: int) -> str:
         "|---|---|---|---|",
     ]
     for name, (hparams, make_peer) in HARNESS_PAIRS.items():
-        pairs = interleaved_ms(harness_step(hparams), make_peer(), rounds)
+        pairs = interleaved_ms(harness_step(hparams, UNTIMED_ROUNDS + rounds), make_peer(), rounds)
         ours, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
         ratio = statistics.median(a / b for a, b in pairs)
         lines.append(f"| {name} | {ours:.1f} | {theirs:.1f} | {ratio:.3f} |")

@@ -54,6 +54,12 @@ def finished_run(runs: Sequence[Run], argv: list[str], nproc: int, sources: dict
     return None
 
 
+def was_interrupted(runs: Sequence[Run], argv: list[str]) -> bool:
+    """Whether the newest run with these arguments was stopped on request; torchrun hides the exit code."""
+    ends = [run.end for run in runs if without_out(run.start["argv"][1:]) == argv]
+    return bool(ends) and ends[-1] is not None and ends[-1]["status"] == "interrupted"
+
+
 def without_out(argv: list[str]) -> list[str]:
     index = argv.index("--out") if "--out" in argv else len(argv)
     return argv[:index] + argv[index + 2 :]
@@ -152,7 +158,7 @@ def main() -> int:
         begin_s = time.monotonic()
         exit_code = run_one(argv, args.out.absolute(), args.nproc)
         durations_s.append(time.monotonic() - begin_s)
-        if exit_code == PREEMPTED:
+        if exit_code == PREEMPTED or was_interrupted(read_folder(args.out)[0], argv):
             print("stopped; the same command goes on with the runs that are left", file=sys.stderr)
             return PREEMPTED
         if found := finished_run(read_folder(args.out)[0], argv, args.nproc, sources):
@@ -167,12 +173,15 @@ def main() -> int:
         print("error: the data changed between the runs, so they are not comparable; use a new --out", file=sys.stderr)
         return 1
 
+    stacks = {tuple(run.start["env"][key] for key in ("device_name", "torch", "torch_threads")) for run in done}
     first = done[0].start
     text = (
         f"{args.config}: {first['config']['train']['steps']} steps, target {done[0].target:g}, "
         f"{first['world_size']} x {first['env']['device_name']}, torch {first['env']['torch']}\n\n"
         f"{report(done)}\n\n{verdict(done)}\n"
     )
+    if len(stacks) > 1:
+        text += f"Times are not comparable: the runs come from {len(stacks)} machines or stacks.\n"
     print("\n" + text)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "comparison.md").write_text(text, encoding="utf-8")

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ["SPEEDRUN_DEVICE"] = "cpu"
+
 import numpy as np
 import pytest
 import torch

@@ -38,6 +38,7 @@ BAD_VALUES = [
     ("train.stepz=10", "train has an unknown key 'stepz', did you mean 'steps'"),
     ("trian.steps=10", "no table 'trian', did you mean 'train'"),
     ("steps=10", "must look like train.steps=100"),
+    ("optimizer.aurora=5", "optimizer must hold tables"),
     ("train.steps", "must look like train.steps=100"),
     ("train.batch_tokens=500", "train.batch_tokens must be a multiple of model.seq_len = 32, got 500"),
     ("train.micro_batch=3", "micro_batch = 3 does not divide the 16 sequences"),

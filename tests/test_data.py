@@ -186,7 +186,7 @@ def test_own_text_keeps_the_end_of_every_file_for_validation(tmp_path, capsys):
     train = bytes(open_shard(tmp_path / "out" / "local_train_000000.bin").astype(np.uint8))
     val = bytes(open_shard(tmp_path / "out" / "local_val_000000.bin").astype(np.uint8))
     assert sorted(train.split(b"\0")) == sorted([b"", b"x" * 512, b"x" * 388]) and val == b"\0" + b"y" * 100
-    assert "--set data.train=" in capsys.readouterr().out
+    assert f"--set 'data.train={tmp_path}/out/local_train_*.bin'" in capsys.readouterr().out
 
 
 def test_own_text_that_is_missing_is_an_error_in_one_line(tmp_path, capsys):

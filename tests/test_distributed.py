@@ -93,6 +93,46 @@ def test_owners_share_the_cost_evenly_and_do_not_depend_on_the_rank():
         assert assign_owners(costs, again) == owners and again == loads
 
 
+def test_more_ranks_than_matrices(tmp_path):
+    """Two ranks, one matrix: the rank that owns nothing takes part in the collectives."""
+    code = (
+        "import sys, torch, torch.distributed as dist, aurora\n"
+        "dist.init_process_group('gloo')\n"
+        "p = torch.nn.Parameter(torch.ones(8, 4))\n"
+        "p.grad = torch.full((8, 4), dist.get_rank() + 1.0)\n"
+        "optimizer = aurora.Muon([p], lr=0.1)\n"
+        "optimizer.reduce_gradients()\n"
+        "assert dist.get_rank() == 1 or torch.equal(p.grad, torch.full((8, 4), 3.0))\n"
+        "optimizer.step()\n"
+        "assert (p < 1).all() and len(optimizer.state_dict()['state']) == 1\n"
+        "dist.destroy_process_group()\n"
+    )
+    (tmp_path / "driver.py").write_text(code)
+    process = start_process(*torchrun(2), str(tmp_path / "driver.py"))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+
+
+def test_an_error_on_one_rank_alone_is_told_and_stops_all(tiny_track, tmp_path):
+    code = (
+        "import os, sys, train_gpt\n"
+        "original = train_gpt.open_data\n"
+        "def missing(config):\n"
+        "    if os.environ['RANK'] == '1':\n"
+        "        raise train_gpt.HarnessError(train_gpt.Exit.DATA, 'no shard on this node')\n"
+        "    return original(config)\n"
+        "train_gpt.open_data = missing\n"
+        "code = train_gpt.main(sys.argv[1:])\n"
+        "open(os.path.join(sys.argv[-1], 'code' + os.environ['RANK']), 'w').write(str(code))\n"
+    )
+    (tmp_path / "driver.py").write_text(code)
+    arguments = ["--config", str(tiny_track), "--out", str(tmp_path)]
+    process = start_process(*torchrun(2), str(tmp_path / "driver.py"), *arguments)
+    _, err = process.communicate(timeout=120)
+    assert [(tmp_path / f"code{rank}").read_text() for rank in (0, 1)] == ["3", "3"], err
+    assert err.count("error: on rank 1: no shard on this node") == 1
+
+
 def test_ranks_that_disagree_are_named_and_stop(tiny_track, tmp_path):
     code = (
         "import os, sys, train_gpt\n"

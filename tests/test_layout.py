@@ -15,7 +15,7 @@ ALLOWED = {
     "aurora": {"torch", "aurora"},
     "configs": set(),
     "data": {"numpy", "data"},
-    "results": {"configs"},
+    "results": {"configs", "results"},
     "scripts": {"numpy", "results", "scripts"},
 }
 EXCEPTIONS = {

@@ -209,6 +209,14 @@ def test_constructor_refuses_unknown_arguments_and_vectors():
         aurora.Muon([("bias", torch.nn.Parameter(torch.zeros(4)))], lr=0.1)
 
 
+@pytest.mark.parametrize("balance_steps, balance_power", [(2, 0.5), (8, 0.5), (5, 1.0)])
+def test_aurora_keeps_zero_rows_zero_however_often_it_rebalances(balance_steps, balance_power):
+    grads = gradients((48, 16), "zero rows", 2)
+    hparams = dict(lr=1.0, balance_steps=balance_steps, balance_power=balance_power)
+    change = optimize("Aurora", torch.zeros(48, 16), grads, **hparams)
+    assert change.isfinite().all() and not change[::5].any() and change[1].norm() > 0.1
+
+
 def test_parameters_without_gradient_are_left_alone_and_closures_work():
     p, q = torch.nn.Parameter(torch.ones(4, 2)), torch.nn.Parameter(torch.ones(4, 2))
     optimizer = aurora.Muon([p, q], lr=0.1, weight_decay=0.1)
