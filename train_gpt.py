@@ -320,6 +320,12 @@ def join_ranks() -> Ranks:
     return Ranks(rank, world_size, device)
 
 
+def leave_ranks() -> None:
+    """Leave the process group, if any. Not after a peer was lost: this waits for the others."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def keep_freed_memory() -> None:
     """Have glibc keep the memory of freed activations: giving it back costs a page fault a page in the next step."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # not glibc
@@ -541,10 +547,7 @@ class Guard:
 
 @torch.no_grad()
 def validate(model: nn.Module, data: RunData, run: Training) -> float:
-    """Mean loss over the fixed validation tokens, in sequences that do not overlap.
-
-    Collective; changes nothing.
-    """
+    """Mean loss over the fixed validation tokens, in sequences that do not overlap. Collective; changes nothing."""
     config, plan, ranks = run.config, run.plan, run.ranks
     own_tokens = plan.val_sequences * config.model.seq_len
     window = data.val_tokens[ranks.rank * own_tokens : (ranks.rank + 1) * own_tokens + 1]
@@ -610,12 +613,15 @@ def compile_and_warm_up(run: Training) -> nn.Module:
     """The model to call in training: compiled where the config says so, warm, and otherwise untouched."""
     mode, ranks = run.config.train.compile, run.ranks
     if mode == "on" or (mode == "auto" and ranks.device.type == "cuda"):
+        from torch._dynamo.exc import TorchDynamoException
+        from torch._inductor.exc import InductorError
+
         try:
             compiled = torch.compile(run.model, dynamic=False)
             warm_up(compiled, run)
             ranks.say("model: compiled")
             return compiled
-        except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
+        except (TorchDynamoException, InductorError) as error:
             reason = f"torch.compile failed: {first_line(error)}"
             if mode == "on":
                 raise HarnessError(Exit.CONFIG, f"train.compile = 'on', but {reason}; set it to 'off'") from error
@@ -946,12 +952,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         ranks = join_ranks()
         train(args, ranks, begin_ns)
-        if ranks.world_size > 1:  # after an error, peers may be gone or waiting: leave without a handshake
-            dist.destroy_process_group()
+        leave_ranks()
         return 0
     except HarnessError as error:  # raised by all ranks alike, but for a full disk
         if rank == "0":
             print(f"{'stopped' if error.reason == Exit.PREEMPTED else 'error'}: {error}", file=sys.stderr, flush=True)
+        leave_ranks()
         return int(error.reason)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

@@ -94,7 +94,7 @@ def describe_machine() -> dict[str, Any]:
     with contextlib.suppress(OSError):
         models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
         cpu_name = models[0].partition(": ")[2] if models else cpu_name
-    prefixes = ("OMP_", "MKL_", "TORCH", "PYTORCH", "NCCL_", "CUBLAS", "CUDA_")
+    prefixes = ("SPEEDRUN_", "OMP_", "MKL_", "TORCH", "PYTORCH", "NCCL_", "CUBLAS", "CUDA_")
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",

@@ -6,12 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ["SPEEDRUN_DEVICE"] = "cpu"
+os.environ["SPEEDRUN_DEVICE"] = "cpu"  # before the trainer is imported, and for the processes that tests start
 
 import numpy as np
 import pytest
 import torch
 
+import train_gpt
+from configs.schema import load_config
+from data.loader import TokenLoader
 from data.shards import write_shard
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,8 +105,6 @@ def fixed_threads():
 
 def train_here(config: Path, out: Path, *args: str) -> int:
     """Run the trainer in this process; returns its exit code."""
-    import train_gpt
-
     return train_gpt.main(["--config", str(config), "--out", str(out), *args])
 
 
@@ -127,3 +128,35 @@ def events(out: Path) -> list[dict]:
 
 def losses(out: Path) -> list[tuple[int, float]]:
     return [(event["step"], event["val_loss"]) for event in events(out) if event["event"] == "val"]
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_track, tmp_path_factory):
+    """Events of one finished run of each optimizer."""
+    torch.set_num_threads(1)
+    records = {}
+    for name in OPTIMIZERS:
+        out = tmp_path_factory.mktemp(name)
+        assert train_here(tiny_track, out, "--optimizer", name) == 0
+        records[name] = events(out)
+    return records
+
+
+def make_run(tiny_track, optimizer, *overrides):
+    config = load_config(tiny_track, optimizer, overrides)
+    model = train_gpt.GPT(config.model)
+    model.init_weights(0)
+    data = train_gpt.open_data(config)
+    ranks = train_gpt.Ranks(0, 1, torch.device("cpu"))
+    loader = TokenLoader(data.train_shards, config.train.batch_tokens, 0, 1)
+    optimizers = train_gpt.build_optimizers(config, model)
+    return train_gpt.Training(config, train_gpt.plan_batch(config, 1), ranks, model, optimizers, loader), data
+
+
+def step(run):
+    batch = train_gpt.to_device(run.loader.next_window(), run.config.model.seq_len, run.ranks.device)
+    loss = train_gpt.forward_backward(run.model, batch, run)
+    for optimizer in run.optimizers:
+        optimizer.step()
+    run.model.zero_grad()
+    return loss

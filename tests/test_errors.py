@@ -1,0 +1,119 @@
+"""What bad input and bad numbers get: one line and the right exit code."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_gpt
+from configs.schema import Exit
+from data.shards import open_shard, write_shard
+from tests.conftest import events, make_run, start_process, torchrun, train_here
+
+
+def test_non_finite_loss_exits_5_naming_step_and_parameter(tiny_track, tmp_path, capsys):
+    arguments = ["--optimizer", "muon", "--set", "optimizer.muon.lr=1e30"]
+    assert train_here(tiny_track, tmp_path, *arguments) == Exit.NON_FINITE
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "step 2: loss is not finite, first bad gradient: embed.weight" in error
+    end = events(tmp_path)[-1]
+    assert (end["status"], end["reached_target"]) == ("diverged", False)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_gradient_is_named_before_it_is_applied(tiny_track, bad):
+    run, _ = make_run(tiny_track, "aurora")
+    guard = train_gpt.Guard(run.model, run.ranks)
+    for p in run.model.parameters():
+        p.grad = torch.zeros_like(p)
+    guard.check(0, torch.tensor(1.0))
+    run.model.blocks[1].mlp.up.weight.grad[3, 3] = bad
+    with pytest.raises(train_gpt.HarnessError, match=r"step 8: loss is finite, .*blocks.1.mlp.up.weight"):
+        guard.check(7, torch.tensor(1.0))
+
+
+def test_non_finite_validation_names_step_and_parameter(tiny_track, tmp_path, capsys):
+    """The last update breaks the weights, and no gradient after it tells."""
+    arguments = ["--optimizer", "muon", "--set", "train.steps=1", "--set", "optimizer.muon.vector_lr=1e38"]
+    assert train_here(tiny_track, tmp_path, *arguments) == Exit.NON_FINITE
+    error = capsys.readouterr().err
+    assert "step 1: validation loss is nan, " in error and error.count("\n") == 1
+    assert [event["event"] for event in events(tmp_path)] == ["run", "val", "train", "end"]
+
+
+def plant_token(path, token):
+    tokens = open_shard(path).copy()
+    tokens[5000] = token
+    write_shard(path, tokens)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+DATA_ERRORS = {
+    "missing": (Path.unlink, "no shard matches.*python data/local.py"),
+    "cut": (cut, "tiny_train_000001.bin claims 10340 tokens, so 21704 bytes, but has 21703"),
+    "other format": (lambda path: path.write_bytes(b"x" * 4000), "tiny_train_000001.bin begins with magic number"),
+    "token outside vocabulary": (lambda path: plant_token(path, 64), "holds token 64 at position 5000"),
+}
+
+
+@pytest.mark.parametrize("fault", DATA_ERRORS)
+def test_bad_data_exits_3_with_one_line_and_no_record(tiny_track, tmp_path, capsys, fault):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for path in tiny_track.parent.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    config = folder / "tiny.toml"
+    config.write_text(config.read_text().replace(str(tiny_track.parent), str(folder)))
+    (folder / "tiny_train_000002.bin").unlink()
+    damage, message = DATA_ERRORS[fault]
+    damage(folder / "tiny_train_000001.bin")
+    assert train_here(config, tmp_path / "out", "--set", "train.steps=10") == Exit.DATA
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(message, error)
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_too_few_tokens_exits_3_with_the_numbers(tiny_track, tmp_path, capsys):
+    assert train_here(tiny_track, tmp_path, "--set", "train.steps=36") == Exit.DATA
+    assert "36 steps of 512 tokens need 18,432 tokens" in capsys.readouterr().err
+
+
+def test_unwritable_out_exits_7_before_training(tiny_track, tmp_path, capsys):
+    (tmp_path / "file").write_text("not a folder")
+    assert train_here(tiny_track, tmp_path / "file" / "out") == Exit.DISK
+    assert "is not a folder that can be written" in capsys.readouterr().err
+
+
+def test_full_disk_at_the_record_exits_7(tiny_track, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("results.record.os.write", lambda handle, line: len(line) // 2)
+    assert train_here(tiny_track, tmp_path) == Exit.DISK
+    assert "cannot be written: the line was cut" in capsys.readouterr().err
+
+
+def test_help_and_usage_errors_answer_without_importing_torch():
+    for arguments, code in ((["--help"], 0), (["--optimiser", "muon"], 2)):
+        process = start_process("-X", "importtime", "train_gpt.py", *arguments)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == code
+        assert "--optimizer" in out + err
+        assert not [line for line in err.splitlines() if line.startswith("import time:") and line.endswith(" torch")]
+
+
+def test_importing_the_trainer_has_no_side_effects(tmp_path):
+    code = "import os, sys, torch; before = set(os.listdir()), torch.get_rng_state().tolist(), torch.get_default_dtype(); import train_gpt; assert before == (set(os.listdir()), torch.get_rng_state().tolist(), torch.get_default_dtype())"  # noqa: E501
+    process = start_process("-c", code)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (0, "", "")
+
+
+def test_world_size_that_does_not_divide_the_batch_exits_2_on_one_line(tiny_track, tmp_path):
+    process = start_process(*torchrun(3), "train_gpt.py", "--config", str(tiny_track), "--out", str(tmp_path))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert err.count("error: 3 ranks do not divide the 16 sequences of train.batch_tokens") == 1
+    assert not list(tmp_path.glob("*.jsonl"))
