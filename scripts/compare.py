@@ -124,15 +124,27 @@ def mean_loss(group: Sequence[Run]) -> float:
 
 
 def verdict(runs: Sequence[Run]) -> str:
+    """Who has the lowest mean loss, by how much, and whether so many seeds can tell it from the next."""
     groups = by_optimizer(runs)
     (best_loss, best), *others = sorted((mean_loss(group), name) for name, group in groups.items())
     text = f"Lowest validation loss at equal steps: {best}"
     if others:
         text += f", {others[0][0] - best_loss:.4f} below {others[0][1]}"
+        first, second = ([run.end["val_loss"] for run in groups[name]] for name in (best, others[0][1]))
+        if min(len(first), len(second)) > 1:
+            p = welch_p(first, second)
+            text += f" (Welch's t-test: p = {p:.2g}{', no evidence of a difference' if p > 0.05 else ''})"
     fewest = min(len(group) for group in groups.values())
     if fewest < 3:
         text += f". n = {fewest} is a lead, not evidence: add seeds with --seeds 0 1 2"
     return text + "."
+
+
+def welch_p(first: Sequence[float], second: Sequence[float]) -> float:
+    """Two-sided p-value for equal means, without assuming equal variances."""
+    from scipy.stats import ttest_ind
+
+    return float(ttest_ind(first, second, equal_var=False).pvalue)
 
 
 def main() -> int:

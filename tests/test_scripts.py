@@ -83,6 +83,17 @@ def test_report_orders_by_loss_and_never_averages_over_the_seeds_that_made_it(tm
     assert "aurora, 0.4000 below muon. n = 1 is a lead" in compare.verdict(read_folder(tmp_path)[0])
 
 
+def test_verdict_says_when_the_seeds_cannot_tell_two_optimizers_apart(tmp_path):
+    for seed, (muon, aurora) in enumerate([(2.0, 1.99), (2.1, 2.08), (1.9, 1.92)]):
+        write(tmp_path / f"m{seed}.jsonl", record_lines(seed=seed, losses=((0, 4.0), (20, muon))))
+        write(tmp_path / f"a{seed}.jsonl", record_lines("aurora", seed, losses=((0, 4.0), (20, aurora))))
+        write(tmp_path / f"w{seed}.jsonl", record_lines("adamw", seed, losses=((0, 4.0), (20, muon + 1))))
+    runs, _ = read_folder(tmp_path)
+    assert "aurora, 0.0033 below muon (Welch's t-test: p = 0.97, no evidence of a difference)." in compare.verdict(runs)
+    decided = compare.verdict([run for run in runs if run.start["optimizer"] != "aurora"])
+    assert "muon, 1.0000 below adamw (Welch's t-test: p = 0.00026)." in decided
+
+
 def compare_command(tiny_track, out, *args):
     process = start_process("scripts/compare.py", "--config", str(tiny_track), "--out", str(out), *args)
     output, err = process.communicate(timeout=240)
