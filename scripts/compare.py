@@ -132,19 +132,21 @@ def verdict(runs: Sequence[Run]) -> str:
         text += f", {others[0][0] - best_loss:.4f} below {others[0][1]}"
         first, second = ([run.end["val_loss"] for run in groups[name]] for name in (best, others[0][1]))
         if min(len(first), len(second)) > 1:
-            p = welch_p(first, second)
-            text += f" (Welch's t-test: p = {p:.2g}{', no evidence of a difference' if p > 0.05 else ''})"
+            text += f" ({welch_test(first, second)})"
     fewest = min(len(group) for group in groups.values())
     if fewest < 3:
         text += f". n = {fewest} is a lead, not evidence: add seeds with --seeds 0 1 2"
     return text + "."
 
 
-def welch_p(first: Sequence[float], second: Sequence[float]) -> float:
-    """Two-sided p-value for equal means, without assuming equal variances."""
-    from scipy.stats import ttest_ind
-
-    return float(ttest_ind(first, second, equal_var=False).pvalue)
+def welch_test(first: Sequence[float], second: Sequence[float]) -> str:
+    """Two-sided test of equal means that does not assume equal variances, in words."""
+    try:
+        from scipy.stats import ttest_ind
+    except ImportError:
+        return "no test: pip install scipy"
+    p = ttest_ind(first, second, equal_var=False).pvalue
+    return f"Welch's t-test: p = {p:.2g}{', no evidence of a difference' if p > 0.05 else ''}"
 
 
 def main() -> int:
