@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import sys
 import sysconfig
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from data.loader import steps_in_shard
 from data.shards import ShardError, fingerprint, verify_shard, write_shard  # noqa: E402
 
 DOCUMENT_START = b"\0"
@@ -74,6 +76,19 @@ def shuffled_passages(documents: dict[str, bytes]) -> bytes:
     return b"".join(DOCUMENT_START + documents[name][offset : offset + PASSAGE_BYTES] for name, offset in places)
 
 
+def size_overrides(train: bytes, val: bytes) -> dict[str, int]:
+    """What configs/quick.toml must be told when a corpus is smaller than it expects."""
+    quick = tomllib.loads((ROOT / "configs" / "quick.toml").read_text(encoding="utf-8"))
+    seq_len, batch_tokens = quick["model"]["seq_len"], quick["train"]["batch_tokens"]
+    # A multiple of four sequences, so that four ranks can share it.
+    fitting = {
+        "train.steps": steps_in_shard(len(train), batch_tokens),
+        "eval.tokens": (len(val) - 1) // (4 * seq_len) * 4 * seq_len,
+    }
+    wanted = {"train.steps": quick["train"]["steps"], "eval.tokens": quick["eval"]["tokens"]}
+    return {key: fitting[key] for key in fitting if fitting[key] < wanted[key]}
+
+
 def write_corpus(train: bytes, val: bytes, folder: Path) -> Iterator[str]:
     """Write one shard a split and yield a line about each."""
     infos = []
@@ -98,6 +113,11 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         print(f"error: {error.filename} cannot be read: {error.strerror}", file=sys.stderr)
         return 3
+    if args.text and 0 in size_overrides(train, val).values():
+        print(
+            f"error: {len(train) + len(val):,} bytes of text are too few to train on, give some 50,000", file=sys.stderr
+        )
+        return 3
     try:
         for line in write_corpus(train, val, args.out):
             print(line)
@@ -110,6 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.text:
         out = args.out.resolve()
         overrides = [f"--set 'data.{split}={out}/local_{split}_*.bin'" for split in ("train", "val")]
+        overrides += [f"--set {key}={value}" for key, value in size_overrides(train, val).items()]
         print(f"train on it:  python train_gpt.py {' '.join(overrides)}")
     return 0
 

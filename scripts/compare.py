@@ -158,7 +158,7 @@ def main() -> int:
         print(f"error: config {args.config} cannot be read: {error.strerror}", file=sys.stderr)
         return 2
     done: list[Run] = []
-    failures: list[str] = []
+    failures: dict[str, int] = {}
     durations_s: list[float] = []
     for number, (optimizer, seed) in enumerate(plan, start=1):
         argv = train_argv(args, optimizer, seed)
@@ -178,11 +178,11 @@ def main() -> int:
         if found := finished_run(read_folder(args.out)[0], argv, args.nproc, sources):
             done.append(found)
         else:
-            failures.append(f"{optimizer}, seed {seed}: exit code {exit_code}")
-    for failure in failures:
-        print(f"failed: {failure}", file=sys.stderr)
+            failures[f"{optimizer}, seed {seed}"] = exit_code
+    for name, exit_code in failures.items():
+        print(f"failed: {name}: exit code {exit_code}", file=sys.stderr)
     if not done:
-        return 1
+        return max(failures.values())
     if len({run.start["task_hash"] for run in done}) > 1:
         print("error: the data changed between the runs, so they are not comparable; use a new --out", file=sys.stderr)
         return 1

@@ -76,7 +76,12 @@ def main() -> int:
     if len(tasks) != 1:
         print(f"error: {args.folder} must hold finished runs of one task, found {len(tasks)} tasks", file=sys.stderr)
         return 2
-    plot_loss_curves(runs, args.out)
+    try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        plot_loss_curves(runs, args.out)
+    except (OSError, ValueError) as error:  # ValueError: a suffix that is no picture
+        print(f"error: {args.out} cannot be written: {error}", file=sys.stderr)
+        return 2
     print(args.out)
     return 0
 

@@ -181,12 +181,23 @@ def test_local_corpus_of_this_python_is_written_deterministically(tmp_path):
 
 
 def test_own_text_keeps_the_end_of_every_file_for_validation(tmp_path, capsys):
-    (tmp_path / "mine.txt").write_bytes(b"x" * 900 + b"y" * 100)
+    (tmp_path / "mine.txt").write_bytes(b"x" * 90_000 + b"y" * 10_000)
     assert local.main(["--text", str(tmp_path / "mine.txt"), "--out", str(tmp_path / "out")]) == 0
     train = bytes(open_shard(tmp_path / "out" / "local_train_000000.bin").astype(np.uint8))
     val = bytes(open_shard(tmp_path / "out" / "local_val_000000.bin").astype(np.uint8))
-    assert sorted(train.split(b"\0")) == sorted([b"", b"x" * 512, b"x" * 388]) and val == b"\0" + b"y" * 100
-    assert f"--set 'data.train={tmp_path}/out/local_train_*.bin'" in capsys.readouterr().out
+    assert train.replace(b"\0", b"") == b"x" * 90_000 and val.replace(b"\0", b"") == b"y" * 10_000
+    assert {len(passage) for passage in train.split(b"\0")[1:]} == {512, 90_000 % 512}
+    command = capsys.readouterr().out.splitlines()[-1]
+    assert f"--set 'data.train={tmp_path}/out/local_train_*.bin'" in command
+    assert command.endswith("--set train.steps=22 --set eval.tokens=9216")
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 3000])
+def test_own_text_that_is_too_short_is_an_error_in_one_line(tmp_path, capsys, content):
+    (tmp_path / "mine.txt").write_bytes(content)
+    assert local.main(["--text", str(tmp_path / "mine.txt"), "--out", str(tmp_path / "out")]) == 3
+    assert "bytes of text are too few to train on" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_own_text_that_is_missing_is_an_error_in_one_line(tmp_path, capsys):

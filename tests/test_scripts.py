@@ -136,11 +136,20 @@ def test_compare_names_a_config_that_cannot_be_read(tmp_path):
     assert code == 2 and err.count("\n") == 1 and "gone.toml cannot be read" in err
 
 
+def test_plot_of_the_committed_runs_and_of_what_cannot_be_written(tmp_path):
+    process = start_process("scripts/plot.py", "results/quick", "--out", str(tmp_path / "new" / "curves.svg"))
+    assert process.communicate(timeout=60)[1] == "" and process.returncode == 0
+    assert "<svg" in (tmp_path / "new" / "curves.svg").read_text()
+    process = start_process("scripts/plot.py", "results/quick", "--out", str(tmp_path / "curves.nonsense"))
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 2 and err.startswith("error: ") and err.count("\n") == 1
+
+
 def test_progress_time_left_is_the_mean_of_the_runs_so_far(tiny_track, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "run_one", lambda *args: 5)
     clock = iter(range(0, 10_000, 120))
     monkeypatch.setattr(compare, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
     monkeypatch.setattr("sys.argv", ["compare.py", "--config", str(tiny_track), "--out", str(tmp_path)])
-    assert compare.main() == 1
+    assert compare.main() == 5
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "[1/4] adamw, seed 0" and lines[3] == "[4/4] aurora, seed 0 (about 2 min left for all runs)"
