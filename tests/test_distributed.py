@@ -93,6 +93,14 @@ def test_owners_share_the_cost_evenly_and_do_not_depend_on_the_rank():
         assert assign_owners(costs, again) == owners and again == loads
 
 
+def run_on_two_ranks(code, folder, *arguments):
+    """Exit code and stderr of torchrun over a script with this code."""
+    (folder / "driver.py").write_text(code)
+    process = start_process(*torchrun(2), str(folder / "driver.py"), *arguments)
+    _, err = process.communicate(timeout=120)
+    return process.returncode, err
+
+
 def test_more_ranks_than_matrices(tmp_path):
     """Two ranks, one matrix: the rank that owns nothing takes part in the collectives."""
     code = (
@@ -107,10 +115,8 @@ def test_more_ranks_than_matrices(tmp_path):
         "assert (p < 1).all() and len(optimizer.state_dict()['state']) == 1\n"
         "dist.destroy_process_group()\n"
     )
-    (tmp_path / "driver.py").write_text(code)
-    process = start_process(*torchrun(2), str(tmp_path / "driver.py"))
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
+    exit_code, err = run_on_two_ranks(code, tmp_path)
+    assert exit_code == 0, err
 
 
 def test_an_error_on_one_rank_alone_is_told_and_stops_all(tiny_track, tmp_path):
@@ -125,10 +131,7 @@ def test_an_error_on_one_rank_alone_is_told_and_stops_all(tiny_track, tmp_path):
         "code = train_gpt.main(sys.argv[1:])\n"
         "open(os.path.join(sys.argv[-1], 'code' + os.environ['RANK']), 'w').write(str(code))\n"
     )
-    (tmp_path / "driver.py").write_text(code)
-    arguments = ["--config", str(tiny_track), "--out", str(tmp_path)]
-    process = start_process(*torchrun(2), str(tmp_path / "driver.py"), *arguments)
-    _, err = process.communicate(timeout=120)
+    _, err = run_on_two_ranks(code, tmp_path, "--config", str(tiny_track), "--out", str(tmp_path))
     assert [(tmp_path / f"code{rank}").read_text() for rank in (0, 1)] == ["3", "3"], err
     assert err.count("error: on rank 1: no shard on this node") == 1
 
@@ -140,11 +143,8 @@ def test_ranks_that_disagree_are_named_and_stop(tiny_track, tmp_path):
         "train_gpt.GPT.init_weights = lambda self, seed: original(self, seed + int(os.environ['RANK']))\n"
         "sys.exit(train_gpt.main(sys.argv[1:]))\n"
     )
-    (tmp_path / "driver.py").write_text(code)
-    arguments = ["--config", str(tiny_track), "--out", str(tmp_path)]
-    process = start_process(*torchrun(2), str(tmp_path / "driver.py"), *arguments)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode != 0
+    exit_code, err = run_on_two_ranks(code, tmp_path, "--config", str(tiny_track), "--out", str(tmp_path))
+    assert exit_code != 0
     assert "error: rank 1 has weights = " in err and "exitcode  : 8" in err
 
 
@@ -163,10 +163,7 @@ def test_non_finite_gradient_on_one_rank_stops_all_ranks_before_the_update(tiny_
         "code = train_gpt.main(sys.argv[1:])\n"
         "open(os.path.join(sys.argv[-1], 'code' + os.environ['RANK']), 'w').write(str(code))\n"
     )
-    (tmp_path / "driver.py").write_text(code)
-    arguments = ["--config", str(tiny_track), "--optimizer", "aurora", "--out", str(tmp_path)]
-    process = start_process(*torchrun(2), str(tmp_path / "driver.py"), *arguments)
-    _, err = process.communicate(timeout=120)
+    _, err = run_on_two_ranks(code, tmp_path, "--config", str(tiny_track), "--out", str(tmp_path))
     assert [(tmp_path / f"code{rank}").read_text() for rank in (0, 1)] == ["5", "5"], err
     assert "step 4: loss is finite, first bad gradient: blocks.0.mlp.up.weight" in err
     assert events(tmp_path)[-1]["status"] == "diverged"
@@ -185,9 +182,6 @@ def test_a_killed_rank_is_reported_by_the_others(tiny_track, tmp_path):
         "train_gpt.forward_backward = dying\n"
         "sys.exit(train_gpt.main(sys.argv[1:]))\n"
     )
-    (tmp_path / "driver.py").write_text(code)
-    arguments = ["--config", str(tiny_track), "--out", str(tmp_path)]
-    process = start_process(*torchrun(2), str(tmp_path / "driver.py"), *arguments)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode != 0 and "Traceback" not in err.split("torch/distributed")[0]
+    exit_code, err = run_on_two_ranks(code, tmp_path, "--config", str(tiny_track), "--out", str(tmp_path))
+    assert exit_code != 0 and "Traceback" not in err.split("torch/distributed")[0]
     assert "error: rank 0 lost a peer" in err
