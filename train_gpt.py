@@ -110,10 +110,15 @@ def plan_batch(config: Config, world_size: int) -> BatchPlan:
     return BatchPlan(own_sequences // micro_batch, micro_batch, val_sequences // world_size)
 
 
-def to_device(window: np.ndarray, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(B*T + 1,) tokens to inputs and targets (B, T), copied without waiting where the device can."""
+def stage(window: np.ndarray, device: torch.device) -> Tensor:
+    """(B*T + 1,) uint16 tokens as int64, in memory that the device can copy from while the host goes on."""
     tokens = torch.from_numpy(window.astype(np.int64))
-    tokens = tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens.to(device)
+    return tokens.pin_memory() if device.type == "cuda" else tokens
+
+
+def to_device(staged: Tensor, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Staged (B*T + 1,) tokens to inputs and targets (B, T), copied without waiting where the device can."""
+    tokens = staged.to(device, non_blocking=device.type == "cuda")
     return tokens[:-1].view(-1, seq_len), tokens[1:].view(-1, seq_len)
 
 
@@ -551,7 +556,7 @@ def validate(model: nn.Module, data: RunData, run: Training) -> float:
     config, plan, ranks = run.config, run.plan, run.ranks
     own_tokens = plan.val_sequences * config.model.seq_len
     window = data.val_tokens[ranks.rank * own_tokens : (ranks.rank + 1) * own_tokens + 1]
-    batch = to_device(window, config.model.seq_len, ranks.device)
+    batch = to_device(stage(window, ranks.device), config.model.seq_len, ranks.device)
     losses = [model(*micro) for micro in zip(*(part.split(plan.micro_batch) for part in batch), strict=True)]
     total = torch.stack(losses).cpu().double().sum().to(ranks.device if ranks.world_size > 1 else "cpu")
     return ranks.all_reduce(total).item() / config.eval.tokens
@@ -590,7 +595,7 @@ def warm_up(model: nn.Module, run: Training) -> None:
 
     def made_up_batch(sequences: int) -> tuple[Tensor, Tensor]:
         tokens = torch.randint(run.config.model.vocab_size, (sequences * seq_len + 1,), generator=generator)
-        return to_device(tokens.numpy(), seq_len, run.ranks.device)
+        return to_device(stage(tokens.numpy(), run.ranks.device), seq_len, run.ranks.device)
 
     try:
         for _ in range(WARMUP_STEPS):
@@ -668,8 +673,7 @@ def train(args: argparse.Namespace, ranks: Ranks, begin_ns: int) -> None:
     model.init_weights(args.seed)
     model.to(ranks.device)
     optimizers = build_optimizers(config, model)
-    loader = TokenLoader(data.train_shards, config.train.batch_tokens, ranks.rank, ranks.world_size)
-    run = Training(config, plan, ranks, model, optimizers, loader)
+    run = Training(config, plan, ranks, model, optimizers, make_loader(config, data, ranks))
     start = run_event(config, args.config, args.seed, ranks.world_size, ranks.device, model.roles(), optimizers, data)
     identity = {key: start[key] for key in ("config", "seed", "code_hash")} | {"data": start["data"]["fingerprint"]}
     check_ranks_agree(ranks, **identity, torch=torch.__version__, weights=digest(model.state_dict()))
@@ -800,7 +804,7 @@ def train_step(run: Training, model: nn.Module, step: int, guard: Guard, log: St
     """One update, from tokens to weights: all that the clock sees."""
     device = run.ranks.device
     begin = time_mark(device)
-    batch = to_device(run.loader.next_window(), run.config.model.seq_len, device)
+    batch = to_device(run.loader.next_batch(), run.config.model.seq_len, device)
     loss = forward_backward(model, batch, run)
     guard.check(step, loss)
     optimizer_begin = time_mark(device)
@@ -829,6 +833,7 @@ def end_event(status: str, run: Training, progress: Progress, clock: Clock) -> d
         "time_to_target_s": hit.train_time_s if hit else None,
         "untimed": {f"{account}_s": clock.spent_s(account) for account in Clock.ACCOUNTS if account != "train"},
         "segments": progress.segments,
+        "data_wait_s": run.loader.wait_s,
         "weights_sha256": digest(run.model.state_dict()),
         "peak_mem_mib": run.ranks.all_reduce(memory, dist.ReduceOp.MAX).item(),
     }
@@ -913,12 +918,23 @@ def check_writable(out: Path) -> None:
 
 def open_data(config: Config) -> RunData:
     data, train = config.data, config.train
+    sizes = train.steps, train.batch_tokens, config.eval.tokens, config.model.vocab_size
     try:
-        return open_run_data(
-            data.train, data.val, train.steps, train.batch_tokens, config.eval.tokens, config.model.vocab_size
-        )
+        return open_run_data(data.train, data.val, *sizes, data.allow_epochs)
     except ShardError as error:
         raise HarnessError(Exit.DATA, str(error)) from error
+
+
+def make_loader(config: Config, data: RunData, ranks: Ranks) -> TokenLoader:
+    """This rank's batches, staged by the loader's thread while a step runs."""
+    return TokenLoader(
+        data.train_shards,
+        config.train.batch_tokens,
+        ranks.rank,
+        ranks.world_size,
+        prepare=lambda window: stage(window, ranks.device),
+        allow_epochs=config.data.allow_epochs,
+    )
 
 
 def check_ranks_agree(ranks: Ranks, **fields: Any) -> None:

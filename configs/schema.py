@@ -55,6 +55,7 @@ class ModelConfig:
 class DataConfig:
     train: str  # glob of shards, relative to the folder of train_gpt.py
     val: str
+    allow_epochs: bool = False  # whether shards may be read more than once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +116,10 @@ def load_config(path: Path, optimizer: str, overrides: Iterable[str] = ()) -> Co
     if not all(isinstance(entry, dict) for entry in entries):
         raise HarnessError(Exit.CONFIG, f"{path.name}: optimizer must hold tables, as in [optimizer.muon]")
     check_keys(tables, sections, path.name)
-    parts = {name: cls(**typed_table(tables[name], get_type_hints(cls), name)) for name, cls in sections.items()}
+    parts = {
+        name: cls(**typed_table(tables[name], get_type_hints(cls), name, with_default(cls)))
+        for name, cls in sections.items()
+    }
     if optimizer not in optimizer_tables:
         raise HarnessError(
             Exit.CONFIG,
@@ -127,6 +131,11 @@ def load_config(path: Path, optimizer: str, overrides: Iterable[str] = ()) -> Co
     config = Config(**parts, optimizer=optimizer, warmup_steps=warmup_steps, hparams=hparams)
     check_bounds(config)
     return config
+
+
+def with_default(cls: type) -> set[str]:
+    """The fields of a dataclass that may be left out."""
+    return {field.name for field in dataclasses.fields(cls) if field.default is not dataclasses.MISSING}
 
 
 def apply_override(tables: dict[str, Any], override: str) -> None:

@@ -1,16 +1,17 @@
 """Token shards: the file format of llm.c and modded-nanogpt, written, read and checked.
 
 A shard is a header of 256 little-endian int32 (magic 20240520, version 1, number of tokens, zeros) followed by that
-many little-endian uint16 tokens.
+many little-endian uint16 tokens. Shards of a data set are numbered without gaps, from 0 or 1.
 """
 
 import contextlib
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,11 +19,29 @@ MAGIC = 20240520
 VERSION = 1
 HEADER_BYTES = 256 * 4
 TOKEN_DTYPE = np.dtype("<u2")
-SCAN_TOKENS = 1 << 24
+SCAN_TOKENS = 1 << 20  # read once from memory, then hashed and searched in cache
+DOCUMENT_START = 50256  # GPT-2's end of text, which begins every document
+GPT2_VOCAB_SIZE = 50257
+GPT2_PADDED_VOCAB_SIZE = 50432  # the next multiple of 256
+OTHER_FORMATS = {
+    int(np.int32(MAGIC).byteswap()): "its bytes are big-endian",
+    20240801: "it is a llama-3 shard of llm.c, with uint32 tokens",
+    20240522: "it is an evaluation file of llm.c",
+}
 
 
 class ShardError(ValueError):
-    """A shard that is missing, cut, foreign or holds tokens it may not; the message names file and finding."""
+    """Data that a run cannot use: which file, what about it was expected and found, and what to do.
+
+    Printed as one line.
+    """
+
+    def __init__(self, path: Path | str, field: str, expected: Any, found: Any, fix: str):
+        super().__init__(path, field, expected, found, fix)
+
+    def __str__(self) -> str:
+        path, field, expected, found, fix = self.args
+        return f"{path}: {field}: expected {expected}, found {found}; {fix}"
 
 
 class ShardInfo(NamedTuple):
@@ -42,9 +61,11 @@ def write_shard(path: Path, tokens: np.ndarray) -> None:
         OSError: the disk is full or path is not writable; nothing is left behind.
     """
     if tokens.ndim != 1 or tokens.size >= 2**31:
-        raise ShardError(f"{path}: a shard holds a 1-D array of fewer than 2^31 tokens, got shape {tokens.shape}")
+        raise ShardError(
+            path, "tokens", "a 1-D array of fewer than 2^31", f"shape {tokens.shape}", "cut it into more shards"
+        )
     if tokens.size and (int(tokens.min()) < 0 or int(tokens.max()) > np.iinfo(TOKEN_DTYPE).max):
-        raise ShardError(f"{path}: tokens must lie in [0, 65535], got {tokens.min()} to {tokens.max()}")
+        raise ShardError(path, "tokens", "0 to 65535", f"{tokens.min()} to {tokens.max()}", "use a smaller vocabulary")
     header = np.zeros(256, dtype="<i4")
     header[:3] = MAGIC, VERSION, tokens.size
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,42 +90,68 @@ def open_shard(path: Path) -> np.ndarray:
     Raises:
         ShardError: not a shard of this format, or its size does not match its header.
     """
+    get_again = "get the file again"
     try:
         with path.open("rb") as file:
             header_bytes = file.read(HEADER_BYTES)
             file_bytes = os.fstat(file.fileno()).st_size
     except OSError as error:
-        raise ShardError(f"shard {path} cannot be read: {error.strerror}") from error
+        raise ShardError(path, "file", "one that can be read", error.strerror, get_again) from error
     if len(header_bytes) < HEADER_BYTES:
-        raise ShardError(f"shard {path} has {file_bytes} bytes, less than its {HEADER_BYTES}-byte header; get it again")
+        raise ShardError(path, "size", f"at least the header's {HEADER_BYTES:,} bytes", f"{file_bytes:,}", get_again)
     magic, version, num_tokens = np.frombuffer(header_bytes, dtype="<i4")[:3].tolist()
     if magic != MAGIC:
-        raise ShardError(f"shard {path} begins with magic number {magic}, expected {MAGIC}; it is in another format")
+        reason = OTHER_FORMATS.get(magic, "it has no header, like nanoGPT's .bin files, or another format")
+        raise ShardError(path, "magic number", MAGIC, magic, f"{reason}: make shards with data/fineweb.py tokenize")
     if version != VERSION:
-        raise ShardError(f"shard {path} has format version {version}, expected {VERSION}")
+        raise ShardError(path, "format version", VERSION, version, "make shards with data/fineweb.py tokenize")
+    if num_tokens < 1:
+        raise ShardError(path, "number of tokens in the header", "at least 1", f"{num_tokens:,}", get_again)
     expected_bytes = HEADER_BYTES + num_tokens * TOKEN_DTYPE.itemsize
-    if num_tokens < 1 or file_bytes != expected_bytes:
-        raise ShardError(
-            f"shard {path} claims {num_tokens} tokens, so {expected_bytes} bytes, but has {file_bytes}; get it again"
-        )
+    if file_bytes != expected_bytes:
+        claim = f"{expected_bytes:,} bytes for the {num_tokens:,} uint16 tokens of the header"
+        raise ShardError(path, "size", claim, f"{file_bytes:,}", get_again)
     return np.memmap(path, dtype=TOKEN_DTYPE, mode="r", offset=HEADER_BYTES, shape=(num_tokens,))
 
 
 def verify_shard(path: Path, vocab_size: int) -> ShardInfo:
-    """Read the whole shard once: hash it, and refuse tokens outside the vocabulary (ShardError)."""
+    """Read the whole shard once: hash it, and refuse tokens outside the vocabulary (ShardError).
+
+    vocab_size is the model's; where it is GPT-2's, padded for speed, the padding is outside too.
+    """
+    is_gpt2 = GPT2_VOCAB_SIZE <= vocab_size <= GPT2_PADDED_VOCAB_SIZE
+    num_known = GPT2_VOCAB_SIZE if is_gpt2 else vocab_size
     tokens = open_shard(path)
     digest, max_token = hashlib.sha256(), 0
     for start in range(0, len(tokens), SCAN_TOKENS):
         block = tokens[start : start + SCAN_TOKENS]
         digest.update(block.data)
         max_token = max(max_token, int(block.max()))
-        if max_token >= vocab_size:
-            position = start + int(np.argmax(block >= vocab_size))
+        if max_token >= num_known:
+            position = start + int(np.argmax(block >= num_known))
+            vocabulary = "GPT-2's tokens" if is_gpt2 else f"model.vocab_size = {vocab_size}"
             raise ShardError(
-                f"shard {path} holds token {int(tokens[position])} at position {position}, "
-                f"but the model's vocab_size is {vocab_size}; use the data that the config was made for"
+                path,
+                f"token at position {position:,}",
+                f"at most {num_known - 1} ({vocabulary})",
+                int(tokens[position]),
+                "use the data that the config was made for",
             )
     return ShardInfo(path.name, len(tokens), max_token, digest.hexdigest())
+
+
+def check_numbering(paths: Iterable[Path]) -> None:
+    """Raise ShardError when the files of a data set, by the numbers at the end of their names, have a gap."""
+    numbers: dict[str, list[int]] = {}
+    for path in paths:
+        if match := re.fullmatch(r"(.*_)(\d{6})", path.stem):
+            numbers.setdefault(str(path.parent / match[1]), []).append(int(match[2]))
+    for prefix, present in numbers.items():
+        missing = sorted(set(range(min(1, min(present)), max(present))) - set(present))
+        if missing:
+            names = f"{prefix}{missing[0]:06d}.bin" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+            span = f"{len(present)} with numbers {min(present)} to {max(present)}"
+            raise ShardError(f"{prefix}*", "files", "numbers without a gap from 0 or 1", span, f"get {names}")
 
 
 def fingerprint(shards: Iterable[ShardInfo]) -> str:

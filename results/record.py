@@ -54,7 +54,7 @@ class RecordWriter:
 
 
 SOURCE_MODULES = [
-    *("configs/schema.py", "data/loader.py", "data/shards.py"),
+    *("configs/schema.py", "data/loader.py", "data/manifest.py", "data/overlap.py", "data/shards.py"),
     *("results/checkpoint.py", "results/describe.py", "results/record.py"),
 ]
 

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 import train_gpt
 from aurora.polar import SCHEDULES, PolarSchedule
 from configs.schema import load_config
-from data.loader import TokenLoader
 
 UNTIMED_ROUNDS = 3
 
@@ -60,7 +59,7 @@ def harness_step(hparams: dict[str, str], num_steps: int) -> Callable[[], None]:
     model = train_gpt.GPT(config.model)
     model.init_weights(0)
     ranks = train_gpt.Ranks(0, 1, torch.device("cpu"))
-    loader = TokenLoader(data.train_shards, config.train.batch_tokens, 0, 1)
+    loader = train_gpt.make_loader(config, data, ranks)
     optimizers = train_gpt.build_optimizers(config, model)
     run = train_gpt.Training(config, train_gpt.plan_batch(config, 1), ranks, model, optimizers, loader)
     guard, log = train_gpt.Guard(model, ranks), train_gpt.StepLog(config.train.log_every, ranks)

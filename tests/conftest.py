@@ -14,8 +14,7 @@ import torch
 
 import train_gpt
 from configs.schema import load_config
-from data.loader import TokenLoader
-from data.shards import write_shard
+from data.shards import MAGIC, write_shard
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIMIZERS = ["adamw", "muon", "normuon", "unormuon", "aurora"]
@@ -79,6 +78,13 @@ def markov_tokens(num_tokens: int, seed: int, vocab_size: int = 64) -> np.ndarra
     for i in range(1, num_tokens):
         tokens[i] = noise[i] if is_noise[i] else (tokens[i - 1] * 7 + 3) % vocab_size
     return tokens
+
+
+def shard_bytes(tokens=(1, 2, 3), magic=MAGIC, version=1, num_tokens=None, dtype="<u2") -> bytes:
+    """A shard's file, broken as one likes."""
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = magic, version, len(tokens) if num_tokens is None else num_tokens
+    return header.tobytes() + np.array(tokens, dtype=dtype).tobytes()
 
 
 @pytest.fixture(scope="session")
@@ -148,13 +154,13 @@ def make_run(tiny_track, optimizer, *overrides):
     model.init_weights(0)
     data = train_gpt.open_data(config)
     ranks = train_gpt.Ranks(0, 1, torch.device("cpu"))
-    loader = TokenLoader(data.train_shards, config.train.batch_tokens, 0, 1)
+    loader = train_gpt.make_loader(config, data, ranks)
     optimizers = train_gpt.build_optimizers(config, model)
     return train_gpt.Training(config, train_gpt.plan_batch(config, 1), ranks, model, optimizers, loader), data
 
 
 def step(run):
-    batch = train_gpt.to_device(run.loader.next_window(), run.config.model.seq_len, run.ranks.device)
+    batch = train_gpt.to_device(run.loader.next_batch(), run.config.model.seq_len, run.ranks.device)
     loss = train_gpt.forward_backward(run.model, batch, run)
     for optimizer in run.optimizers:
         optimizer.step()

@@ -1,19 +1,17 @@
 """Shard format, offline corpus and the loader's stream."""
 
 import hashlib
+import threading
+import time
 
 import numpy as np
 import pytest
 
 from data import local
 from data.loader import TokenLoader, open_run_data, steps_in_shard
-from data.shards import MAGIC, ShardError, open_shard, verify_shard, write_shard
-
-
-def shard_bytes(tokens=(1, 2, 3), magic=MAGIC, version=1, num_tokens=None, dtype="<u2"):
-    header = np.zeros(256, dtype="<i4")
-    header[:3] = magic, version, len(tokens) if num_tokens is None else num_tokens
-    return header.tobytes() + np.array(tokens, dtype=dtype).tobytes()
+from data.overlap import ProbeIndex
+from data.shards import ShardError, open_shard, verify_shard, write_shard
+from tests.conftest import shard_bytes
 
 
 def test_write_then_open_gives_the_tokens_back(tmp_path):
@@ -26,37 +24,10 @@ def test_write_then_open_gives_the_tokens_back(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]
 
 
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        (b"", "0 bytes, less than its 1024-byte header"),
-        (shard_bytes()[:1023], "1023 bytes"),
-        (shard_bytes()[:-1], "claims 3 tokens, so 1030 bytes, but has 1029"),
-        (shard_bytes() + b"\0\0", "but has 1032"),
-        (shard_bytes(magic=20240801), "magic number 20240801, expected 20240520"),
-        (shard_bytes(version=2), "version 2, expected 1"),
-        (shard_bytes(num_tokens=-1), "claims -1 tokens"),
-        (shard_bytes(num_tokens=2**31 - 1), "claims 2147483647 tokens"),
-        (shard_bytes((), num_tokens=0), "claims 0 tokens"),
-        (shard_bytes(dtype="<u4"), "but has 1036"),
-    ],
-)
-def test_open_refuses_broken_shards_naming_file_and_finding(tmp_path, content, message):
-    path = tmp_path / "bad.bin"
-    path.write_bytes(content)
-    with pytest.raises(ShardError, match=message) as error:
-        open_shard(path)
-    assert str(path) in str(error.value)
-
-
-def test_open_refuses_a_missing_shard(tmp_path):
-    with pytest.raises(ShardError, match="gone.bin cannot be read: No such file"):
-        open_shard(tmp_path / "gone.bin")
-
-
 def test_verify_names_the_first_token_outside_the_vocabulary(tmp_path):
     write_shard(tmp_path / "a.bin", np.array([1, 2, 99, 98], dtype=np.uint16))
-    with pytest.raises(ShardError, match="token 99 at position 2, but the model's vocab_size is 50"):
+    expected = r"a.bin: token at position 2: expected at most 49 \(model.vocab_size = 50\), found 99;"
+    with pytest.raises(ShardError, match=expected):
         verify_shard(tmp_path / "a.bin", vocab_size=50)
     assert verify_shard(tmp_path / "a.bin", vocab_size=100).max_token == 99
 
@@ -76,9 +47,9 @@ def write_shards(folder, sizes):
     write_shard(folder / "t_val_000000.bin", np.arange(200))
 
 
-def run_data(folder, steps, batch_tokens=20, val_tokens=100):
+def run_data(folder, steps, batch_tokens=20, val_tokens=100, allow_epochs=False):
     patterns = f"{folder}/t_train_*.bin", f"{folder}/t_val_*.bin"
-    return open_run_data(*patterns, steps, batch_tokens, val_tokens, vocab_size=65536)
+    return open_run_data(*patterns, steps, batch_tokens, val_tokens, 65536, allow_epochs)
 
 
 def public_stream(sizes, batch_tokens):
@@ -93,22 +64,54 @@ def public_stream(sizes, batch_tokens):
     return starts
 
 
-@pytest.mark.parametrize("sizes", [(101, 62, 61), (22, 21, 20, 40, 42), (100,), (161, 20, 22)])
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("sizes", [(101, 62, 61), (17, 18, 16, 40, 42), (100,), (161, 16, 19, 33)])
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 def test_loader_gives_the_public_stream_to_any_number_of_ranks(tmp_path, sizes, world_size):
     write_shards(tmp_path, sizes)
-    starts = public_stream(sizes, 20)
-    assert sum(steps_in_shard(size, 20) for size in sizes) == len(starts)
-    data = run_data(tmp_path, steps=len(starts))
-    loaders = [TokenLoader(data.train_shards, 20, rank, world_size) for rank in range(world_size)]
+    starts = public_stream(sizes, 16)
+    assert sum(steps_in_shard(size, 16) for size in sizes) == len(starts)
+    data = run_data(tmp_path, steps=len(starts), batch_tokens=16)
+    loaders = [TokenLoader(data.train_shards, 16, rank, world_size) for rank in range(world_size)]
     for start in starts:
-        windows = [loader.next_window() for loader in loaders]
-        inputs = np.concatenate([window[:-1] for window in windows])
-        targets = np.concatenate([window[1:] for window in windows])
-        assert np.array_equal(inputs, np.arange(start, start + 20))
-        assert np.array_equal(targets, np.arange(start + 1, start + 21))
-    with pytest.raises(ShardError, match="used up"):
-        loaders[0].next_window()
+        batches = [loader.next_batch() for loader in loaders]
+        inputs = np.concatenate([batch[:-1] for batch in batches])
+        targets = np.concatenate([batch[1:] for batch in batches])
+        assert np.array_equal(inputs, np.arange(start, start + 16))
+        assert np.array_equal(targets, np.arange(start + 1, start + 17))
+    with pytest.raises(IndexError, match=f"the shards last for {len(starts)} steps"):
+        loaders[0].next_batch()
+
+
+def test_epochs_begin_again_with_the_first_shard_when_the_config_allows_it(tmp_path):
+    write_shards(tmp_path, (101, 62))
+    data = run_data(tmp_path, steps=20, allow_epochs=True)
+    assert data.epochs == data.describe()["epochs"] == 20 / 7
+    loader = TokenLoader(data.train_shards, 20, 0, 1, allow_epochs=True)
+    firsts = [int(loader.next_batch()[0]) for _ in range(20)]
+    once = public_stream((101, 62), 20)
+    assert firsts == (once * 3)[:20]
+    # Where the stream begins again is part of the task.
+    assert data.describe()["stream_id"] != run_data(tmp_path, steps=7).describe()["stream_id"]
+
+
+def test_next_batch_is_prepared_while_the_caller_works(tmp_path):
+    write_shards(tmp_path, (122,))
+    prepared = threading.Semaphore(0)
+
+    def prepare(window):
+        assert threading.current_thread() is not threading.main_thread()
+        prepared.release()
+        return window.copy()
+
+    loader = TokenLoader(run_data(tmp_path, steps=5).train_shards, 20, 0, 1, prepare)
+    for step in range(4):
+        loader.next_batch()
+        for _ in range(2 if step == 0 else 1):  # the first batch, and from then on the next one
+            assert prepared.acquire(timeout=5)
+    waited_s = loader.wait_s
+    time.sleep(0.05)
+    loader.next_batch()
+    assert 0 <= loader.wait_s - waited_s < 0.04
 
 
 def test_public_benchmark_shard_gives_190_steps():
@@ -121,9 +124,10 @@ def test_loader_state_continues_in_mid_shard_and_at_its_edge(tmp_path):
     for cut in range(8):
         whole, resumed = (TokenLoader(data.train_shards, 20, 0, 1) for _ in range(2))
         for _ in range(cut):
-            whole.next_window()
+            whole.next_batch()
+        resumed.next_batch()
         resumed.load_state_dict(whole.state_dict())
-        assert np.array_equal(whole.next_window(), resumed.next_window())
+        assert np.array_equal(whole.next_batch(), resumed.next_batch())
 
 
 def test_run_data_counts_steps_and_opens_only_what_it_needs(tmp_path):
@@ -131,10 +135,46 @@ def test_run_data_counts_steps_and_opens_only_what_it_needs(tmp_path):
     assert len(run_data(tmp_path, steps=4).train_shards) == 1
     assert len(run_data(tmp_path, steps=5).train_shards) == 2
     assert len(run_data(tmp_path, steps=12).train_shards) == 3
-    with pytest.raises(ShardError, match="13 steps of 20 tokens need 260 tokens, but the 3 shards .* 12 steps"):
+    message = "expected enough for 13 steps of 20 tokens, found 12 steps in 3 shards; get 4 shards of 101 tokens"
+    with pytest.raises(ShardError, match=message):
         run_data(tmp_path, steps=13)
-    with pytest.raises(ShardError, match="validation on 200 tokens needs one more, .* holds 200"):
+    with pytest.raises(ShardError, match="get 6 shards of 101 tokens"):
+        run_data(tmp_path, steps=21)
+    with pytest.raises(ShardError, match="needs shards of at least 122 tokens, the largest has 101"):
+        run_data(tmp_path, steps=1, batch_tokens=120)
+    with pytest.raises(ShardError, match=r"expected 201 \(eval.tokens and one more\), found 200; lower eval.tokens"):
         run_data(tmp_path, steps=1, val_tokens=200)
+
+
+@pytest.mark.parametrize("num_tokens, is_found", [(1024, True), (5000, True), (1023, False)])
+def test_copied_validation_tokens_are_found_wherever_they_begin(num_tokens, is_found):
+    generator = np.random.default_rng(num_tokens)
+    val, train = (generator.integers(0, 50000, size).astype(np.uint16) for size in (20_000, 600_000))
+    for val_start, train_start in ((0, 77), (7_001, 262_100), (20_000 - num_tokens, 600_000 - num_tokens)):
+        planted = train.copy()
+        planted[train_start : train_start + num_tokens] = val[val_start : val_start + num_tokens]
+        expected = [(val_start, train_start, num_tokens)] if is_found else []
+        assert ProbeIndex(val).copies_in(planted) == expected
+    assert ProbeIndex(val).copies_in(train) == []
+    assert ProbeIndex(val[:100]).copies_in(train) == []
+
+
+def test_copies_are_those_that_a_comparison_of_all_windows_finds():
+    generator = np.random.default_rng(0)
+    phrases = [generator.integers(0, 300, size).astype(np.uint16) for size in (40, 900, 1024, 1300, 2500)]
+    val, train = (np.concatenate([phrases[i] for i in generator.integers(0, 5, 12)]) for _ in range(2))
+    windows = {val[i : i + 1024].tobytes() for i in range(len(val) - 1023)}
+    is_copied = np.zeros(len(train), dtype=bool)
+    for start in range(len(train) - 1023):
+        if train[start : start + 1024].tobytes() in windows:
+            is_copied[start : start + 1024] = True
+    found = np.zeros(len(train), dtype=bool)
+    for copy in ProbeIndex(val).copies_in(train):
+        part = slice(copy.train_start, copy.train_start + copy.num_tokens)
+        assert np.array_equal(train[part], val[copy.val_start : copy.val_start + copy.num_tokens])
+        found[part] = True
+    assert is_copied.any() and (found & ~is_copied).sum() == 0
+    assert (found & is_copied).sum() >= 0.9 * is_copied.sum()  # of a text that stands twice in val one place is tried
 
 
 def test_stream_id_depends_on_content_not_on_how_many_shards_are_needed(tmp_path):

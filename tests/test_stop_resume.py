@@ -58,7 +58,7 @@ def test_stop_agreed_upon_while_reading_before_a_validation_still_saves(tiny_tra
 
     def stop_while_validating(model, data, run):
         for guard in guards:
-            guard.must_stop = len(guards) > 0 and run.loader.position > 0
+            guard.must_stop = len(guards) > 0 and run.loader.step > 0
         return original(model, data, run)
 
     guards = []

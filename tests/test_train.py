@@ -44,10 +44,10 @@ def test_gradients_are_those_of_the_mean_loss_over_the_batch(tiny_track):
     plain, _ = make_run(tiny_track, "muon")
     for _ in range(3):  # past the zero-initialised projections, which stop most gradients
         step(run), step(plain)
-    batch = train_gpt.to_device(run.loader.next_window(), 32, run.ranks.device)
+    batch = train_gpt.to_device(run.loader.next_batch(), 32, run.ranks.device)
     loss = train_gpt.forward_backward(run.model, batch, run)
-    window = plain.loader.next_window().astype("int64")
-    inputs, targets = (torch.from_numpy(part).view(16, 32) for part in (window[:-1], window[1:]))
+    tokens = plain.loader.next_batch()
+    inputs, targets = tokens[:-1].view(16, 32), tokens[1:].view(16, 32)
     plain_loss = torch.nn.functional.cross_entropy(plain.model.logits(inputs).flatten(0, 1), targets.flatten())
     plain_loss.backward()
     assert loss.item() == pytest.approx(plain_loss.item(), rel=1e-6)

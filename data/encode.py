@@ -1,0 +1,293 @@
+"""Text to GPT-2 tokens to shards, with the same bytes on any number of cores and after any interruption.
+
+Each document begins with token 50256, its text follows as tiktoken's encode_ordinary gives it. Documents run on across
+shards of equal size; shard 0 is for validation, the others for training. The manifest is written after each shard and
+says where the next one begins.
+"""
+
+import collections
+import contextlib
+import gzip
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from data.hub import alone_in, file_sha256, shard_entry
+from data.manifest import read_manifest, write_manifest
+from data.shards import DOCUMENT_START, ShardError, write_shard
+
+PIECE_CHARS = 1 << 18  # longer documents are encoded in pieces
+BATCH_CHARS = 1 << 20  # of text sent to a worker at once
+# Between "x\ny" there is always a token boundary: GPT-2's words hold no newline, and a single one is a word.
+SAFE_CUT = re.compile(r"(?<=\S)(?=\n\S)")
+
+
+class Piece(NamedTuple):
+    text: str
+    begins_document: bool
+
+
+class LocalFiles:
+    """Documents in .txt (one a file), .jsonl or .jsonl.gz (one a line) and .parquet files, the latter under "text"."""
+
+    def __init__(self, paths: list[Path]):
+        self.paths = paths
+        for path in paths:
+            if not path.name.endswith((".txt", ".jsonl", ".jsonl.gz", ".parquet")):
+                raise ShardError(
+                    path, "file name", ".txt, .jsonl, .jsonl.gz or .parquet", path.name, "convert the file"
+                )
+            if not path.is_file():
+                raise ShardError(path, "file", "one that can be read", "none", "check its name")
+
+    def describe(self) -> dict[str, Any]:
+        return {"files": [{"name": path.name, "sha256": file_sha256(path)} for path in self.paths]}
+
+    def documents(self, num_skipped: int) -> Iterator[str]:
+        """Texts in order, without the first num_skipped. Raises ShardError for text that cannot be read."""
+        return itertools.islice(itertools.chain.from_iterable(map(self._read, self.paths)), num_skipped, None)
+
+    def _read(self, path: Path) -> Iterator[str]:
+        line_number = 0
+        try:
+            if path.suffix == ".parquet":
+                import pyarrow.parquet
+
+                for batch in pyarrow.parquet.ParquetFile(path).iter_batches(columns=["text"], batch_size=1024):
+                    yield from map(as_text, batch.column("text").to_pylist())
+                return
+            open_text = gzip.open if path.suffix == ".gz" else open
+            with open_text(path, "rt", encoding="utf-8", newline="\n") as file:
+                if path.suffix == ".txt":
+                    yield file.read()
+                    return
+                for line in file:
+                    line_number += 1
+                    yield as_text(json.loads(line)["text"])
+        except (ValueError, KeyError, TypeError, EOFError, OSError) as error:
+            where = f"line {line_number}" if line_number else "content"
+            expected = 'UTF-8 text; one object with "text" a line or row'
+            raise ShardError(
+                path, where, expected, " ".join(str(error).split()), "mend or leave out the file"
+            ) from error
+
+
+def as_text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"text is {value!r}")
+    return value
+
+
+class HubText:
+    """Documents of a dataset on the hub, streamed: nothing but the text in flight is kept here."""
+
+    def __init__(self, repo: str, sample: str, revision: str):
+        import huggingface_hub
+
+        from data.hub import with_retries
+
+        self.repo, self.sample = repo, sample
+        api = huggingface_hub.HfApi()
+        self.revision = with_retries(lambda: api.dataset_info(repo, revision=revision), repo).sha
+
+    def describe(self) -> dict[str, Any]:
+        return {"repo": self.repo, "sample": self.sample, "revision": self.revision}
+
+    def documents(self, num_skipped: int) -> Iterator[str]:
+        import datasets
+
+        rows = datasets.load_dataset(self.repo, self.sample, split="train", streaming=True, revision=self.revision)
+        return (row["text"] for row in rows.select_columns(["text"]).skip(num_skipped))
+
+
+def tokenize(
+    source: LocalFiles | HubText,
+    out: Path,
+    prefix: str,
+    shard_tokens: int,
+    num_train_shards: int | None,
+    num_workers: int,
+) -> None:
+    """Write the shards of a source to folder out, going on after the last one that the manifest there knows.
+
+    Args:
+        shard_tokens: of every shard but the last.
+        num_train_shards: where to stop; None: at the end of the source.
+
+    Raises:
+        ShardError: unreadable text, or a folder that holds shards of something else.
+        OSError: the disk is full or out is not writable; whole shards stay.
+    """
+    from tqdm import tqdm
+
+    gpt2()  # fails before any work when its files cannot be had
+    out.mkdir(parents=True, exist_ok=True)
+    with alone_in(out):
+        made_of = source.describe() | {"encoding": "gpt2", "shard_tokens": shard_tokens}
+        manifest = read_manifest(out) or {"source": made_of, "shards": {}, "next": {"document": 0, "token": 0}}
+        if manifest["source"] != made_of:
+            raise ShardError(out, "source of the shards", made_of, manifest["source"], "use another --out")
+        num_done, position = len(manifest["shards"]), manifest["next"]
+        limit = None if num_train_shards is None else 1 + num_train_shards
+        if position is None or (limit and num_done >= limit):
+            print(f"{out}: {num_done} shards finished before")
+            return
+        if num_done:
+            print(f"{out}: going on after {num_done} shards, in document {position['document']:,}")
+        total = limit and (limit - num_done) * shard_tokens
+        with (
+            tqdm(total=total, unit=" tokens", unit_scale=True, disable=None) as bar,
+            worker_pool(num_workers) as pool,
+        ):
+            batches = encoded(pieces(source.documents(position["document"])), pool, num_workers)
+            for tokens, next_position in cut_into_shards(batches, position, shard_tokens):
+                number = len(manifest["shards"])
+                path = out / (f"{prefix}_train_{number:06d}.bin" if number else f"{prefix}_val_{number:06d}.bin")
+                write_shard(path, tokens)
+                manifest["shards"][path.name] = shard_entry(path, file_sha256(path))
+                manifest["next"] = next_position
+                write_manifest(out, manifest)
+                bar.update(len(tokens))
+                bar.write(f"{path}: {len(tokens):,} tokens")
+                if number + 1 == limit:
+                    return
+        if not manifest["shards"]:
+            raise ShardError(out, "text", "at least one document", "none", "check the source")
+        manifest["next"] = None
+        write_manifest(out, manifest)
+
+
+def pieces(documents: Iterable[str]) -> Iterator[Piece]:
+    """The documents, long ones cut where that changes no token."""
+    for text in documents:
+        begin = 0
+        while len(text) - begin > PIECE_CHARS:
+            cut = SAFE_CUT.search(text, begin + PIECE_CHARS)
+            if not cut:
+                break
+            yield Piece(text[begin : cut.start()], begin == 0)
+            begin = cut.start()
+        yield Piece(text[begin:], begin == 0)
+
+
+class Encoded(NamedTuple):
+    tokens: np.ndarray  # (num_tokens,) uint16
+    document_starts: np.ndarray  # (num_documents,) int64: where in tokens documents begin
+
+
+def encoded(stream: Iterator[Piece], pool: Executor | None, num_workers: int) -> Iterator[Encoded]:
+    """Encode batches of pieces, in order; a few batches are under way at a time."""
+    if pool is None:
+        yield from map(encode, batched(stream))
+        return
+    under_way: collections.deque[Future[Encoded]] = collections.deque()
+    for batch in batched(stream):
+        under_way.append(pool.submit(encode, batch))
+        if len(under_way) > 2 * num_workers:
+            yield under_way.popleft().result()
+    while under_way:
+        yield under_way.popleft().result()
+
+
+def batched(stream: Iterator[Piece]) -> Iterator[list[Piece]]:
+    """Lists of pieces with at least BATCH_CHARS characters together."""
+    batch, num_chars = [], 0
+    for piece in stream:
+        batch.append(piece)
+        num_chars += len(piece.text) + 1
+        if num_chars >= BATCH_CHARS:
+            yield batch
+            batch, num_chars = [], 0
+    if batch:
+        yield batch
+
+
+def gpt2() -> Any:
+    """tiktoken's gpt2 encoding. Raises ShardError when its files are neither cached nor to be downloaded."""
+    import tiktoken
+
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except OSError as error:
+        raise ShardError(
+            "tiktoken",
+            "GPT-2's vocabulary",
+            "a download or a copy in the folder TIKTOKEN_CACHE_DIR",
+            " ".join(str(error).split()),
+            "fill that folder where there is a network, see README.md",
+        ) from error
+
+
+def encode(batch: list[Piece]) -> Encoded:
+    """The tokens of some pieces."""
+    encoding = gpt2()
+    parts, starts, num_tokens = [], [], 0
+    for text, begins_document in batch:
+        if begins_document:
+            starts.append(num_tokens)
+            parts.append(np.array([DOCUMENT_START], dtype=np.uint16))
+        try:
+            tokens = encoding.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError:  # half of a surrogate pair, which encode_ordinary replaces
+            tokens = np.array(encoding.encode_ordinary(text), dtype=np.uint32)
+        parts.append(tokens.astype(np.uint16))
+        num_tokens += len(tokens) + begins_document
+    return Encoded(np.concatenate(parts), np.array(starts, dtype=np.int64))
+
+
+def cut_into_shards(
+    batches: Iterator[Encoded], position: dict[str, int], shard_tokens: int
+) -> Iterator[tuple[np.ndarray, dict[str, int]]]:
+    """Cut the stream that begins with document position["document"] into shards, without its first tokens.
+
+    Yields each shard's tokens and the position of the token that follows them: which document, which token in it.
+    """
+    num_skipped, next_document = position["token"], position["document"]
+    buffer, filled = np.empty(shard_tokens, dtype=np.uint16), 0
+    document = start = None  # the last document that began, and how far before the coming batch
+    for tokens, document_starts in batches:
+        starts = document_starts if document is None else np.concatenate([[start], document_starts])
+        first = next_document if document is None else document
+        begin = min(num_skipped, len(tokens))
+        num_skipped -= begin
+        while begin < len(tokens):
+            taken = min(shard_tokens - filled, len(tokens) - begin)
+            buffer[filled : filled + taken] = tokens[begin : begin + taken]
+            filled, begin = filled + taken, begin + taken
+            if filled == shard_tokens:
+                index = int(np.searchsorted(starts, begin, side="right")) - 1
+                yield buffer, {"document": first + index, "token": begin - int(starts[index])}
+                filled = 0
+        document, start = first + len(starts) - 1, int(starts[-1]) - len(tokens)
+    if filled:
+        yield buffer[:filled], {"document": document, "token": -start}
+
+
+@contextlib.contextmanager
+def worker_pool(num_workers: int) -> Iterator[Executor | None]:
+    """Processes that encode; None for one worker, which is this process."""
+    if num_workers == 1:
+        yield None
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_workers, mp_context=context, initializer=end_with_parent) as pool:
+        yield pool
+
+
+def end_with_parent() -> None:
+    """Leave no worker behind when the main process is killed."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,165 @@
+"""FineWeb as token shards: downloaded ready-made, or made from text, and checked.
+
+    python data/fineweb.py download --for configs/gpt2_small.toml --optimizer muon    what that run needs
+    python data/fineweb.py download --train-shards 18                                 the first 18 train shards, 3.8 GB
+    python data/fineweb.py tokenize --sample sample-10BT --train-shards 18            the same from the raw text
+    python data/fineweb.py tokenize --files a.parquet b.jsonl c.txt --out data/mine   your own text
+    python data/fineweb.py check data/fineweb10B                                      every byte, before a run
+
+All three go on where they were stopped. Exit codes: 0 done, 2 usage, 3 data, 7 disk.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from configs.schema import Config, Exit, HarnessError, load_config
+from data.check import Problem, check_folder
+from data.encode import HubText, LocalFiles, tokenize
+from data.hub import DATASETS, download
+from data.loader import PUBLIC_SHARD_TOKENS, steps_in_shard
+from data.shards import GPT2_VOCAB_SIZE, ShardError
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="download | tokenize | check")
+
+    get = commands.add_parser("download", help="ready-made shards from the Hugging Face hub")
+    get.set_defaults(run=run_download)
+    amount = get.add_mutually_exclusive_group(required=True)
+    amount.add_argument("--train-shards", type=positive, metavar="N", help="the first N, and the validation shard")
+    amount.add_argument(
+        "--for", dest="config", type=Path, metavar="CONFIG", help="as many as a run of this track reads"
+    )
+    get.add_argument("--optimizer", metavar="NAME", help="with --for: the run's optimizer")
+    get.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="A.B=V", help="with --for: as there"
+    )
+    get.add_argument("--dataset", choices=DATASETS, help="default: the config's, else fineweb10B")
+    get.add_argument("--revision", help="commit or branch of the dataset instead of the pinned one")
+    get.add_argument("--out", type=Path, help="folder of the shards (default: data/DATASET)")
+    get.add_argument("--workers", type=positive, default=8, metavar="N", help="files at a time")
+
+    make = commands.add_parser("tokenize", help="shards from text, with tiktoken's gpt2")
+    make.set_defaults(run=run_tokenize)
+    text = make.add_mutually_exclusive_group(required=True)
+    text.add_argument("--sample", help="streamed from the hub: sample-10BT, sample-100BT, ...")
+    text.add_argument(
+        "--files", nargs="+", type=Path, metavar="FILE", help=".txt (one document), .jsonl[.gz], .parquet"
+    )
+    make.add_argument("--repo", default="HuggingFaceFW/fineweb", help="with --sample: the dataset")
+    make.add_argument("--revision", default="main", help="with --sample: its commit or branch")
+    make.add_argument("--out", type=Path, required=True, help="folder of the shards")
+    make.add_argument("--prefix", default="fineweb", help="of the shards' names")
+    make.add_argument("--train-shards", type=positive, metavar="N", help="stop after N (default: all of the text)")
+    make.add_argument("--shard-tokens", type=positive, default=PUBLIC_SHARD_TOKENS, metavar="N")
+    make.add_argument("--workers", type=positive, default=available_cores(), metavar="N", help="processes")
+
+    look = commands.add_parser("check", help="read every shard and say what is wrong with it")
+    look.set_defaults(run=run_check)
+    look.add_argument("folder", type=Path)
+    look.add_argument("--vocab-size", type=positive, default=GPT2_VOCAB_SIZE, metavar="N", help="of the model")
+    return parser.parse_args(argv)
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
+
+
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_download(args: argparse.Namespace) -> int:
+    name, num_train_shards = args.dataset, args.train_shards
+    if args.config:
+        config = load_config(args.config, args.optimizer or "aurora", args.overrides)
+        folder = Path(config.data.train).parent.name
+        name = name or (folder if folder in DATASETS else "fineweb10B")
+        num_train_shards = shards_needed(config)
+        print(
+            f"{config.train.steps:,} steps of {config.train.batch_tokens:,} tokens need {num_train_shards} train shards"
+        )
+    name = name or "fineweb10B"
+    dataset, out = DATASETS[name], args.out or ROOT / "data" / name
+    if num_train_shards > dataset.num_train_shards:
+        have = f"{dataset.num_train_shards} in {dataset.repo}"
+        raise ShardError(name, "train shards", f"{num_train_shards}", have, "use a larger --dataset or fewer steps")
+    download(dataset, num_train_shards, out, args.revision, args.workers)
+    print(f"{out}: the validation shard and {num_train_shards} train shards are here, whole and with the right hashes")
+    return 0
+
+
+def shards_needed(config: Config) -> int:
+    """How many shards of the public size the steps of a run take."""
+    steps_each = steps_in_shard(PUBLIC_SHARD_TOKENS, config.train.batch_tokens)
+    if not steps_each:
+        found = f"{config.train.batch_tokens:,}"
+        raise ShardError(
+            "train.batch_tokens", "tokens", f"less than a shard's {PUBLIC_SHARD_TOKENS:,}", found, "lower it"
+        )
+    return -(-config.train.steps // steps_each)
+
+
+def run_tokenize(args: argparse.Namespace) -> int:
+    source = LocalFiles(args.files) if args.files else HubText(args.repo, args.sample, args.revision)
+    tokenize(source, args.out, args.prefix, args.shard_tokens, args.train_shards, args.workers)
+    if not list(args.out.glob(f"{args.prefix}_train_*.bin")):
+        print("note: all of the text is in the validation shard; --shard-tokens N makes smaller ones, in another --out")
+    return 0
+
+
+def run_check(args: argparse.Namespace) -> int:
+    num_problems = 0
+    for line in check_folder(args.folder, args.vocab_size):
+        if isinstance(line, Problem):
+            num_problems += 1
+            print(f"error: {line}", file=sys.stderr, flush=True)
+        else:
+            print(line, flush=True)
+    print(f"{num_problems} problems" if num_problems else "no problems")
+    return Exit.DATA if num_problems else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line. Returns the exit code."""
+    args = parse_args(argv)
+    try:
+        return int(args.run(args))
+    except HarnessError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return int(error.reason)
+    except ShardError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return int(Exit.DATA)
+    except ModuleNotFoundError as error:
+        print(
+            f"error: {error.name} is not installed; pip install -e '.[data]'",
+            file=sys.stderr,
+        )
+        return int(Exit.CONFIG)
+    except BrokenProcessPool:
+        print(
+            "error: a worker process was killed, perhaps for its memory; run this again with fewer --workers",
+            file=sys.stderr,
+        )
+        return int(Exit.DATA)
+    except OSError as error:
+        print(f"error: {error.filename or args.out}: {error.strerror or error}", file=sys.stderr)
+        return int(Exit.DISK)
+
+
+if __name__ == "__main__":
+    # Nothing is lost by dying at once: every file gets its name in one step.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.exit(main())
