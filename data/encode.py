@@ -103,10 +103,17 @@ class HubText:
         return {"repo": self.repo, "sample": self.sample, "revision": self.revision}
 
     def documents(self, num_skipped: int) -> Iterator[str]:
+        """Texts in order, without the first num_skipped. Raises ShardError when the hub stops giving them."""
         import datasets
 
-        rows = datasets.load_dataset(self.repo, self.sample, split="train", streaming=True, revision=self.revision)
-        return (row["text"] for row in rows.select_columns(["text"]).skip(num_skipped))
+        try:
+            rows = datasets.load_dataset(self.repo, self.sample, split="train", streaming=True, revision=self.revision)
+            for row in rows.select_columns(["text"]).skip(num_skipped):
+                yield as_text(row["text"])
+        except Exception as error:  # of datasets, fsspec, pyarrow or the network
+            reason = " ".join(str(error).split()) or type(error).__name__
+            fix = "check names and network, then run the same command again"
+            raise ShardError(f"{self.repo} {self.sample}", "documents", "text", reason, fix) from error
 
 
 def tokenize(

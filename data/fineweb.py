@@ -24,6 +24,7 @@ from data.check import Problem, check_folder
 from data.encode import HubText, LocalFiles, tokenize
 from data.hub import DATASETS, download
 from data.loader import PUBLIC_SHARD_TOKENS, steps_in_shard
+from data.manifest import read_manifest
 from data.shards import GPT2_VOCAB_SIZE, ShardError
 
 
@@ -55,7 +56,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--files", nargs="+", type=Path, metavar="FILE", help=".txt (one document), .jsonl[.gz], .parquet"
     )
     make.add_argument("--repo", default="HuggingFaceFW/fineweb", help="with --sample: the dataset")
-    make.add_argument("--revision", default="main", help="with --sample: its commit or branch")
+    make.add_argument("--revision", help="with --sample: its commit or branch (default: the one begun with, else main)")
     make.add_argument("--out", type=Path, required=True, help="folder of the shards")
     make.add_argument("--prefix", default="fineweb", help="of the shards' names")
     make.add_argument("--train-shards", type=positive, metavar="N", help="stop after N (default: all of the text)")
@@ -112,7 +113,8 @@ def shards_needed(config: Config) -> int:
 
 
 def run_tokenize(args: argparse.Namespace) -> int:
-    source = LocalFiles(args.files) if args.files else HubText(args.repo, args.sample, args.revision)
+    begun = (read_manifest(args.out) or {"source": {}})["source"].get("revision")
+    source = LocalFiles(args.files) if args.files else HubText(args.repo, args.sample, args.revision or begun or "main")
     tokenize(source, args.out, args.prefix, args.shard_tokens, args.train_shards, args.workers)
     if not list(args.out.glob(f"{args.prefix}_train_*.bin")):
         print("note: all of the text is in the validation shard; --shard-tokens N makes smaller ones, in another --out")

