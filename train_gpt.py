@@ -968,6 +968,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         ranks = join_ranks()
         train(args, ranks, begin_ns)
+        ranks.align()  # a process that leaves early can break a peer's last collective
         leave_ranks()
         return 0
     except HarnessError as error:  # raised by all ranks alike, but for a full disk

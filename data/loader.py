@@ -95,10 +95,10 @@ def find_shards(pattern: str) -> list[Path]:
     """Sorted paths that match. Raises ShardError when there are none, or when one of their numbers is missing."""
     paths = sorted(Path(name) for name in glob.glob(str(ROOT / pattern)))
     if not paths:
-        make = (
-            "python data/local.py" if "local" in Path(pattern).name else "python data/fineweb.py download --for CONFIG"
+        fix = (
+            "python data/local.py makes the quick track's, python data/fineweb.py download --for CONFIG gets FineWeb's"
         )
-        raise ShardError(ROOT / pattern, "files", "at least one shard", "none", f"get them with: {make}")
+        raise ShardError(ROOT / pattern, "files", "at least one shard", "none", fix)
     check_numbering(paths)
     return paths
 

@@ -13,7 +13,8 @@ import torch
 
 import aurora
 from configs.schema import Config
-from data.loader import RunData, steps_in_shard
+from data.loader import PUBLIC_SHARD_TOKENS, RunData, find_shards, steps_in_shard
+from data.shards import ShardError, open_shard
 from results.record import SCHEMA, code_hash, describe_git, describe_machine, json_hash, read_sources
 
 
@@ -100,9 +101,6 @@ def describe_groups(optimizers: list[torch.optim.Optimizer]) -> list[dict[str, A
     return descriptions
 
 
-BENCHMARK_SHARD_TOKENS = 100_000_000
-
-
 def dry_run_report(
     config: Config,
     params: list[aurora.Param],
@@ -125,12 +123,11 @@ def dry_run_report(
         )
     lines.append(f"vectors include the head's bias of {config.model.vocab_size:,}")
 
-    per_shard = steps_in_shard(BENCHMARK_SHARD_TOKENS, train.batch_tokens)
-    shards = f"{-(-train.steps // per_shard)} shards" if per_shard else "a batch does not fit into shards"
     lines += [
         "",
-        f"tokens: {train.steps:,} steps x {train.batch_tokens:,} = {train.steps * train.batch_tokens:,} for training "
-        f"({shards} of {BENCHMARK_SHARD_TOKENS:,} tokens), {config.eval.tokens:,} for validation",
+        f"tokens: {train.steps:,} steps x {train.batch_tokens:,} = {train.steps * train.batch_tokens:,} for training, "
+        f"{config.eval.tokens:,} for validation",
+        f"shards: {describe_shards(config)}",
         f"step: {world_size} ranks x {micro_steps} micro-steps x {micro_batch} sequences "
         f"x {config.model.seq_len} tokens",
     ]
@@ -140,6 +137,20 @@ def dry_run_report(
         f"memory of a rank, GiB: {sum(gib.values()):.2f} ({parts}; activations are an estimate for eager mode)"
     )
     return "\n".join(lines)
+
+
+def describe_shards(config: Config) -> str:
+    """How many shards of the public size the run takes, and whether those that are here last for it."""
+    steps, batch_tokens = config.train.steps, config.train.batch_tokens
+    steps_each = steps_in_shard(PUBLIC_SHARD_TOKENS, batch_tokens)
+    need = f"{-(-steps // steps_each)} of {PUBLIC_SHARD_TOKENS:,} tokens" if steps_each else "larger ones"
+    try:
+        shards = [open_shard(path) for path in find_shards(config.data.train)]
+    except ShardError as error:
+        return f"{need} needed; {error}"
+    available_steps = sum(steps_in_shard(len(shard), batch_tokens) for shard in shards)
+    verdict = "enough" if available_steps >= steps else "too few"
+    return f"{need} needed; {config.data.train} has {len(shards)} for {available_steps:,} steps, {verdict}"
 
 
 def memory_estimate_gib(

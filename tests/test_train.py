@@ -153,3 +153,13 @@ def test_compiled_model_gives_the_same_losses_or_says_why_not(tiny_track, tmp_pa
     expected = [(e["step"], e["val_loss"]) for e in trained["muon"] if e["event"] == "val"]
     for (step_, loss), (expected_step, expected_loss) in zip(losses(tmp_path), expected, strict=True):
         assert step_ == expected_step and loss == pytest.approx(expected_loss, rel=1e-4)
+
+
+def test_shards_are_read_again_only_when_the_config_asks_for_it(tiny_track, tmp_path, capsys):
+    arguments = ["--optimizer", "muon", "--set", "train.steps=42"]
+    assert train_here(tiny_track, tmp_path, *arguments) == 3
+    assert "found 35 steps in 2 shards; get 3 shards of 10,340 tokens" in capsys.readouterr().err
+    assert train_here(tiny_track, tmp_path, *arguments, "--set", "data.allow_epochs=true") == 0
+    record = events(tmp_path)
+    assert record[0]["data"]["epochs"] == 1.2 and record[0]["config"]["data"]["allow_epochs"] is True
+    assert 0 <= record[-1]["data_wait_s"] <= record[-1]["train_time_s"]
