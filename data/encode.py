@@ -139,7 +139,9 @@ def tokenize(
     gpt2()  # fails before any work when its files cannot be had
     out.mkdir(parents=True, exist_ok=True)
     with alone_in(out):
-        made_of = source.describe() | {"encoding": "gpt2", "shard_tokens": shard_tokens}
+        for unfinished in out.glob(f".{prefix}_*.bin.*"):  # of a killed process
+            unfinished.unlink()
+        made_of = source.describe() | {"encoding": "gpt2", "prefix": prefix, "shard_tokens": shard_tokens}
         manifest = read_manifest(out) or {"source": made_of, "shards": {}, "next": {"document": 0, "token": 0}}
         if manifest["source"] != made_of:
             raise ShardError(out, "source of the shards", made_of, manifest["source"], "use another --out")

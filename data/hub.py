@@ -184,12 +184,14 @@ def fetch(
                     f"{name}: {entry['num_tokens']:,} tokens, {len(manifest['shards'])} shards here", file=sys.stdout
                 )
 
-        executor = ThreadPoolExecutor(num_workers)
-        try:
-            for done in as_completed([executor.submit(fetch_one, name) for name in files]):
-                done.result()
-        finally:
-            executor.shutdown(wait=False, cancel_futures=True)
+        with ThreadPoolExecutor(num_workers) as executor:
+            futures = [executor.submit(fetch_one, name) for name in files]
+            try:
+                for done in as_completed(futures):
+                    done.result()
+            except BaseException:
+                executor.shutdown(cancel_futures=True)  # those under way end first, and are kept
+                raise
 
 
 def fetch_checked(repo: str, commit: str, name: str, remote: RemoteFile, out: Path, bar: Any) -> dict[str, Any]:

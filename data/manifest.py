@@ -36,8 +36,8 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Replace the manifest in one step."""
-    temporary = folder / f".{NAME}.{os.getpid()}"
+    """Replace the manifest in one step. One process at a time, see alone_in() in data/hub.py."""
+    temporary = folder / f".{NAME}.new"
     with temporary.open("w", encoding="utf-8") as file:
         file.write(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
         file.flush()

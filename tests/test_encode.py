@@ -156,6 +156,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(jsonl, one_worker, tm
     assert num_kills == 5
     assert fineweb.main(tokenize(tmp_path, jsonl)) == 0
     assert hashes(tmp_path) == final
+    assert {path.name for path in tmp_path.iterdir()} - {".lock"} == {*final, "manifest.json"}
 
 
 def test_workers_do_not_outlive_a_killed_main_process(jsonl, tmp_path, gpt2_files):
