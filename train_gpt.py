@@ -821,7 +821,10 @@ def train_step(run: Training, model: nn.Module, step: int, guard: Guard, log: St
 def end_event(status: str, run: Training, progress: Progress, clock: Clock) -> dict[str, Any]:
     """The record's last line. Collective."""
     hit = first_at_target(progress.validations, run.config.eval.target)
-    memory = torch.tensor([peak_memory_mib(run.ranks.device)], device=run.ranks.device)
+    largest = [peak_memory_mib(run.ranks.device), run.loader.wait_s]
+    memory_mib, data_wait_s = run.ranks.all_reduce(
+        torch.tensor(largest, device=run.ranks.device), dist.ReduceOp.MAX
+    ).tolist()
     return {
         "event": "end",
         "status": status,
@@ -833,9 +836,9 @@ def end_event(status: str, run: Training, progress: Progress, clock: Clock) -> d
         "time_to_target_s": hit.train_time_s if hit else None,
         "untimed": {f"{account}_s": clock.spent_s(account) for account in Clock.ACCOUNTS if account != "train"},
         "segments": progress.segments,
-        "data_wait_s": run.loader.wait_s,
+        "data_wait_s": data_wait_s,  # in this process, of the rank that waited longest
         "weights_sha256": digest(run.model.state_dict()),
-        "peak_mem_mib": run.ranks.all_reduce(memory, dist.ReduceOp.MAX).item(),
+        "peak_mem_mib": memory_mib,
     }
 
 

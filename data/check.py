@@ -21,6 +21,9 @@ def check_folder(folder: Path, vocab_size: int) -> Iterator[str]:
 
     Checked are headers, sizes, tokens, hashes against the manifest, numbering, and validation tokens in train shards.
     """
+    if not folder.is_dir():
+        yield Problem(ShardError(folder, "folder", "one with shards", "none", "check its name"))
+        return
     paths = sorted(folder.glob("*.bin"))
     if not paths:
         yield Problem(ShardError(folder, "files", "shards, *.bin", "none", "see data/fineweb.py download --help"))
@@ -64,14 +67,13 @@ def check_folder(folder: Path, vocab_size: int) -> Iterator[str]:
     val_paths = [path for path in infos if "_val_" in path.name]
     train = [(path, open_shard(path)) for path in infos if path not in val_paths]
     for path in val_paths:
-        val = open_shard(path)
+        used = open_shard(path)[: PUBLIC_VAL_TOKENS + 1]
+        name = f"{path.name}: its first {len(used):,} tokens"
         try:
-            share = check_val_is_unseen(path, val, train)
-            yield f"{path.name}: {share:.3%} of its tokens stand in train shards too, in runs of 1,024 or more"
+            share = check_val_is_unseen(path, used, train, vocab_size)
+            yield f"{name}: {share:.3%} of them stand in train shards too, in runs of 1,024 or more"
         except ShardError as error:
             yield Problem(error)
-        used = val[: PUBLIC_VAL_TOKENS + 1]
-        digest = hashlib.sha256(used.data).hexdigest()
-        yield f"{path.name}: fingerprint of its first {len(used):,} tokens {digest}"
+        yield f"{name}: fingerprint {hashlib.sha256(used.data).hexdigest()}"
     num_tokens = sum(infos[path].num_tokens for path, _ in train)
     yield f"{len(train)} train shards, {num_tokens:,} tokens, fingerprint {fingerprint(infos[p] for p, _ in train)}"

@@ -13,7 +13,9 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import threading
+import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from pathlib import Path
@@ -21,14 +23,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data.hub import alone_in, file_sha256, shard_entry
+from data.hub import alone_in, file_sha256, is_present, shard_entry, with_retries
 from data.manifest import read_manifest, write_manifest
-from data.shards import DOCUMENT_START, ShardError, write_shard
+from data.shards import DOCUMENT_START, ShardError, open_shard, write_shard
 
 PIECE_CHARS = 1 << 18  # longer documents are encoded in pieces
 BATCH_CHARS = 1 << 20  # of text sent to a worker at once
-# Between "x\ny" there is always a token boundary: GPT-2's words hold no newline, and a single one is a word.
-SAFE_CUT = re.compile(r"(?<=\S)(?=\n\S)")
+# GPT-2's words hold no newline, and the last of some whitespace before a letter is a word of its own unless it is a
+# space: before a newline that something visible follows, a cut changes no token.
+SAFE_CUT = re.compile(r"\n(?=\S)")
 
 
 class Piece(NamedTuple):
@@ -50,7 +53,12 @@ class LocalFiles:
                 raise ShardError(path, "file", "one that can be read", "none", "check its name")
 
     def describe(self) -> dict[str, Any]:
-        return {"files": [{"name": path.name, "sha256": file_sha256(path)} for path in self.paths]}
+        try:
+            return {"files": [{"name": path.name, "sha256": file_sha256(path)} for path in self.paths]}
+        except OSError as error:
+            raise ShardError(
+                error.filename, "file", "one that can be read", error.strerror, "mend or leave it out"
+            ) from error
 
     def documents(self, num_skipped: int) -> Iterator[str]:
         """Texts in order, without the first num_skipped. Raises ShardError for text that cannot be read."""
@@ -66,14 +74,14 @@ class LocalFiles:
                     yield from map(as_text, batch.column("text").to_pylist())
                 return
             open_text = gzip.open if path.suffix == ".gz" else open
-            with open_text(path, "rt", encoding="utf-8", newline="\n") as file:
+            with open_text(path, "rb") as file:
                 if path.suffix == ".txt":
-                    yield file.read()
+                    yield file.read().decode("utf-8")
                     return
                 for line in file:
                     line_number += 1
                     yield as_text(json.loads(line)["text"])
-        except (ValueError, KeyError, TypeError, EOFError, OSError) as error:
+        except (ValueError, KeyError, TypeError, EOFError, OSError, RecursionError, zlib.error) as error:
             where = f"line {line_number}" if line_number else "content"
             expected = 'UTF-8 text; one object with "text" a line or row'
             raise ShardError(
@@ -92,8 +100,6 @@ class HubText:
 
     def __init__(self, repo: str, sample: str, revision: str):
         import huggingface_hub
-
-        from data.hub import with_retries
 
         self.repo, self.sample = repo, sample
         api = huggingface_hub.HfApi()
@@ -119,7 +125,6 @@ class HubText:
 def tokenize(
     source: LocalFiles | HubText,
     out: Path,
-    prefix: str,
     shard_tokens: int,
     num_train_shards: int | None,
     num_workers: int,
@@ -139,12 +144,19 @@ def tokenize(
     gpt2()  # fails before any work when its files cannot be had
     out.mkdir(parents=True, exist_ok=True)
     with alone_in(out):
-        for unfinished in out.glob(f".{prefix}_*.bin.*"):  # of a killed process
+        for unfinished in out.glob(".fineweb_*.bin.*"):  # of a killed process
             unfinished.unlink()
-        made_of = source.describe() | {"encoding": "gpt2", "prefix": prefix, "shard_tokens": shard_tokens}
+        made_of = source.describe() | {"encoding": "gpt2", "shard_tokens": shard_tokens}
         manifest = read_manifest(out) or {"source": made_of, "shards": {}, "next": {"document": 0, "token": 0}}
-        if manifest["source"] != made_of:
-            raise ShardError(out, "source of the shards", made_of, manifest["source"], "use another --out")
+        for key in sorted(made_of | manifest["source"]):
+            ours, theirs = made_of.get(key), manifest["source"].get(key)
+            if ours != theirs:
+                raise ShardError(out, f"{key} of the shards", shown(ours), shown(theirs), "use another --out")
+        for name in manifest["shards"]:
+            if not is_present(out / name, manifest):
+                raise ShardError(
+                    out / name, "file", "whole, as the manifest says", "missing or cut", "begin in another --out"
+                )
         num_done, position = len(manifest["shards"]), manifest["next"]
         limit = None if num_train_shards is None else 1 + num_train_shards
         if position is None or (limit and num_done >= limit):
@@ -160,7 +172,13 @@ def tokenize(
             batches = encoded(pieces(source.documents(position["document"])), pool, num_workers)
             for tokens, next_position in cut_into_shards(batches, position, shard_tokens):
                 number = len(manifest["shards"])
-                path = out / (f"{prefix}_train_{number:06d}.bin" if number else f"{prefix}_val_{number:06d}.bin")
+                path = out / f"fineweb_{'train' if number else 'val'}_{number:06d}.bin"
+                if path.exists() and not np.array_equal(
+                    open_shard(path), tokens
+                ):  # equal ones: killed before the manifest
+                    raise ShardError(
+                        path, "file", "none yet", "one of other tokens", "move it away or use another --out"
+                    )
                 write_shard(path, tokens)
                 manifest["shards"][path.name] = shard_entry(path, file_sha256(path))
                 manifest["next"] = next_position
@@ -173,6 +191,12 @@ def tokenize(
             raise ShardError(out, "text", "at least one document", "none", "check the source")
         manifest["next"] = None
         write_manifest(out, manifest)
+
+
+def shown(value: Any) -> str:
+    """A setting in an error message, not longer than a line."""
+    text = str(value)
+    return text if len(text) <= 100 else f"{text[:80]}..."
 
 
 def pieces(documents: Iterable[str]) -> Iterator[Piece]:
@@ -226,7 +250,7 @@ def gpt2() -> Any:
 
     try:
         return tiktoken.get_encoding("gpt2")
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: what a server sent has the wrong hash
         raise ShardError(
             "tiktoken",
             "GPT-2's vocabulary",
@@ -289,6 +313,10 @@ def worker_pool(num_workers: int) -> Iterator[Executor | None]:
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_workers, mp_context=context, initializer=end_with_parent) as pool:
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for the main process to handle
+        for _ in range(num_workers):
+            pool.submit(gpt2)  # each starts a worker
+        signal.signal(signal.SIGINT, handler)
         yield pool
 
 

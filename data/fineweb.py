@@ -2,11 +2,11 @@
 
     python data/fineweb.py download --for configs/gpt2_small.toml --optimizer muon    what that run needs
     python data/fineweb.py download --train-shards 18                                 the first 18 train shards, 3.8 GB
-    python data/fineweb.py tokenize --sample sample-10BT --train-shards 18            the same from the raw text
-    python data/fineweb.py tokenize --files a.parquet b.jsonl c.txt --out data/mine   your own text
+    python data/fineweb.py tokenize --sample sample-10BT --train-shards 18 --out data/fineweb_raw
+    python data/fineweb.py tokenize --files a.parquet b.jsonl c.txt --out data/fineweb_mine
     python data/fineweb.py check data/fineweb10B                                      every byte, before a run
 
-All three go on where they were stopped. Exit codes: 0 done, 2 usage, 3 data, 7 disk.
+Stopped, the same command goes on after the last whole file. Exit codes: 0 done, 2 usage, 3 data, 7 disk.
 """
 
 import argparse
@@ -55,19 +55,23 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     text.add_argument(
         "--files", nargs="+", type=Path, metavar="FILE", help=".txt (one document), .jsonl[.gz], .parquet"
     )
-    make.add_argument("--repo", default="HuggingFaceFW/fineweb", help="with --sample: the dataset")
+    make.add_argument("--repo", help="with --sample: the dataset (default: HuggingFaceFW/fineweb)")
     make.add_argument("--revision", help="with --sample: its commit or branch (default: the one begun with, else main)")
     make.add_argument("--out", type=Path, required=True, help="folder of the shards")
-    make.add_argument("--prefix", default="fineweb", help="of the shards' names")
     make.add_argument("--train-shards", type=positive, metavar="N", help="stop after N (default: all of the text)")
-    make.add_argument("--shard-tokens", type=positive, default=PUBLIC_SHARD_TOKENS, metavar="N")
+    make.add_argument("--shard-tokens", type=shard_size, default=PUBLIC_SHARD_TOKENS, metavar="N")
     make.add_argument("--workers", type=positive, default=available_cores(), metavar="N", help="processes")
 
     look = commands.add_parser("check", help="read every shard and say what is wrong with it")
     look.set_defaults(run=run_check)
     look.add_argument("folder", type=Path)
     look.add_argument("--vocab-size", type=positive, default=GPT2_VOCAB_SIZE, metavar="N", help="of the model")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.run is run_download and not args.config and (args.optimizer or args.overrides):
+        get.error("--optimizer and --set go with --for")
+    if args.run is run_tokenize and args.files and (args.repo or args.revision):
+        make.error("--repo and --revision go with --sample")
+    return args
 
 
 def positive(text: str) -> int:
@@ -77,27 +81,38 @@ def positive(text: str) -> int:
     return number
 
 
+def shard_size(text: str) -> int:
+    number = positive(text)
+    if number >= 2**31:
+        raise argparse.ArgumentTypeError(f"{text} is more than a shard's header can say, at most 2^31 - 1")
+    return number
+
+
 def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_download(args: argparse.Namespace) -> int:
-    name, num_train_shards = args.dataset, args.train_shards
+    name, num_train_shards = args.dataset or "fineweb10B", args.train_shards
     if args.config:
         config = load_config(args.config, args.optimizer or "aurora", args.overrides)
-        folder = Path(config.data.train).parent.name
-        name = name or (folder if folder in DATASETS else "fineweb10B")
+        if not args.dataset:
+            name = Path(config.data.train).parent.name
+            if name not in DATASETS:
+                message = f"{args.config} reads {config.data.train}, none of {', '.join(DATASETS)}; give --dataset"
+                raise HarnessError(Exit.CONFIG, message)
         num_train_shards = shards_needed(config)
         print(
             f"{config.train.steps:,} steps of {config.train.batch_tokens:,} tokens need {num_train_shards} train shards"
         )
-    name = name or "fineweb10B"
+        if config.data.allow_epochs:
+            num_train_shards = min(num_train_shards, DATASETS[name].num_train_shards)
     dataset, out = DATASETS[name], args.out or ROOT / "data" / name
     if num_train_shards > dataset.num_train_shards:
         have = f"{dataset.num_train_shards} in {dataset.repo}"
         raise ShardError(name, "train shards", f"{num_train_shards}", have, "use a larger --dataset or fewer steps")
     download(dataset, num_train_shards, out, args.revision, args.workers)
-    print(f"{out}: the validation shard and {num_train_shards} train shards are here, whole and with the right hashes")
+    print(f"{out}: the validation shard and {num_train_shards} train shards are here; check reads every byte of them")
     return 0
 
 
@@ -105,18 +120,22 @@ def shards_needed(config: Config) -> int:
     """How many shards of the public size the steps of a run take."""
     steps_each = steps_in_shard(PUBLIC_SHARD_TOKENS, config.train.batch_tokens)
     if not steps_each:
-        found = f"{config.train.batch_tokens:,}"
-        raise ShardError(
-            "train.batch_tokens", "tokens", f"less than a shard's {PUBLIC_SHARD_TOKENS:,}", found, "lower it"
-        )
+        message = f"train.batch_tokens must be less than a shard's {PUBLIC_SHARD_TOKENS:,}"
+        raise HarnessError(Exit.CONFIG, f"{message}, got {config.train.batch_tokens:,}")
     return -(-config.train.steps // steps_each)
 
 
 def run_tokenize(args: argparse.Namespace) -> int:
     begun = (read_manifest(args.out) or {"source": {}})["source"].get("revision")
-    source = LocalFiles(args.files) if args.files else HubText(args.repo, args.sample, args.revision or begun or "main")
-    tokenize(source, args.out, args.prefix, args.shard_tokens, args.train_shards, args.workers)
-    if not list(args.out.glob(f"{args.prefix}_train_*.bin")):
+    if args.files:
+        source = LocalFiles(args.files)
+    else:
+        source = HubText(args.repo or "HuggingFaceFW/fineweb", args.sample, args.revision or begun or "main")
+    tokenize(source, args.out, args.shard_tokens, args.train_shards, args.workers)
+    if list(args.out.glob("fineweb_train_*.bin")):
+        overrides = [f"--set 'data.{split}={args.out.resolve()}/fineweb_{split}_*.bin'" for split in ("train", "val")]
+        print(f"train on it:  python train_gpt.py --config configs/gpt2_small.toml {' '.join(overrides)}")
+    else:
         print("note: all of the text is in the validation shard; --shard-tokens N makes smaller ones, in another --out")
     return 0
 
@@ -156,12 +175,16 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return int(Exit.DATA)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 128 + signal.SIGINT
     except OSError as error:
-        print(f"error: {error.filename or args.out}: {error.strerror or error}", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
         return int(Exit.DISK)
 
 
 if __name__ == "__main__":
-    # Nothing is lost by dying at once: every file gets its name in one step.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if "download" in sys.argv[1:2]:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # files under way would take minutes to end, and are not kept
     sys.exit(main())

@@ -24,6 +24,8 @@ from data.shards import GPT2_VOCAB_SIZE, ShardError, verify_shard
 STAGING = ".incomplete"  # folder, beside the shards, of files that are not whole or not checked
 ATTEMPTS = 6
 FIRST_WAIT_S = 1.0
+# Failures of this machine's disk, which no second attempt mends.
+LOCAL_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR}
 
 
 class HubDataset(NamedTuple):
@@ -68,33 +70,52 @@ def download(
 ) -> None:
     """Bring the validation shard and the first num_train_shards train shards into folder out, with a manifest.
 
-    Files that are there already stay; processes that start at once wait for the first. What is missing is fetched
-    again after an interruption: whole files are kept, and a cut connection is taken up where it broke.
+    Files that are there already stay; processes that start at once wait for the first. A cut connection is taken up
+    where it broke. A process that is stopped leaves whole files; those under way are fetched anew.
 
     Raises:
         ShardError: a file that the hub does not have, whose hash is wrong, or that could not be fetched.
         OSError: ENOSPC when the disk is too small, before anything is fetched; other failures to write.
     """
+    if not missing_files(dataset, num_train_shards, out, revision):
+        return
     out.mkdir(parents=True, exist_ok=True)
     with alone_in(out):
+        missing = missing_files(dataset, num_train_shards, out, revision)  # another process may have been at it
+        if not missing:
+            return
+        shutil.rmtree(out / STAGING, ignore_errors=True)  # parts of files that nothing can go on from
         manifest = read_manifest(out) or {"source": {"repo": dataset.repo}, "shards": {}}
-        source = manifest["source"]
-        if source.get("repo") != dataset.repo:
-            raise ShardError(out, "source of the shards", dataset.repo, source, "use another --out")
-        known = source.get("revision")
-        missing = [name for name in dataset.files(num_train_shards) if not is_present(out / name, manifest)]
-        if missing:
-            commit, remote = describe_remote(dataset, missing, revision or known or dataset.revision)
-            if known not in (None, commit):
-                raise ShardError(out, "revision of the shards", commit, known, "use another --out")
-            source["revision"] = commit
-            foreign = [name for name in missing if (out / name).exists() and name not in manifest["shards"]]
-            for name in foreign:
-                manifest["shards"][name] = adopt(out / name, remote[name])
-            wanted = {name: remote[name] for name in missing if name not in foreign}
-            fetch(dataset.repo, commit, wanted, out, manifest, num_workers)
-            write_manifest(out, manifest)
+        known = manifest["source"].get("revision")
+        commit, remote = describe_remote(dataset, missing, revision or known or dataset.revision)
+        if known not in (None, commit):
+            raise ShardError(out, "revision of the shards", commit, known, "use another --out")
+        manifest["source"]["revision"] = commit
+        foreign = [name for name in missing if (out / name).exists() and name not in manifest["shards"]]
+        for name in foreign:
+            manifest["shards"][name] = adopt(out / name, remote[name])
+        write_manifest(out, manifest)
+        wanted = {name: remote[name] for name in missing if name not in foreign}
+        fetch(dataset.repo, commit, wanted, out, manifest, num_workers)
         shutil.rmtree(out / STAGING, ignore_errors=True)
+
+
+def missing_files(dataset: HubDataset, num_train_shards: int, out: Path, revision: str | None) -> list[str]:
+    """Names of what is not in folder out. Raises ShardError when the folder holds another dataset or commit."""
+    manifest = read_manifest(out)
+    names = dataset.files(num_train_shards)
+    if not manifest:
+        return names
+    source = manifest["source"]
+    if source.get("repo") != dataset.repo:
+        raise ShardError(out, "source of the shards", dataset.repo, source.get("repo", "text"), "use another --out")
+    if revision and is_commit(revision) and revision != source.get("revision", revision):
+        raise ShardError(out, "revision of the shards", revision, source["revision"], "use another --out")
+    return [name for name in names if not is_present(out / name, manifest)]
+
+
+def is_commit(revision: str) -> bool:
+    return bool(re.fullmatch("[0-9a-f]{40}", revision))
 
 
 @contextlib.contextmanager
@@ -144,14 +165,14 @@ def describe_remote(dataset: HubDataset, names: list[str], revision: str) -> tup
         ask = functools.partial(api.get_paths_info, dataset.repo, part, repo_type="dataset", revision=commit)
         return with_retries(ask, dataset.repo)
 
-    is_commit = re.fullmatch("[0-9a-f]{40}", revision)
     ask_commit = functools.partial(api.dataset_info, dataset.repo, revision=revision)
-    commit = revision if is_commit else with_retries(ask_commit, dataset.repo).sha
+    commit = revision if is_commit(revision) else with_retries(ask_commit, dataset.repo).sha
     found = [entry for start in range(0, len(names), 100) for entry in describe_part(names[start : start + 100])]
     remote = {entry.path: RemoteFile(entry.size, entry.lfs.sha256) for entry in found if getattr(entry, "lfs", None)}
     for name in names:
         if name not in remote:
-            raise ShardError(f"{dataset.repo}@{commit}", "files", name, "no such file", "lower --train-shards")
+            fix = "lower --train-shards, or check --revision"
+            raise ShardError(f"{dataset.repo}@{commit}", "files with a hash", name, "no such file", fix)
         pinned = dataset.sha256.get(name) if commit == dataset.revision else None
         if pinned and pinned != remote[name].sha256:
             raise ShardError(
@@ -171,7 +192,7 @@ def fetch(
     if free_bytes < total_bytes:
         need, free = f"{total_bytes / 2**30:.2f} GiB", f"{free_bytes / 2**30:.2f} GiB"
         message = f"{need} are needed for {len(files)} files, {free} are free: fewer --train-shards or another --out"
-        raise OSError(errno.ENOSPC, message)
+        raise OSError(errno.ENOSPC, message, str(out))
     manifest_lock = threading.Lock()
     with tqdm(total=total_bytes, unit="B", unit_scale=True, desc=repo, disable=None, smoothing=0.1) as bar:
 
@@ -243,18 +264,20 @@ def with_retries(action: Callable[[], Any], what: str) -> Any:
         try:
             return action()
         except Exception as error:  # transport errors differ between versions of huggingface_hub
-            response = error.response if isinstance(error, HfHubHTTPError) else None
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if isinstance(error, OSError) and error.errno in LOCAL_ERRORS:
                 raise
+            answer = next((e for e in (error, error.__cause__) if isinstance(e, HfHubHTTPError)), None)
+            response = answer.response if answer else None
             is_refused = response is not None and 400 <= response.status_code < 500
             is_final = is_refused and response.status_code not in (408, 429)
             if is_final or isinstance(error, OfflineModeIsEnabled) or attempt == ATTEMPTS:
-                reason = " ".join(str(error).split()) or type(error).__name__
+                reason = " ".join(str(answer or error).split()) or type(error).__name__
                 fix = "check name, token and network, then run the same command again"
                 raise ShardError(what, "answer of the hub", "the file", reason, fix) from error
             wait_s = FIRST_WAIT_S * 2 ** (attempt - 1)
             if response is not None and (asked := response.headers.get("Retry-After", "")).isdigit():
                 wait_s = max(wait_s, float(asked))
+            print(f"{what}: {type(error).__name__}, trying again in {wait_s:.0f} s", file=sys.stderr, flush=True)
             time.sleep(wait_s)
 
 

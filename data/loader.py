@@ -87,7 +87,7 @@ def open_run_data(
         infos.append(verify_shard(path, vocab_size))
         check_against_manifest(path, infos[-1], manifests[path.parent])
     used_val = np.ascontiguousarray(val_shard[: val_tokens + 1])
-    check_val_is_unseen(val_path, used_val, zip(paths, shards[:num_needed], strict=False))
+    check_val_is_unseen(val_path, used_val, zip(paths, shards[:num_needed], strict=False), vocab_size)
     return RunData(shards[:num_needed], infos[1:], used_val, steps / available_steps[num_needed - 1])
 
 

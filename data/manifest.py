@@ -19,19 +19,22 @@ NAME = "manifest.json"
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a folder, None when there is none. Raises ShardError for one that cannot be read."""
     path = folder / NAME
+    wanted, fix = "source and shards as data/fineweb.py writes them", "get the folder again, or move this file away"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         is_valid = isinstance(manifest["source"], dict) and all(
-            isinstance(entry[key], str) for entry in manifest["shards"].values() for key in ("sha256", "tokens_sha256")
+            isinstance(entry["num_tokens"], int)
+            and all(isinstance(entry[key], str) for key in ("sha256", "tokens_sha256"))
+            for entry in manifest["shards"].values()
         )
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except OSError as error:
+        raise ShardError(path, "content", wanted, error.strerror, fix) from error
+    except (ValueError, KeyError, TypeError, AttributeError):
         is_valid = False
     if not is_valid:
-        raise ShardError(
-            path, "content", "source and shards as data/fineweb.py writes them", "something else", "get it again"
-        )
+        raise ShardError(path, "content", wanted, "something else", fix)
     return manifest
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.shards import DOCUMENT_START, ShardError
+from data.shards import DOCUMENT_START, ShardError, is_gpt2_vocab
 
 COPY_TOKENS = 1024  # shorter runs are quotations, licences and the like
 PROBE_TOKENS = 128
@@ -49,14 +49,21 @@ class ProbeIndex:
         slots[order] = np.searchsorted(self.hashes, hashes[order]).clip(max=len(self.hashes) - 1)
         hits = np.flatnonzero(self.hashes[slots] == hashes)
         copies: list[Copy] = []
-        for train_position, val_position in zip(positions[hits], self.positions[slots[hits]], strict=True):
-            last = copies[-1] if copies else Copy(0, 0, 0)
-            if train_position < last.train_start + last.num_tokens:
+        copied_until = run_until = run_diagonal = last_val = last_train = -1
+        for train_position, val_position in zip(
+            positions[hits].tolist(), self.positions[slots[hits]].tolist(), strict=True
+        ):
+            is_in_run = train_position < run_until and train_position - val_position == run_diagonal
+            is_periodic = val_position == last_val and train_position < last_train + PROBE_TOKENS
+            last_val, last_train = val_position, train_position
+            if train_position < copied_until or is_in_run or is_periodic:
                 continue
             before = common_prefix(self.val[:val_position][::-1], train[:train_position][::-1])
             after = common_prefix(self.val[val_position:], train[train_position:])
+            run_until, run_diagonal = train_position + after, train_position - val_position
             if before + after >= COPY_TOKENS:
-                copies.append(Copy(int(val_position) - before, int(train_position) - before, before + after))
+                copied_until = run_until
+                copies.append(Copy(val_position - before, train_position - before, before + after))
         return copies
 
 
@@ -100,8 +107,12 @@ def covered_tokens(copies: list[Copy]) -> int:
     return covered
 
 
-def check_val_is_unseen(val_path: Path, val: np.ndarray, train: Iterable[tuple[Path, np.ndarray]]) -> float:
+def check_val_is_unseen(
+    val_path: Path, val: np.ndarray, train: Iterable[tuple[Path, np.ndarray]], vocab_size: int
+) -> float:
     """The share of the validation tokens (num_tokens,) that stand in train shards, in runs of at least COPY_TOKENS.
+
+    Shorter documents in another order are not found.
 
     Raises:
         ShardError: the share is above MAX_COPIED_SHARE, or a run crosses from one document into the next, which
@@ -113,7 +124,7 @@ def check_val_is_unseen(val_path: Path, val: np.ndarray, train: Iterable[tuple[P
     for path, found in copies.items():
         for val_start, train_start, num_tokens in found:
             inside = val[val_start + PROBE_TOKENS : val_start + num_tokens - PROBE_TOKENS]
-            if share > MAX_COPIED_SHARE or np.any(inside == DOCUMENT_START):
+            if share > MAX_COPIED_SHARE or (is_gpt2_vocab(vocab_size) and np.any(inside == DOCUMENT_START)):
                 where = (
                     f"{num_tokens:,} from position {val_start:,} at {train_start:,} of {path.name} ({share:.2%} in all)"
                 )

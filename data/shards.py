@@ -119,7 +119,7 @@ def verify_shard(path: Path, vocab_size: int) -> ShardInfo:
 
     vocab_size is the model's; where it is GPT-2's, padded for speed, the padding is outside too.
     """
-    is_gpt2 = GPT2_VOCAB_SIZE <= vocab_size <= GPT2_PADDED_VOCAB_SIZE
+    is_gpt2 = is_gpt2_vocab(vocab_size)
     num_known = GPT2_VOCAB_SIZE if is_gpt2 else vocab_size
     tokens = open_shard(path)
     digest, max_token = hashlib.sha256(), 0
@@ -138,6 +138,11 @@ def verify_shard(path: Path, vocab_size: int) -> ShardInfo:
                 "use the data that the config was made for",
             )
     return ShardInfo(path.name, len(tokens), max_token, digest.hexdigest())
+
+
+def is_gpt2_vocab(vocab_size: int) -> bool:
+    """Whether a model of this vocabulary reads GPT-2's tokens; the vocabulary is often padded for speed."""
+    return GPT2_VOCAB_SIZE <= vocab_size <= GPT2_PADDED_VOCAB_SIZE
 
 
 def check_numbering(paths: Iterable[Path]) -> None:

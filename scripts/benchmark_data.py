@@ -72,7 +72,7 @@ def checking(folder: Path, num_tokens: int, rounds: int) -> list[str]:
         write_shard(path, (GPT2_VOCAB_SIZE * generator.random(size) ** 3).astype(np.uint16))  # rare and frequent tokens
     val, train = map(open_shard, paths)
     verify_s = statistics.median(seconds(lambda: verify_shard(paths[1], GPT2_VOCAB_SIZE)) for _ in range(rounds))
-    unseen = lambda: check_val_is_unseen(paths[0], val, [(paths[1], train)])  # noqa: E731
+    unseen = partial(check_val_is_unseen, paths[0], val, [(paths[1], train)], GPT2_VOCAB_SIZE)
     unseen_s = statistics.median(seconds(unseen) for _ in range(rounds))
     size = f"{num_tokens / 1e6:.0f}M tokens"
     return [

@@ -24,7 +24,11 @@ def good_folder(tmp_path_factory):
         tokens = generator.integers(0, 50256, TOKENS)
         tokens[::700] = 50256
         write_shard(folder / name, tokens)
-        shards[name] = {"sha256": "0" * 64, "tokens_sha256": verify_shard(folder / name, 50257).sha256}
+        shards[name] = {
+            "num_tokens": TOKENS,
+            "sha256": "0" * 64,
+            "tokens_sha256": verify_shard(folder / name, 50257).sha256,
+        }
     write_manifest(folder, {"source": {}, "shards": shards})
     return folder
 
@@ -231,4 +235,4 @@ def test_check_counts_documents_that_the_web_repeats_without_refusing_them(tmp_p
     write_shard(tmp_path / FIRST, train)
     lines = list(check_folder(tmp_path, 50257))
     assert not any(isinstance(line, Problem) for line in lines)
-    assert any("0.375% of its tokens stand in train shards too" in line for line in lines)
+    assert any("0.375% of them stand in train shards too" in line for line in lines)

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import random
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 
 from data import encode, fineweb
-from data.shards import ShardError, open_shard
+from data.shards import ShardError, open_shard, write_shard
 from tests.conftest import ROOT
 
 tiktoken = pytest.importorskip("tiktoken")
@@ -215,6 +216,8 @@ def test_every_format_gives_the_same_tokens(documents, jsonl, one_worker, tmp_pa
         ("a.parquet", b"PAR1 but no more", "a.parquet: content"),
         ("a.jsonl.gz", b"not gzip", "a.jsonl.gz"),
         ("a.csv", b"text\n", "file name: expected .txt, .jsonl"),
+        ("a.jsonl", b'{"text": ' + b"[" * 100_000, "a.jsonl: line 1"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 2000)[:40] + b"garbage" * 9, "a.jsonl.gz: "),
         ("a.jsonl", b"", "text: expected at least one document, found none"),
     ],
 )
@@ -248,6 +251,27 @@ def test_without_gpt2s_files_the_error_says_how_to_get_them(monkeypatch):
     monkeypatch.setattr(tiktoken, "get_encoding", offline)
     with pytest.raises(ShardError, match="TIKTOKEN_CACHE_DIR, found no network"):
         encode.gpt2()
+
+
+def test_shards_that_it_did_not_make_stay(jsonl, tmp_path, gpt2_files, capsys):
+    foreign = np.arange(1000, dtype=np.uint16)
+    write_shard(tmp_path / "fineweb_train_000001.bin", foreign)
+    assert fineweb.main(tokenize(tmp_path, jsonl)) == 3
+    assert "fineweb_train_000001.bin: file: expected none yet" in capsys.readouterr().err
+    assert np.array_equal(open_shard(tmp_path / "fineweb_train_000001.bin"), foreign)
+
+
+def test_ctrl_c_ends_in_one_line_and_the_same_command_goes_on(jsonl, one_worker, tmp_path, gpt2_files):
+    command = [sys.executable, "data/fineweb.py", *tokenize(tmp_path, jsonl, workers=2)]
+    for wait_s in (0.8, 1.6):
+        options = {"cwd": ROOT, "text": True, "stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
+        process = subprocess.Popen(command, start_new_session=True, **options)
+        time.sleep(wait_s)
+        os.killpg(process.pid, signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+        assert process.returncode in (0, 130) and len(error.splitlines()) <= 1, error
+    assert fineweb.main(tokenize(tmp_path, jsonl)) == 0
+    assert hashes(tmp_path) == hashes(one_worker)
 
 
 def test_errors_come_back_from_worker_processes():
