@@ -50,6 +50,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of this run in --out")
     parser.add_argument("--wandb", choices=("online", "offline", "off"), default="off", help="mirror metrics to wandb")
+    parser.add_argument(
+        "--dump-momentum",
+        nargs=3,
+        metavar=("PATTERN", "FIRST", "LAST"),
+        help="write the momentum of the matrices of that name at those steps to <run_id>.momentum/ beside the record",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print parameters, data and memory needed, then stop")
     return parser.parse_args(argv)
 
@@ -69,6 +75,7 @@ from data.loader import RunData, TokenLoader, open_run_data
 from data.shards import ShardError
 from results.checkpoint import first_line, newest_checkpoint, save_checkpoint
 from results.describe import dry_run_report, peak_memory_mib, run_event
+from results.momentum import record_momentum
 from results.record import RecordWriter, Validation, first_at_target
 from results.tracking import Tracker
 
@@ -695,6 +702,10 @@ def train(args: argparse.Namespace, ranks: Ranks, begin_ns: int) -> None:
         ranks.say(f"resume: from step {progress.step}")
     elif args.resume:
         ranks.say(f"resume: no unfinished run with a checkpoint in {args.out}, starting at step 0")
+    if args.dump_momentum:
+        pattern, first, last = args.dump_momentum
+        folder = args.out / f"{run_id}.momentum"
+        record_momentum(optimizers[-1], pattern, int(first), int(last), progress.step, folder)
     record.drop_torn_line()
     if not record.path.exists():
         record.write(start)

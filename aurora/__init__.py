@@ -9,8 +9,9 @@ from aurora.base import MatrixOptimizer
 from aurora.muon import Muon
 from aurora.normuon import NorMuon
 from aurora.params import Param, Role, check_exact_cover
-from aurora.polar import SCHEDULES, PolarSchedule, compute_dtype, polar
+from aurora.polar import SCHEDULES, PolarSchedule, compute_dtype, polar, polar_flops
 from aurora.registry import REQUIRED_HPARAMS, RULES, build, hparam_types
+from aurora.riemannian_aurora import RiemannianAurora
 from aurora.unormuon import UNorMuon
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "NorMuon",
     "Param",
     "PolarSchedule",
+    "RiemannianAurora",
     "Role",
     "UNorMuon",
     "adamw",
@@ -31,4 +33,5 @@ __all__ = [
     "compute_dtype",
     "hparam_types",
     "polar",
+    "polar_flops",
 ]

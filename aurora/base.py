@@ -20,6 +20,9 @@ from torch import Tensor
 from aurora.polar import COMPUTE_DTYPES, SCHEDULES, compute_dtype, polar
 from aurora.sharding import assign_owners, gather_from_owners, polar_cost, reduce_to_owners
 
+# On a CPU a stack larger than the caches is slower than its parts one by one.
+CPU_STACK_ELEMENTS = 2**21
+
 
 class MatrixOptimizer(torch.optim.Optimizer):
     """Base of the rules that update whole matrices. Works alone, under DDP, or sharding its work over a process group.
@@ -60,6 +63,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._rank = dist.get_rank() if is_distributed else 0
         self._rank_loads = [0] * (dist.get_world_size() if is_distributed else 1)
         self._owners: dict[Tensor, int] = {}
+        self.found_non_finite: Tensor | None = None
         defaults = dict(
             lr=lr,
             weight_decay=weight_decay,
@@ -99,16 +103,22 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     # ---- the step ----
 
-    def polar(self, X_KMN: Tensor, group: dict[str, Any]) -> Tensor:
+    def polar_dtype(self, X_KMN: Tensor, group: dict[str, Any]) -> torch.dtype:
+        """The dtype of the matmuls."""
+        return compute_dtype(group["polar_dtype"], X_KMN.device)
+
+    def polar(
+        self, X_KMN: Tensor, group: dict[str, Any], interlude: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
         """polar() with the group's schedule and dtype."""
-        dtype = compute_dtype(group["polar_dtype"], X_KMN.device)
-        return polar(X_KMN, SCHEDULES[group["polar_schedule"]], dtype)
+        return polar(X_KMN, SCHEDULES[group["polar_schedule"]], self.polar_dtype(X_KMN, group), interlude)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """Update every matrix that has a gradient. No host sync.
 
-        A non-finite gradient makes its matrix non-finite: check gradients before the step (the trainer does).
+        A non-finite gradient makes its matrix non-finite and sets found_non_finite, a 0-dim tensor on the device that
+        stays set. To keep weights whole, check gradients before the step (the trainer does).
         """
         loss = None
         if closure is not None:
@@ -120,7 +130,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 if p.grad is not None and self._owners[p] == self._rank:
                     stacks.setdefault((p.shape, p.dtype), []).append(p)
             for stack in stacks.values():
-                self._update(stack, group)
+                size = max(1, CPU_STACK_ELEMENTS // stack[0].numel()) if stack[0].is_cpu else len(stack)
+                for first in range(0, len(stack), size):
+                    self._update(stack[first : first + size], group)
         if self._is_sharded:
             gather_from_owners(*self._params_and_owners())
         return loss
@@ -132,19 +144,25 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 # float32 whatever the weights are: in bfloat16 an average over 20 steps loses most of its increments.
                 state["momentum_buffer"] = torch.zeros_like(p, dtype=torch.float32)
         grads = [p.grad.float() for p in stack]
-        buffers = [state["momentum_buffer"] for state in states]
-        torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-        X_KMN = torch.stack(buffers)
-        if group["nesterov"]:
-            X_KMN = torch.stack(grads).lerp_(X_KMN, group["momentum"])
+        torch._foreach_lerp_([state["momentum_buffer"] for state in states], grads, 1 - group["momentum"])
+        O_KMN = self.direction(torch.stack(self.lookahead(stack, group)), states, group)
 
-        O_KMN = self.direction(X_KMN, states, group)
-
+        is_bad = ~torch.linalg.vector_norm(O_KMN).isfinite()
+        self.found_non_finite = is_bad if self.found_non_finite is None else self.found_non_finite | is_bad
         rows, columns = stack[0].shape
         scale = math.sqrt(max(1.0, rows / columns)) if group["aspect_scale"] else 1.0
-        if group["weight_decay"] != 0:
-            torch._foreach_mul_(stack, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(stack, list(O_KMN.to(stack[0].dtype).unbind()), alpha=-group["lr"] * scale)
+        torch._foreach_mul_(stack, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(stack, list((O_KMN * (-group["lr"] * scale)).to(stack[0].dtype).unbind()))
+
+    def lookahead(self, stack: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        """What direction() sees of these parameters of one group: (M, N) float32 each, not to be changed.
+
+        Between step() and the next zero_grad() it gives what the step has used.
+        """
+        buffers = [self.state[p]["momentum_buffer"] for p in stack]
+        if not group["nesterov"]:
+            return buffers
+        return torch._foreach_lerp([p.grad.float() for p in stack], buffers, group["momentum"])
 
     # ---- sharding over ranks ----
 
