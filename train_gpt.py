@@ -487,17 +487,21 @@ def forward_backward(model: nn.Module, batch: tuple[Tensor, Tensor], run: Traini
     return torch.stack(losses).sum()
 
 
-def reduce_gradients(optimizers: list[torch.optim.Optimizer], ranks: Ranks) -> None:
-    """Sum gradients over ranks: a matrix's into its owner, all others into everyone."""
-    if ranks.world_size == 1:
+def reduce_gradients(run: Training) -> None:
+    """Sum gradients over ranks: a matrix's into its owner, all others into everyone.
+
+    They travel in the dtype of the activations, whose precision is what the backward pass has given them.
+    """
+    if run.ranks.world_size == 1:
         return
-    for optimizer in optimizers:
+    wire_dtype = run.model.activation_dtype
+    for optimizer in run.optimizers:
         if isinstance(optimizer, aurora.MatrixOptimizer):
-            optimizer.reduce_gradients()
+            optimizer.reduce_gradients(wire_dtype)
             continue
         grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
         flat = torch.cat([grad.flatten() for grad in grads])  # one collective instead of a hundred
-        ranks.all_reduce(flat)
+        aurora.all_reduce(flat, wire_dtype)
         parts = flat.split([grad.numel() for grad in grads])
         torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads, strict=True)])
 
@@ -602,7 +606,7 @@ def warm_up(model: nn.Module, run: Training) -> None:
     try:
         for _ in range(WARMUP_STEPS):
             forward_backward(model, made_up_batch(plan.micro_steps * plan.micro_batch), run)
-            reduce_gradients(run.optimizers, run.ranks)
+            reduce_gradients(run)
             for optimizer in run.optimizers:
                 optimizer.step()
             run.model.zero_grad()
@@ -815,7 +819,7 @@ def train_step(run: Training, model: nn.Module, step: int, guard: Guard, log: St
     loss = forward_backward(model, batch, run)
     guard.check(step, loss)
     optimizer_begin = time_mark(device)
-    reduce_gradients(run.optimizers, run.ranks)
+    reduce_gradients(run)
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_scale(step, run.config)

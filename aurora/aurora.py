@@ -1,7 +1,7 @@
 """Aurora (Tilde Research 2026, https://arxiv.org/abs/2606.27715)."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -68,6 +68,12 @@ class Aurora(MatrixOptimizer):
         check_hparam(group["balance_steps"] >= 1, "balance_steps", "at least 1", group)
         check_hparam(0 < group["balance_power"] <= 1, "balance_power", "in (0, 1]", group)
 
+    def new_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        if p.size(0) == p.size(1) or group["variant"] == "iterated":
+            return super().new_state(p, group)
+        row_weight = torch.ones((max(p.shape), 1), dtype=torch.float32, device=p.device)
+        return {**super().new_state(p, group), "row_weight": row_weight}
+
     def direction(self, X_KMN: Tensor, states: list[dict[str, Any]], group: dict[str, Any]) -> Tensor:
         rows, columns = X_KMN.shape[-2:]
         if rows == columns:
@@ -79,42 +85,53 @@ class Aurora(MatrixOptimizer):
     def _balanced(self, X_KMN: Tensor, states: list[dict[str, Any]], group: dict[str, Any]) -> Tensor:
         if group["variant"] == "iterated":
             return self._iterated(X_KMN, group)
-        inverse_norm_KM1 = 1 / torch.linalg.vector_norm(X_KMN, dim=-1, keepdim=True).clamp(min=TINY_NORM)
-        for state, inverse_norm_M1 in zip(states, inverse_norm_KM1, strict=True):
-            if "row_weight" not in state:
-                state["row_weight"] = torch.ones_like(inverse_norm_M1)
         weights = [state["row_weight"] for state in states]
+        weight_KM1 = torch.stack(weights)
         corrections = []
 
         def balance(V_KMN: Tensor) -> Tensor:
             corrections.append(row_correction(V_KMN).clamp(max=HEADROOM * INTERLUDE_GROWTH))
-            return corrections[-1] / HEADROOM * V_KMN
+            return (corrections[-1] / HEADROOM).to(V_KMN.dtype) * V_KMN
 
-        X_KMN = torch.stack(weights) * inverse_norm_KM1 * X_KMN
-        U_KMN = self.polar(X_KMN, group, balance if group["variant"] == "folded" else None)
+        interlude = balance if group["variant"] == "folded" else None
+        U_KMN = self._polar_of_rows(X_KMN, weight_KM1, group, interlude)
         corrections.append(row_correction(U_KMN))
         U_KMN = corrections[-1] * U_KMN
 
-        new_KM1 = torch.stack(weights) * math.prod(corrections) ** (2 * group["balance_power"])
+        new_KM1 = weight_KM1 * math.prod(corrections) ** (2 * group["balance_power"])
         new_KM1 = (new_KM1 / new_KM1.log().mean(dim=-2, keepdim=True).exp()).clamp(*ROW_WEIGHT_RANGE)
         torch._foreach_copy_(weights, list(new_KM1.unbind()))
         if group["variant"] == "refined":
-            U_KMN = quintic_step(U_KMN.to(self.polar_dtype(U_KMN, group)), REFINEMENT).float()
+            U_KMN = quintic_step(U_KMN.to(self.polar_dtype(U_KMN, group)), REFINEMENT)
             U_KMN = row_correction(U_KMN) * U_KMN
         return U_KMN
 
     def _iterated(self, X_KMN: Tensor, group: dict[str, Any]) -> Tensor:
-        D_KM1 = 1 / torch.linalg.vector_norm(X_KMN, dim=-1, keepdim=True).clamp(min=TINY_NORM)
-        U_KMN = self.polar(D_KM1 * X_KMN, group)
+        weight_KM1 = torch.ones_like(X_KMN[..., :1])
+        U_KMN = self._polar_of_rows(X_KMN, weight_KM1, group)
         for _ in range(group["balance_steps"] - 1):
-            D_KM1 = D_KM1 * row_correction(U_KMN) ** (2 * group["balance_power"])
-            U_KMN = self.polar(D_KM1 * X_KMN, group)
+            weight_KM1 = weight_KM1 * row_correction(U_KMN) ** (2 * group["balance_power"])
+            U_KMN = self._polar_of_rows(X_KMN, weight_KM1, group)
         return U_KMN
+
+    def _polar_of_rows(
+        self,
+        X_KMN: Tensor,
+        weight_KM1: Tensor,
+        group: dict[str, Any],
+        interlude: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """polar(D X) with D_i = weight_i / ||X_i||."""
+        norm_KM1 = torch.linalg.vector_norm(X_KMN, dim=-1, keepdim=True)
+        scale_KM1 = weight_KM1 / norm_KM1.clamp(min=TINY_NORM)
+        total_K11 = torch.linalg.vector_norm(scale_KM1 * norm_KM1, dim=-2, keepdim=True)
+        scale_KM1 = scale_KM1 / total_K11.clamp(min=MIN_ROW_NORM)
+        return self.polar(X_KMN, group, row_scale_KM1=scale_KM1, interlude=interlude)
 
 
 def row_correction(U_KMN: Tensor) -> Tensor:
     """(K, M, 1) factors that give all rows but zero ones the norm that they have in the root mean square."""
-    norm_KM1 = torch.linalg.vector_norm(U_KMN, dim=-1, keepdim=True)
+    norm_KM1 = torch.linalg.vector_norm(U_KMN, dim=-1, keepdim=True, dtype=torch.float32)
     is_zero_KM1 = norm_KM1 <= MIN_ROW_NORM
     num_rows_K11 = (~is_zero_KM1).sum(dim=-2, keepdim=True).clamp(min=1)
     mean_K11 = torch.linalg.vector_norm(norm_KM1, dim=-2, keepdim=True) / num_rows_K11.sqrt()

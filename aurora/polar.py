@@ -118,19 +118,8 @@ def _faster_cpu_dtype(size: int = 256, rounds: int = 5) -> torch.dtype:
     return torch.bfloat16 if is_worth_it else torch.float32
 
 
-# From this aspect ratio on, two steps cost less on the Gram matrix: 4 r + 10 < 2 (4 r + 2) times m^3.
+# From this aspect ratio n/m on, two steps cost less on the Gram matrix: 4 n/m + 10 < 2 (4 n/m + 2).
 MIN_GRAM_ASPECT = 1.5
-
-
-def polar_flops(rows: int, columns: int, num_steps: int) -> int:
-    """Multiplications and additions of that many polynomials on one matrix, counting symmetric products in full."""
-    m, n = sorted((rows, columns))
-    pairs, singles = divmod(num_steps, 2) if _is_oblong(rows, columns) else (0, num_steps)
-    return pairs * (4 * n * m**2 + 10 * m**3) + singles * (4 * n * m**2 + 2 * m**3)
-
-
-def _is_oblong(rows: int, columns: int) -> bool:
-    return max(rows, columns) >= MIN_GRAM_ASPECT * min(rows, columns)
 
 
 # Newton's iteration for the polar factor, (15 s - 10 s^3 + 3 s^5) / 8: error e near 1 becomes -5/2 e^3.
@@ -143,6 +132,7 @@ def polar(
     X_KMN: Tensor,
     schedule: PolarSchedule,
     dtype: torch.dtype = torch.float32,
+    row_scale_KM1: Tensor | None = None,
     interlude: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Approximate polar factor of every matrix in the stack.
@@ -151,35 +141,41 @@ def polar(
         X_KMN: (K, M, N), any float dtype; not changed.
         schedule: one of SCHEDULES.
         dtype: dtype of the matmuls; the normalisation is always float32.
-        interlude: changes the almost orthogonal matrices ((K, M, N) float32) before the last two polynomials, which
+        row_scale_KM1: (K, M, 1) float32, for the polar factor of row_scale * X, whose Frobenius norm must then be 1.
+        interlude: changes the almost orthogonal matrices ((K, M, N) in dtype) before the last two polynomials, which
             then make them orthogonal again: a second polar factor for the price of less than one step. It may let a
             singular value grow by INTERLUDE_GROWTH at most. To a schedule with an odd number of steps REFINEMENT is
             appended: steps are cheaper in pairs.
 
     Returns:
-        (K, M, N) float32. Singular values s >= schedule.min_singular_value * ||X||_F come out within
+        (K, M, N) in dtype (svd: in X's). Singular values s >= schedule.min_singular_value * ||X||_F come out within
         schedule.max_error of 1, smaller ones below 1, zero ones at 0: a zero matrix gives zeros, a rank-1 matrix
         u v^T. Rounding adds up to 1e-4 in float32 and 0.1 in bfloat16. Scale does not matter down to
         ||X||_F = 1e-19. NaN and Inf give NaN.
 
-    Cost: polar_flops(M, N, number of polynomials) a matrix. No host sync.
+    Cost: with m = min(M, N), n = max(M, N), (4 n/m + 2) m^3 FLOPs a step and matrix; from n = 1.5 m on
+    (4 n/m + 10) m^3 for two steps. No host sync.
     """
+    scale = row_scale_KM1
+    if scale is None:
+        scale = 1 / torch.linalg.vector_norm(X_KMN, dim=(-2, -1), keepdim=True, dtype=torch.float32).clamp(
+            min=TINY_NORM
+        )
     if not schedule.coefficients:
-        exact_KMN = _polar_svd(X_KMN, schedule.min_singular_value)
-        return _polar_svd(interlude(exact_KMN), schedule.min_singular_value) if interlude else exact_KMN
-    X = X_KMN.float()
-    norm_K11 = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
-    X = (X / (schedule.norm_margin * norm_K11).clamp(min=TINY_NORM)).to(dtype)
+        X = _polar_svd(scale * X_KMN, schedule.min_singular_value)
+        return _polar_svd(interlude(X), schedule.min_singular_value) if interlude else X
+    X = (scale / schedule.norm_margin * X_KMN).to(dtype)
     steps = schedule.coefficients
     if interlude:
         steps = steps if len(steps) % 2 == 0 else (*steps, REFINEMENT)
-        X = interlude(_apply(X, steps[:-2]).float()).to(dtype)
+        X = interlude(_apply(X, steps[:-2]))
         steps = steps[-2:]
-    return _apply(X, steps).float()
+    return _apply(X, steps)
 
 
 def _apply(X: Tensor, steps: Sequence[tuple[float, float, float]]) -> Tensor:
-    num_paired = len(steps) // 2 * 2 if _is_oblong(*X.shape[-2:]) else 0
+    is_oblong = max(X.shape[-2:]) >= MIN_GRAM_ASPECT * min(X.shape[-2:])
+    num_paired = len(steps) // 2 * 2 if is_oblong else 0
     for first in range(0, num_paired, 2):
         X = _two_steps(X, *steps[first : first + 2])
     for coefficients in steps[num_paired:]:
@@ -222,8 +218,8 @@ def _factor(gram: Tensor, coefficients: tuple[float, float, float]) -> Tensor:
 
 
 def _polar_svd(X_KMN: Tensor, min_singular_value: float) -> Tensor:
-    """Exact polar factor in float64; directions with s <= min_singular_value * ||X||_F are dropped."""
+    """Exact polar factor, by float64; directions with s <= min_singular_value * ||X||_F are dropped."""
     U, S, Vh = torch.linalg.svd(X_KMN.double(), full_matrices=False)
     norm_K1 = torch.linalg.vector_norm(S, dim=-1, keepdim=True)
     kept = (min_singular_value * norm_K1 < S).to(S.dtype)
-    return ((U * kept.unsqueeze(-2)) @ Vh).to(X_KMN.dtype if X_KMN.dtype == torch.float64 else torch.float32)
+    return ((U * kept.unsqueeze(-2)) @ Vh).to(X_KMN.dtype)

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aurora.aurora import row_correction
+from aurora.aurora import MIN_ROW_NORM, row_correction
 from aurora.base import MatrixOptimizer, check_hparam
 
 TINY = 1e-30
+# Where conjugate gradients in float32 end: the share of the residual that is left.
+CG_TOLERANCE = 1e-5
 
 
 class RiemannianAurora(MatrixOptimizer):
@@ -67,13 +69,13 @@ class RiemannianAurora(MatrixOptimizer):
         return self._ascended(X_KMN, group)
 
     def _ascended(self, X_KMN: Tensor, group: dict[str, Any]) -> Tensor:
-        U_KMN = self.polar(X_KMN, group)
+        U_KMN = self.polar(X_KMN, group).float()
         norm_K11 = torch.linalg.vector_norm(X_KMN, dim=(-2, -1), keepdim=True)
         X_KMN = X_KMN * (math.sqrt(X_KMN.size(-1)) / norm_K11.clamp(min=TINY))
         for _ in range(group["ascent_steps"]):
             U_KMN = U_KMN + group["ascent_lr"] * tangent_projection(X_KMN, U_KMN, group["cg_steps"])
             for _ in range(group["retraction_steps"]):
-                U_KMN = self.polar(row_correction(U_KMN) * U_KMN, group)
+                U_KMN = self.polar(row_correction(U_KMN) * U_KMN, group).float()
         return U_KMN
 
 
@@ -88,7 +90,10 @@ def tangent_projection(X_KMN: Tensor, U_KMN: Tensor, cg_steps: int) -> Tensor:
 
 
 def solve_multipliers(U_KMN: Tensor, gap_KM1: Tensor, cg_steps: int) -> Tensor:
-    """Least-squares solution of mean zero of (diag(P o P 1) - P o P) l = gap with P = U U^T, by conjugate gradients."""
+    """The smallest solution of (diag(P o P 1) - P o P) l = gap with P = U U^T, by conjugate gradients.
+
+    The Laplacian's null space, constants over the rows that are not zero and anything on those that are, is kept out.
+    """
 
     def squared_gram_times(v_KM1: Tensor) -> Tensor:  # (P o P) v without the M x M matrix
         return (torch.bmm(U_KMN, torch.bmm(U_KMN.mT, v_KM1 * U_KMN)) * U_KMN).sum(dim=-1, keepdim=True)
@@ -97,13 +102,17 @@ def solve_multipliers(U_KMN: Tensor, gap_KM1: Tensor, cg_steps: int) -> Tensor:
         return (a_KM1 * b_KM1).sum(dim=-2, keepdim=True)
 
     degree_KM1 = squared_gram_times(torch.ones_like(gap_KM1))
-    residual = gap_KM1 - gap_KM1.mean(dim=-2, keepdim=True)  # constants are the Laplacian's null space
+    is_live_KM1 = degree_KM1 > MIN_ROW_NORM**2
+    num_live_K11 = is_live_KM1.sum(dim=-2, keepdim=True).clamp(min=1)
+    residual = torch.where(is_live_KM1, gap_KM1 - gap_KM1.sum(dim=-2, keepdim=True) / num_live_K11, 0.0)
     solution, search, norm_sq = torch.zeros_like(residual), residual, dot(residual, residual)
+    first_norm_sq = norm_sq
     for _ in range(cg_steps):
         product = degree_KM1 * search - squared_gram_times(search)
         curvature = dot(search, product)
-        step = torch.where(curvature > TINY, norm_sq / curvature.clamp(min=TINY), 0.0)
+        is_open = norm_sq > CG_TOLERANCE**2 * first_norm_sq  # rounding would lead on into the null space
+        step = torch.where(is_open, norm_sq / curvature.clamp(min=TINY), 0.0)
         solution, residual = solution + step * search, residual - step * product
         previous, norm_sq = norm_sq, dot(residual, residual)
         search = residual + norm_sq / previous.clamp(min=TINY) * search
-    return solution - solution.mean(dim=-2, keepdim=True)
+    return solution
