@@ -34,7 +34,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     Args:
         params: 2-D parameters, (name, parameter) pairs or parameter groups, as for any torch optimizer.
-        lr: step size; see the rule for its unit.
+        lr: step size; see the rule for its unit. lr and momentum may be 0-dim tensors, as for torch's optimizers, so
+            that a step under torch.compile does not compile anew when they change.
         weight_decay: decoupled; W shrinks by lr * weight_decay a step.
         momentum: decay of the exponential average of gradients, in [0, 1).
         nesterov: look ahead by mixing the gradient into the buffer once more.
@@ -147,7 +148,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
             if not state:
                 state.update(self.new_state(p, group))
         grads = [p.grad.float() for p in stack]
-        torch._foreach_lerp_([state["momentum_buffer"] for state in states], grads, 1 - group["momentum"])
+        buffers = [state["momentum_buffer"] for state in states]
+        torch._foreach_lerp_(buffers, grads, foreach_weight(1 - group["momentum"], len(stack)))
         O_KMN = self.direction(torch.stack(self.lookahead(stack, group)), states, group)
 
         is_bad = ~torch.linalg.vector_norm(O_KMN).isfinite()
@@ -167,7 +169,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         buffers = [self.state[p]["momentum_buffer"] for p in stack]
         if not group["nesterov"]:
             return buffers
-        return torch._foreach_lerp([p.grad.float() for p in stack], buffers, group["momentum"])
+        grads = [p.grad.float() for p in stack]
+        return torch._foreach_lerp(grads, buffers, foreach_weight(group["momentum"], len(stack)))
 
     # ---- sharding over ranks ----
 
@@ -290,6 +293,11 @@ def group_by(params: Iterable[Tensor], key: Callable[[Tensor], Any]) -> list[lis
     for p in params:
         groups.setdefault(key(p), []).append(p)
     return list(groups.values())
+
+
+def foreach_weight(weight: float | Tensor, count: int) -> float | list[Tensor]:
+    """The weight as foreach_lerp takes it."""
+    return [weight] * count if isinstance(weight, Tensor) else weight
 
 
 def split_for_cache(stack: list[Tensor]) -> list[list[Tensor]]:

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-import aurora
 import train_gpt
 from tests.conftest import OPTIMIZERS
 
@@ -22,14 +21,6 @@ def main(config: str, out: Path) -> None:
     def capture(run, *args):
         original(run, *args)
         captured["run"] = run
-        matrix_optimizer = run.optimizers[-1]
-        if isinstance(matrix_optimizer, aurora.MatrixOptimizer):
-            names = matrix_optimizer.param_groups[0]["param_names"]
-            params = matrix_optimizer.param_groups[0]["params"]
-            captured["owned"] = [n for n, p in zip(names, params, strict=True) if p in matrix_optimizer.state]
-            captured["loads"] = matrix_optimizer._rank_loads
-        else:
-            captured["owned"], captured["loads"] = [], []
         captured["state"] = run.optimizers[-1].state_dict()
 
     train_gpt.train_steps = capture
@@ -43,8 +34,6 @@ def main(config: str, out: Path) -> None:
         run = captured["run"]
         held = {
             "weights": {key: value.clone() for key, value in run.model.state_dict().items()},
-            "owned": captured["owned"],
-            "loads": captured["loads"],
             "state": captured["state"],
         }
         torch.save(held, out / name / f"rank{run.ranks.rank}.pt")
