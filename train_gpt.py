@@ -707,9 +707,7 @@ def train(args: argparse.Namespace, ranks: Ranks, begin_ns: int) -> None:
     elif args.resume:
         ranks.say(f"resume: no unfinished run with a checkpoint in {args.out}, starting at step 0")
     if args.dump_momentum:
-        pattern, first, last = args.dump_momentum
-        folder = args.out / f"{run_id}.momentum"
-        record_momentum(optimizers[-1], pattern, int(first), int(last), progress.step, folder)
+        record_momentum(optimizers[-1], *args.dump_momentum, progress.step, args.out / f"{run_id}.momentum")
     record.drop_torn_line()
     if not record.path.exists():
         record.write(start)

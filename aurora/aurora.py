@@ -122,16 +122,21 @@ class Aurora(MatrixOptimizer):
         interlude: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """polar(D X) with D_i = weight_i / ||X_i||."""
-        norm_KM1 = torch.linalg.vector_norm(X_KMN, dim=-1, keepdim=True)
+        norm_KM1 = row_norms(X_KMN)
         scale_KM1 = weight_KM1 / norm_KM1.clamp(min=TINY_NORM)
         total_K11 = torch.linalg.vector_norm(scale_KM1 * norm_KM1, dim=-2, keepdim=True)
         scale_KM1 = scale_KM1 / total_K11.clamp(min=MIN_ROW_NORM)
         return self.polar(X_KMN, group, row_scale_KM1=scale_KM1, interlude=interlude)
 
 
+def row_norms(X_KMN: Tensor) -> Tensor:
+    """(K, M, 1) float32. On a CPU ten times as fast as vector_norm where X is the transpose of a wide matrix."""
+    return X_KMN.square().sum(dim=-1, keepdim=True, dtype=torch.float32).sqrt()
+
+
 def row_correction(U_KMN: Tensor) -> Tensor:
     """(K, M, 1) factors that give all rows but zero ones the norm that they have in the root mean square."""
-    norm_KM1 = torch.linalg.vector_norm(U_KMN, dim=-1, keepdim=True, dtype=torch.float32)
+    norm_KM1 = row_norms(U_KMN)
     is_zero_KM1 = norm_KM1 <= MIN_ROW_NORM
     num_rows_K11 = (~is_zero_KM1).sum(dim=-2, keepdim=True).clamp(min=1)
     mean_K11 = torch.linalg.vector_norm(norm_KM1, dim=-2, keepdim=True) / num_rows_K11.sqrt()

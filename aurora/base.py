@@ -1,6 +1,6 @@
 """What all matrix optimizers share: momentum, same-shape stacks, sharding over ranks, decay, scale, state.
 
-A rule is a subclass that overrides direction() and nothing else:
+A rule is a subclass that overrides direction(), and new_state() if it remembers anything:
 
     B <- momentum B + (1 - momentum) G                       momentum buffer, kept by the matrix's owner
     X  = (1 - momentum) G + momentum B                       with nesterov, else B
@@ -156,7 +156,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self.found_non_finite = is_bad if self.found_non_finite is None else self.found_non_finite | is_bad
         rows, columns = stack[0].shape
         step_size = group["lr"] * (math.sqrt(max(1.0, rows / columns)) if group["aspect_scale"] else 1.0)
-        torch._foreach_mul_(stack, 1 - group["lr"] * group["weight_decay"])
+        if group["weight_decay"] != 0:
+            torch._foreach_mul_(stack, 1 - group["lr"] * group["weight_decay"])
         if isinstance(step_size, Tensor):  # which alpha may not be
             O_KMN, step_size = O_KMN * step_size, 1
         torch._foreach_sub_(stack, list(O_KMN.unbind()), alpha=step_size)

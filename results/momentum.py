@@ -10,7 +10,7 @@ from configs.schema import Exit, HarnessError
 
 
 def record_momentum(
-    optimizer: torch.optim.Optimizer, pattern: str, first_step: int, last_step: int, step: int, folder: Path
+    optimizer: torch.optim.Optimizer, pattern: str, first_step: str, last_step: str, step: int, folder: Path
 ) -> None:
     """Have the optimizer write FOLDER/stepNNNNNN.rankN.pt after each of its steps from first_step to last_step.
 
@@ -32,7 +32,7 @@ def record_momentum(
     names = fnmatch.filter(named, pattern)
     if not names:
         raise HarnessError(Exit.CONFIG, f"--dump-momentum: no matrix matches {pattern!r}; there are {', '.join(named)}")
-    if not 1 <= first_step <= last_step:
+    if not (first_step.isdecimal() and last_step.isdecimal() and 1 <= int(first_step) <= int(last_step)):
         raise HarnessError(Exit.CONFIG, f"--dump-momentum: no steps from {first_step} to {last_step}; they begin at 1")
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
     folder.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ def record_momentum(
     def write(optimizer: aurora.MatrixOptimizer, args: tuple, kwargs: dict) -> None:
         nonlocal step
         step += 1
-        if first_step <= step <= last_step:
+        if int(first_step) <= step <= int(last_step):
             own = [name for name in names if optimizer.owner_of(named[name]) == rank]
             momentum = optimizer.lookahead([named[name] for name in own], group) if own else []
             by_name = {name: X_MN.cpu() for name, X_MN in zip(own, momentum, strict=True)}

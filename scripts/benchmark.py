@@ -293,6 +293,7 @@ def optim(args: argparse.Namespace) -> str:
     """Whole optimizer steps on a track's shapes, and the quality of the updates; writes OUT.md and OUT.json."""
     train_gpt.keep_freed_memory()
     shapes = track_shapes(args.config)
+    aurora.compute_dtype(args.polar_dtype, torch.device(args.device))  # its measurement is no part of a step
     times, flops = time_contenders(make_contenders(args, shapes), args.rounds, args.device)
     oblong = sorted({shape for shape in shapes if shape[0] != shape[1]})
     momentum = {"synthetic": {str(shape): synthetic_momentum(shape, steps=20) for shape in oblong}}
