@@ -105,8 +105,12 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 @torch.compiler.assume_constant_result
+def _faster_cpu_dtype() -> torch.dtype:
+    return _measured_cpu_dtype()
+
+
 @functools.cache
-def _faster_cpu_dtype(size: int = 256, rounds: int = 5) -> torch.dtype:
+def _measured_cpu_dtype(size: int = 256, rounds: int = 5) -> torch.dtype:
     best_s = dict.fromkeys((torch.float32, torch.bfloat16), math.inf)
     for _ in range(rounds):
         for dtype in best_s:
