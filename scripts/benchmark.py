@@ -110,7 +110,10 @@ def bare_torch() -> Callable[[], None]:
 
 
 HARNESS_PAIRS = {
-    "Muon written plainly (polar_express5, float32)": ({"polar_schedule": "polar_express5"}, bare_plain),
+    "Muon written plainly (polar_express5, float32)": (
+        {"polar_schedule": "polar_express5", "polar_dtype": "float32"},
+        bare_plain,
+    ),
     "torch.optim.Muon (ns5_jordan, bfloat16)": (
         {"polar_schedule": "ns5_jordan", "polar_dtype": "bfloat16"},
         bare_torch,
