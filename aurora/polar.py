@@ -204,8 +204,8 @@ def _two_steps(X: Tensor, first: tuple[float, float, float], second: tuple[float
     """quintic_step() twice, by way of small square matrices: the Gram matrix after a step with factor P is P R P.
 
     The idea of https://dao-lab.ai/blog/2026/gram-newton-schulz, which goes on so for up to three steps. After two the
-    Gram matrix is taken anew, since in bfloat16 small singular values drown in the rounding of R: with three steps, or
-    with the identity left out of P, heavy-tailed spectra came out with singular values of 2 and above.
+    Gram matrix is taken anew, since in bfloat16 small singular values drown in its rounding: with three steps
+    heavy-tailed spectra came out with singular values up to 2, with four far above.
     """
     gram = _gram(X)
     factor = _factor(gram, first)
