@@ -37,8 +37,8 @@ class Aurora(MatrixOptimizer):
         warm        One polar factor. D_i = w_i / ||X_i||, where w (row_weight in the state) does one iteration a step,
                     as it drifts slowly; then rows are scaled: U_i <- r U_i / ||U_i||. That costs some orthogonality.
         refined     warm, then one more quintic polynomial, which gives the orthogonality back, and rows scaled again.
-        folded      warm, but rows are balanced inside the polar factor too, before its last two polynomials, by up to
-                    HEADROOM. In polar_express5 that is one more polynomial than in Muon, on oblong matrices alone.
+        folded      warm, but rows are also balanced, by up to HEADROOM, before the end of the polar factor, which
+                    then ends in a polynomial that suits what the balance leaves. Costs what warm costs.
 
     r is the root mean square over the rows that are not zero, which is sqrt(N/M) where the polar factor is exact, has
     full rank and no row is zero. lr as for Muon.

@@ -128,7 +128,11 @@ MIN_GRAM_ASPECT = 1.5
 
 # Newton's iteration for the polar factor, (15 s - 10 s^3 + 3 s^5) / 8: error e near 1 becomes -5/2 e^3.
 REFINEMENT = (15 / 8, -10 / 8, 3 / 8)
-# How much larger the last two polynomials of every schedule allow singular values to be; past it they would explode.
+# The odd polynomial of degree nine (coefficients of s, s^3, ..., s^9) closest to 1 on [0.35, 1.66], found by linear
+# programming; tests/test_polar.py recomputes its error.
+FINISH = (3.3072, -5.9616, 5.4791, -2.2070, 0.3181)
+FINISH_ERROR = 0.072
+# How much an interlude may let singular values grow: past it FINISH and the last steps of schedules would explode.
 INTERLUDE_GROWTH = 1.05
 
 
@@ -146,10 +150,10 @@ def polar(
         schedule: one of SCHEDULES.
         dtype: dtype of the matmuls; the normalisation is always float32.
         row_scale_KM1: (K, M, 1) float32, for the polar factor of row_scale * X, whose Frobenius norm must then be 1.
-        interlude: changes the almost orthogonal matrices ((K, M, N) in dtype) before the last two polynomials, which
-            then make them orthogonal again: a second polar factor for the price of less than one step. It may let a
-            singular value grow by INTERLUDE_GROWTH at most. To a schedule with an odd number of steps REFINEMENT is
-            appended: steps are cheaper in pairs.
+        interlude: changes the almost orthogonal matrices ((K, M, N) in dtype) shortly before the end, which then makes
+            them orthogonal again: a second polar factor for almost nothing. It may let a singular value grow by
+            INTERLUDE_GROWTH at most. After it come the last two steps of the schedule, or, where the schedule's own
+            max_error is larger than FINISH_ERROR, FINISH instead of its last step.
 
     Returns:
         (K, M, N) in dtype (svd: in X's). Singular values s >= schedule.min_singular_value * ||X||_F come out within
@@ -170,11 +174,11 @@ def polar(
         return _polar_svd(interlude(X), schedule.min_singular_value) if interlude else X
     X = (scale / schedule.norm_margin * X_KMN).to(dtype)
     steps = schedule.coefficients
-    if interlude:
-        steps = steps if len(steps) % 2 == 0 else (*steps, REFINEMENT)
-        X = interlude(_apply(X, steps[:-2]))
-        steps = steps[-2:]
-    return _apply(X, steps)
+    if interlude is None:
+        return _apply(X, steps)
+    if schedule.max_error > FINISH_ERROR:
+        return _finish(interlude(_apply(X, steps[:-1])))
+    return _apply(interlude(_apply(X, steps[:-2])), steps[-2:])
 
 
 def _apply(X: Tensor, steps: Sequence[tuple[float, float, float]]) -> Tensor:
@@ -210,7 +214,24 @@ def _two_steps(X: Tensor, first: tuple[float, float, float], second: tuple[float
     gram = _gram(X)
     factor = _factor(gram, first)
     factor = torch.bmm(_factor(torch.bmm(torch.bmm(factor, gram), factor), second), factor)
+    return _times(X, factor)
+
+
+def _times(X: Tensor, factor: Tensor) -> Tensor:
+    """X times a polynomial of its Gram matrix, on the short side."""
     return torch.bmm(X, factor) if X.size(-2) > X.size(-1) else torch.bmm(factor, X)
+
+
+def _finish(X: Tensor) -> Tensor:
+    """The polynomial FINISH: X (c1 I + c3 R + R^2 (c5 I + c7 R + c9 R^2)) with R the Gram matrix of X."""
+    c1, c3, c5, c7, c9 = FINISH
+    gram = _gram(X)
+    gram_sq = torch.bmm(gram, gram)
+    inner = torch.add(c7 * gram, gram_sq, alpha=c9)
+    inner.diagonal(dim1=-2, dim2=-1).add_(c5)
+    outer = c3 * gram
+    outer.diagonal(dim1=-2, dim2=-1).add_(c1)
+    return _times(X, torch.baddbmm(outer, gram_sq, inner))
 
 
 def _factor(gram: Tensor, coefficients: tuple[float, float, float]) -> Tensor:

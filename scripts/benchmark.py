@@ -8,6 +8,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import statistics
 import sys
 import time
@@ -321,7 +322,7 @@ def optim(args: argparse.Namespace) -> str:
     }
     ours, theirs = (times[f"{name}, ns5_jordan in bfloat16"] for name in ("muon", "torch.optim.Muon"))
     result = {
-        "command": "python scripts/benchmark.py " + " ".join(sys.argv[1:]),
+        "command": "python scripts/benchmark.py " + shlex.join(sys.argv[1:]),
         "machine": describe_machine() | {"torch": torch.__version__, "threads": torch.get_num_threads()},
         "device": torch.cuda.get_device_name() if args.device == "cuda" else describe_machine()["cpu"],
         "config": args.config.name,

@@ -27,8 +27,11 @@ def polynomial_polar(X, interlude=None, *, coefficients, norm_margin):
     X = X.double() / (norm_margin * X.double().norm()).clamp(min=1e-300)
     if not interlude:
         return polynomial(X, coefficients)
-    coefficients = list(coefficients) + [(15 / 8, -10 / 8, 3 / 8)] * (len(coefficients) % 2)
-    return polynomial(interlude(polynomial(X, coefficients[:-2])), coefficients[-2:])
+    if len(coefficients) == 12:  # exact enough to end with its own last steps
+        return polynomial(interlude(polynomial(X, coefficients[:-2])), coefficients[-2:])
+    U, S, Vh = torch.linalg.svd(interlude(polynomial(X, coefficients[:-1])), full_matrices=False)
+    S = 3.3072 * S - 5.9616 * S**3 + 5.4791 * S**5 - 2.2070 * S**7 + 0.3181 * S**9
+    return U @ torch.diag(S) @ Vh
 
 
 def muon(X, state, polar):

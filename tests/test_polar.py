@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from aurora.polar import SCHEDULES, polar
+from aurora.polar import FINISH, FINISH_ERROR, SCHEDULES, polar
 from tests.reference import polynomial_polar, svd_polar
 
 POLYNOMIALS = [name for name, schedule in SCHEDULES.items() if schedule.coefficients]
@@ -26,6 +26,12 @@ def test_schedule_max_error_is_what_its_coefficients_give(name):
         s = a * s + b * s**3 + c * s**5
     assert abs(s - 1).max() == pytest.approx(schedule.max_error, rel=0.02)
     assert abs(s - 1).max() <= schedule.max_error
+
+
+def test_finish_has_the_error_that_it_states():
+    s = np.linspace(0.35, 1.66, 100_001)
+    error = abs(sum(coefficient * s ** (2 * k + 1) for k, coefficient in enumerate(FINISH)) - 1).max()
+    assert 0.99 * FINISH_ERROR <= error <= FINISH_ERROR
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
