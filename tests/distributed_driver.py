@@ -13,6 +13,10 @@ import torch.distributed as dist
 import train_gpt
 from tests.conftest import OPTIMIZERS
 
+# Runs of riemannian_aurora part company: its conjugate gradients amplify differences of summation order. That its steps
+# do not depend on the number of ranks is tested with exact sums, by optimizer_driver.py.
+COMPARED = [name for name in OPTIMIZERS if name != "riemannian_aurora"]
+
 
 def main(config: str, out: Path) -> None:
     captured = {}
@@ -28,7 +32,7 @@ def main(config: str, out: Path) -> None:
         # One group for all runs: a second one of this launch would read the first one's addresses from the store.
         dist.init_process_group("gloo")
         dist.init_process_group = dist.destroy_process_group = lambda *args, **kwargs: None
-    for name in OPTIMIZERS:
+    for name in COMPARED:
         code = train_gpt.main(["--config", config, "--optimizer", name, "--out", str(out / name)])
         assert code == 0, f"{name}: exit code {code}"
         run = captured["run"]

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from aurora.sharding import assign_owners
-from tests.conftest import OPTIMIZERS, events, losses, start_process, torchrun
+from tests.conftest import events, losses, start_process, torchrun
+from tests.distributed_driver import COMPARED
 from tests.test_rules import RULES
 
 
@@ -26,7 +27,7 @@ def held(folder, optimizer):
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", COMPARED)
 def test_losses_agree_with_one_process(trained, optimizer, world_size):
     one, many = losses(trained[1] / optimizer), losses(trained[world_size] / optimizer)
     assert many[-1][0] == 30 and events(trained[world_size] / optimizer)[0]["world_size"] == world_size
@@ -35,7 +36,7 @@ def test_losses_agree_with_one_process(trained, optimizer, world_size):
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", COMPARED)
 def test_all_ranks_hold_bit_identical_weights(trained, optimizer, world_size):
     first, *others = held(trained[world_size], optimizer)
     assert len(others) == world_size - 1
@@ -44,7 +45,7 @@ def test_all_ranks_hold_bit_identical_weights(trained, optimizer, world_size):
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", COMPARED)
 def test_state_dict_is_whole_on_every_rank_and_close_to_one_process(trained, optimizer, world_size):
     (one,) = held(trained[1], optimizer)
     for rank in held(trained[world_size], optimizer):
