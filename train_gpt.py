@@ -50,6 +50,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of this run in --out")
     parser.add_argument("--wandb", choices=("online", "offline", "off"), default="off", help="mirror metrics to wandb")
+    parser.add_argument(
+        "--dump-momentum",
+        nargs=3,
+        metavar=("PATTERN", "FIRST", "LAST"),
+        help="write the momentum of the matrices of that name at those steps to <run_id>.momentum/ beside the record",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print parameters, data and memory needed, then stop")
     return parser.parse_args(argv)
 
@@ -69,6 +75,7 @@ from data.loader import RunData, TokenLoader, open_run_data
 from data.shards import ShardError
 from results.checkpoint import first_line, newest_checkpoint, save_checkpoint
 from results.describe import dry_run_report, peak_memory_mib, run_event
+from results.momentum import record_momentum
 from results.record import RecordWriter, Validation, first_at_target
 from results.tracking import Tracker
 
@@ -485,17 +492,21 @@ def forward_backward(model: nn.Module, batch: tuple[Tensor, Tensor], run: Traini
     return torch.stack(losses).sum()
 
 
-def reduce_gradients(optimizers: list[torch.optim.Optimizer], ranks: Ranks) -> None:
-    """Sum gradients over ranks: a matrix's into its owner, all others into everyone."""
-    if ranks.world_size == 1:
+def reduce_gradients(run: Training) -> None:
+    """Sum gradients over ranks: a matrix's into its owner, all others into everyone.
+
+    They travel in the dtype of the activations, whose precision is what the backward pass has given them.
+    """
+    if run.ranks.world_size == 1:
         return
-    for optimizer in optimizers:
+    wire_dtype = run.model.activation_dtype
+    for optimizer in run.optimizers:
         if isinstance(optimizer, aurora.MatrixOptimizer):
-            optimizer.reduce_gradients()
+            optimizer.reduce_gradients(wire_dtype)
             continue
         grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
         flat = torch.cat([grad.flatten() for grad in grads])  # one collective instead of a hundred
-        ranks.all_reduce(flat)
+        aurora.all_reduce(flat, wire_dtype)
         parts = flat.split([grad.numel() for grad in grads])
         torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads, strict=True)])
 
@@ -600,7 +611,7 @@ def warm_up(model: nn.Module, run: Training) -> None:
     try:
         for _ in range(WARMUP_STEPS):
             forward_backward(model, made_up_batch(plan.micro_steps * plan.micro_batch), run)
-            reduce_gradients(run.optimizers, run.ranks)
+            reduce_gradients(run)
             for optimizer in run.optimizers:
                 optimizer.step()
             run.model.zero_grad()
@@ -699,6 +710,8 @@ def train(args: argparse.Namespace, ranks: Ranks, begin_ns: int) -> None:
         ranks.say(f"resume: from step {progress.step}")
     elif args.resume:
         ranks.say(f"resume: no unfinished run with a checkpoint in {args.out}, starting at step 0")
+    if args.dump_momentum:
+        record_momentum(optimizers[-1], *args.dump_momentum, progress.step, args.out / f"{run_id}.momentum")
     record.drop_torn_line()
     if not record.path.exists():
         record.write(start)
@@ -808,7 +821,7 @@ def train_step(run: Training, model: nn.Module, step: int, guard: Guard, log: St
     loss = forward_backward(model, batch, run)
     guard.check(step, loss)
     optimizer_begin = time_mark(device)
-    reduce_gradients(run.optimizers, run.ranks)
+    reduce_gradients(run)
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_scale(step, run.config)

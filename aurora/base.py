@@ -1,6 +1,6 @@
 """What all matrix optimizers share: momentum, same-shape stacks, sharding over ranks, decay, scale, state.
 
-A rule is a subclass that overrides direction() and nothing else:
+A rule is a subclass that overrides direction(), and new_state() if it remembers anything:
 
     B <- momentum B + (1 - momentum) G                       momentum buffer, kept by the matrix's owner
     X  = (1 - momentum) G + momentum B                       with nesterov, else B
@@ -20,6 +20,9 @@ from torch import Tensor
 from aurora.polar import COMPUTE_DTYPES, SCHEDULES, compute_dtype, polar
 from aurora.sharding import assign_owners, gather_from_owners, polar_cost, reduce_to_owners
 
+# On a CPU a stack larger than the caches is slower than its parts one by one.
+CPU_STACK_ELEMENTS = 2**21
+
 
 class MatrixOptimizer(torch.optim.Optimizer):
     """Base of the rules that update whole matrices. Works alone, under DDP, or sharding its work over a process group.
@@ -31,7 +34,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     Args:
         params: 2-D parameters, (name, parameter) pairs or parameter groups, as for any torch optimizer.
-        lr: step size; see the rule for its unit.
+        lr: step size; see the rule for its unit. lr and momentum may be 0-dim tensors, as for torch's optimizers, so
+            that a step under torch.compile does not compile anew when they change.
         weight_decay: decoupled; W shrinks by lr * weight_decay a step.
         momentum: decay of the exponential average of gradients, in [0, 1).
         nesterov: look ahead by mixing the gradient into the buffer once more.
@@ -60,6 +64,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._rank = dist.get_rank() if is_distributed else 0
         self._rank_loads = [0] * (dist.get_world_size() if is_distributed else 1)
         self._owners: dict[Tensor, int] = {}
+        self.found_non_finite: Tensor | None = None
         defaults = dict(
             lr=lr,
             weight_decay=weight_decay,
@@ -79,13 +84,18 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
         Args:
             X_KMN: (K, M, N) float32 momentum, not to be changed.
-            states: the state dict of each of the K matrices, in stack order; a rule may add tensors to them.
+            states: the state of each of the K matrices, in stack order, to be changed in place; see new_state().
             group: the hyper-parameters.
 
         Returns:
-            (K, M, N) float32.
+            (K, M, N), float32 or the dtype of the polar factor.
         """
         raise NotImplementedError(f"{type(self).__name__} must override direction()")
+
+    def new_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """The state of a matrix before its first step. A rule that keeps more extends this."""
+        # float32 whatever the weights are: in bfloat16 an average over 20 steps loses most of its increments.
+        return {"momentum_buffer": torch.zeros_like(p, dtype=torch.float32)}
 
     def check_hparams(self, group: dict[str, Any]) -> None:
         """Raise ValueError for a hyper-parameter out of range. A rule that adds some extends this."""
@@ -99,52 +109,69 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     # ---- the step ----
 
-    def polar(self, X_KMN: Tensor, group: dict[str, Any]) -> Tensor:
+    def polar_dtype(self, X_KMN: Tensor, group: dict[str, Any]) -> torch.dtype:
+        """The dtype of the matmuls."""
+        return compute_dtype(group["polar_dtype"], X_KMN.device)
+
+    def polar(self, X_KMN: Tensor, group: dict[str, Any], **options: Any) -> Tensor:
         """polar() with the group's schedule and dtype."""
-        dtype = compute_dtype(group["polar_dtype"], X_KMN.device)
-        return polar(X_KMN, SCHEDULES[group["polar_schedule"]], dtype)
+        return polar(X_KMN, SCHEDULES[group["polar_schedule"]], self.polar_dtype(X_KMN, group), **options)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """Update every matrix that has a gradient. No host sync.
 
-        A non-finite gradient makes its matrix non-finite: check gradients before the step (the trainer does).
+        A non-finite gradient makes its matrix non-finite and sets found_non_finite, a 0-dim tensor on the device that
+        stays set. To keep weights whole, check gradients before the step (the trainer does).
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        gathers = []
         for group in self.param_groups:
-            stacks: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
-            for p in group["params"]:
-                if p.grad is not None and self._owners[p] == self._rank:
-                    stacks.setdefault((p.shape, p.dtype), []).append(p)
-            for stack in stacks.values():
-                self._update(stack, group)
-        if self._is_sharded:
-            gather_from_owners(*self._params_and_owners())
+            # Equal sizes together, whatever the shape: each rank owns about as many of them.
+            for same_size in group_by(group["params"], lambda p: (p.numel(), p.dtype)):
+                own = [p for p in same_size if p.grad is not None and self._owners[p] == self._rank]
+                for same_shape in group_by(own, lambda p: p.shape):
+                    for stack in split_for_cache(same_shape):
+                        self._update(stack, group)
+                if self._is_sharded:
+                    gathers.append(gather_from_owners(same_size, [self._owners[p] for p in same_size]))
+        for wait in gathers:
+            wait()
         return loss
 
     def _update(self, stack: list[Tensor], group: dict[str, Any]) -> None:
         states = [self.state[p] for p in stack]
         for p, state in zip(stack, states, strict=True):
-            if "momentum_buffer" not in state:
-                # float32 whatever the weights are: in bfloat16 an average over 20 steps loses most of its increments.
-                state["momentum_buffer"] = torch.zeros_like(p, dtype=torch.float32)
+            if not state:
+                state.update(self.new_state(p, group))
         grads = [p.grad.float() for p in stack]
         buffers = [state["momentum_buffer"] for state in states]
-        torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-        X_KMN = torch.stack(buffers)
-        if group["nesterov"]:
-            X_KMN = torch.stack(grads).lerp_(X_KMN, group["momentum"])
+        torch._foreach_lerp_(buffers, grads, foreach_weight(1 - group["momentum"], len(stack)))
+        O_KMN = self.direction(torch.stack(self.lookahead(stack, group)), states, group)
 
-        O_KMN = self.direction(X_KMN, states, group)
-
+        is_bad = ~torch.linalg.vector_norm(O_KMN).isfinite()
+        self.found_non_finite = is_bad if self.found_non_finite is None else self.found_non_finite | is_bad
         rows, columns = stack[0].shape
-        scale = math.sqrt(max(1.0, rows / columns)) if group["aspect_scale"] else 1.0
+        step_size = group["lr"] * (math.sqrt(max(1.0, rows / columns)) if group["aspect_scale"] else 1.0)
         if group["weight_decay"] != 0:
             torch._foreach_mul_(stack, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(stack, list(O_KMN.to(stack[0].dtype).unbind()), alpha=-group["lr"] * scale)
+        if isinstance(step_size, Tensor):  # which alpha may not be
+            O_KMN, step_size = O_KMN * step_size, 1
+        torch._foreach_sub_(stack, list(O_KMN.unbind()), alpha=step_size)
+
+    def lookahead(self, stack: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        """What direction() sees of these parameters of one group: (M, N) float32 each, not to be changed.
+
+        Between step() and the next zero_grad() it gives what the step has used.
+        """
+        buffers = [self.state[p]["momentum_buffer"] for p in stack]
+        if not group["nesterov"]:
+            return buffers
+        grads = [p.grad.float() for p in stack]
+        return torch._foreach_lerp(grads, buffers, foreach_weight(group["momentum"], len(stack)))
 
     # ---- sharding over ranks ----
 
@@ -170,24 +197,34 @@ class MatrixOptimizer(torch.optim.Optimizer):
         owners = assign_owners([polar_cost(p) for p in group["params"]], self._rank_loads)
         self._owners.update(zip(group["params"], owners, strict=True))
 
+    def _named_params(self) -> list[tuple[str, Tensor]]:
+        """All parameters with their names, or their positions where they were given without."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        names = [name for group in self.param_groups for name in group.get("param_names", [])]
+        return list(zip(names or [f"parameter {i}" for i in range(len(params))], params, strict=True))
+
     def _params_and_owners(self) -> tuple[list[Tensor], list[int]]:
         params = [p for group in self.param_groups for p in group["params"]]
         return params, [self._owners[p] for p in params]
 
     @torch.no_grad()
-    def reduce_gradients(self) -> None:
+    def reduce_gradients(self, wire_dtype: torch.dtype | None = None) -> None:
         """Sum every gradient over ranks into the owner of its matrix; other ranks drop theirs. Collective.
+
+        Args:
+            wire_dtype: what is sent, by default the gradients' own dtype. The sum is float32 in any case, so bfloat16
+                loses nothing where a rank's gradients come out of one backward pass in bfloat16.
 
         Raises:
             ValueError: a parameter has no gradient.
         """
         if not self._is_sharded:
             return
-        params, owners = self._params_and_owners()
-        for index, p in enumerate(params):
+        for name, p in self._named_params():
             if p.grad is None:
-                raise ValueError(f"reduce_gradients: parameter {index} of shape {tuple(p.shape)} has no gradient")
-        reduce_to_owners([p.grad for p in params], owners)
+                raise ValueError(f"reduce_gradients: {name} of shape {tuple(p.shape)} has no gradient")
+        params, owners = self._params_and_owners()
+        reduce_to_owners([p.grad for p in params], owners, wire_dtype)
         for p, owner in zip(params, owners, strict=True):
             if owner != self._rank:
                 p.grad = None
@@ -196,7 +233,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # torch's version drops everything but groups and state; a copy must know its owners too.
-        sharding = {key: self.__dict__[key] for key in ("_rank", "_rank_loads", "_owners")}
+        sharding = {key: self.__dict__[key] for key in ("_rank", "_rank_loads", "_owners", "found_non_finite")}
         return {**super().__getstate__(), **sharding}
 
     def state_dict(self) -> dict[str, Any]:
@@ -227,30 +264,47 @@ class MatrixOptimizer(torch.optim.Optimizer):
         torch's own loader matches by position and casts to the weights' dtype, silently; this one refuses.
 
         Raises:
-            ValueError: another rule, other parameter names, or state of another shape.
+            ValueError: another rule, other parameters, or state of other keys, shape or dtype; names what differs.
         """
-        own = super().state_dict()
+        named = self._named_params()
         if state_dict.get("rule") != type(self).__name__:
             raise ValueError(f"state of rule {state_dict.get('rule')!r} cannot be loaded into {type(self).__name__}")
-        for ours, theirs in zip(own["param_groups"], state_dict["param_groups"], strict=True):
-            if ours.get("param_names") != theirs.get("param_names"):
-                raise ValueError(
-                    f"state belongs to parameters {theirs.get('param_names')}, "
-                    f"this optimizer has {ours.get('param_names')}"
-                )
-        params, owners = self._params_and_owners()
+        ours, theirs = ([g.get("param_names", g["params"]) for g in d["param_groups"]]
+                        for d in (super().state_dict(), state_dict))  # fmt: skip
+        if ours != theirs:
+            raise ValueError(f"state belongs to parameters {theirs}, this optimizer has {ours}")
+        groups = [group for group in self.param_groups for _ in group["params"]]
         for index, state in state_dict["state"].items():
-            buffer = state["momentum_buffer"]
-            if buffer.shape != params[index].shape:
-                raise ValueError(
-                    f"momentum_buffer of parameter {index} has shape {tuple(buffer.shape)}, "
-                    f"the parameter has {tuple(params[index].shape)}"
-                )
+            name, p = named[index]
+            found = {key: (tuple(value.shape), value.dtype) for key, value in state.items()}
+            new_state = self.new_state(torch.empty_like(p, device="meta"), groups[index])
+            wanted = {key: (tuple(value.shape), value.dtype) for key, value in new_state.items()}
+            if found != wanted:
+                raise ValueError(f"state of {name} is {found}, but {type(self).__name__} keeps {wanted} for it")
         super().load_state_dict({**state_dict, "state": {}})
         for index, state in state_dict["state"].items():
-            if owners[index] == self._rank:
-                p = params[index]
+            p = named[index][1]
+            if self._owners[p] == self._rank:
                 self.state[p] = {key: value.to(p.device, copy=True) for key, value in state.items()}
+
+
+def group_by(params: Iterable[Tensor], key: Callable[[Tensor], Any]) -> list[list[Tensor]]:
+    """The parameters in groups of equal key, both in order of appearance."""
+    groups: dict[Any, list[Tensor]] = {}
+    for p in params:
+        groups.setdefault(key(p), []).append(p)
+    return list(groups.values())
+
+
+def foreach_weight(weight: float | Tensor, count: int) -> float | list[Tensor]:
+    """The weight as foreach_lerp takes it."""
+    return [weight] * count if isinstance(weight, Tensor) else weight
+
+
+def split_for_cache(stack: list[Tensor]) -> list[list[Tensor]]:
+    """The stack in parts that a CPU's caches hold; on other devices whole."""
+    size = max(1, CPU_STACK_ELEMENTS // stack[0].numel()) if stack[0].is_cpu else len(stack)
+    return [stack[first : first + size] for first in range(0, len(stack), size)]
 
 
 def check_hparam(is_valid: bool, key: str, wanted: str, group: dict[str, Any]) -> None:

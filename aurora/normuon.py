@@ -30,12 +30,13 @@ class NorMuon(MatrixOptimizer):
         check_hparam(0 <= group["beta2"] < 1, "beta2", "in [0, 1)", group)
         check_hparam(group["eps"] > 0, "eps", "positive", group)
 
+    def new_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        row_second_moment = torch.zeros((p.size(0), 1), dtype=torch.float32, device=p.device)
+        return {**super().new_state(p, group), "row_second_moment": row_second_moment}
+
     def direction(self, X_KMN: Tensor, states: list[dict[str, Any]], group: dict[str, Any]) -> Tensor:
-        O_KMN = self.polar(X_KMN, group)
+        O_KMN = self.polar(X_KMN, group).float()
         mean_sq_KM1 = O_KMN.square().mean(dim=-1, keepdim=True)
-        for state, mean_sq_M1 in zip(states, mean_sq_KM1, strict=True):
-            if "row_second_moment" not in state:
-                state["row_second_moment"] = torch.zeros_like(mean_sq_M1)
         moments = [state["row_second_moment"] for state in states]
         torch._foreach_lerp_(moments, list(mean_sq_KM1.unbind()), 1 - group["beta2"])
 

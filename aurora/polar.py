@@ -4,6 +4,10 @@ Each step maps every singular value s to a s + b s^3 + c s^5 and leaves U and V 
 (a, b, c). All rules share this one function; the record names the schedule and prints its numbers.
 """
 
+import functools
+import math
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,53 +86,165 @@ SCHEDULES = {
 
 
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16")
+# "auto" takes bfloat16 on a CPU only where it wins by this much: less would let noise decide, see compute_dtype().
+MIN_BFLOAT16_SPEEDUP = 1.2
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype in which the polynomials run. "auto" is bfloat16 on CUDA and float32 elsewhere.
+    """The dtype in which the polynomials run; see polar() for what it does to the result.
 
-    CPUs differ a hundredfold in bfloat16 matmul speed, and a dtype chosen by a stopwatch would make equal seeds give
-    unequal bytes; so float32 is the rule there and bfloat16 must be asked for.
+    "auto" is bfloat16 on CUDA. CPUs differ: with hardware for it bfloat16 is two to five times as fast as float32,
+    without it up to a hundred times slower. So the first call measures, once a process; it takes about 20 ms, 0.2 s on
+    a CPU without. The outcome stands in a run's record; name a dtype where equal bytes on unlike CPUs matter more.
     """
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return getattr(torch, name)
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cpu":
+        return _faster_cpu_dtype()
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def polar(X_KMN: Tensor, schedule: PolarSchedule, dtype: torch.dtype = torch.float32) -> Tensor:
+@torch.compiler.assume_constant_result
+def _faster_cpu_dtype() -> torch.dtype:
+    return _measured_cpu_dtype()
+
+
+@functools.cache
+def _measured_cpu_dtype(size: int = 256, rounds: int = 5) -> torch.dtype:
+    best_s = dict.fromkeys((torch.float32, torch.bfloat16), math.inf)
+    for _ in range(rounds):
+        for dtype in best_s:
+            X_KNN = torch.ones(1, size, size, dtype=dtype)
+            begin_s = time.perf_counter()
+            torch.bmm(X_KNN, X_KNN.mT)
+            best_s[dtype] = min(best_s[dtype], time.perf_counter() - begin_s)
+    is_worth_it = best_s[torch.bfloat16] * MIN_BFLOAT16_SPEEDUP < best_s[torch.float32]
+    return torch.bfloat16 if is_worth_it else torch.float32
+
+
+# From this aspect ratio n/m on, two steps cost less on the Gram matrix: 4 n/m + 10 < 2 (4 n/m + 2).
+MIN_GRAM_ASPECT = 1.5
+
+
+# Newton's iteration for the polar factor, (15 s - 10 s^3 + 3 s^5) / 8: error e near 1 becomes -5/2 e^3.
+REFINEMENT = (15 / 8, -10 / 8, 3 / 8)
+# The odd polynomial of degree nine (coefficients of s, s^3, ..., s^9) closest to 1 on [0.35, 1.66], found by linear
+# programming; tests/test_polar.py recomputes its error.
+FINISH = (3.3072, -5.9616, 5.4791, -2.2070, 0.3181)
+FINISH_ERROR = 0.072
+# How much an interlude may let singular values grow: past it FINISH and the last steps of schedules would explode.
+INTERLUDE_GROWTH = 1.05
+
+
+def polar(
+    X_KMN: Tensor,
+    schedule: PolarSchedule,
+    dtype: torch.dtype = torch.float32,
+    row_scale_KM1: Tensor | None = None,
+    interlude: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """Approximate polar factor of every matrix in the stack.
 
     Args:
         X_KMN: (K, M, N), any float dtype; not changed.
         schedule: one of SCHEDULES.
         dtype: dtype of the matmuls; the normalisation is always float32.
+        row_scale_KM1: (K, M, 1) float32, for the polar factor of row_scale * X, whose Frobenius norm must then be 1.
+        interlude: changes the almost orthogonal matrices ((K, M, N) in dtype) shortly before the end, which then makes
+            them orthogonal again: a second polar factor for almost nothing. It may let a singular value grow by
+            INTERLUDE_GROWTH at most. After it come the last two steps of the schedule, or, where the schedule's own
+            max_error is larger than FINISH_ERROR, FINISH instead of its last step.
 
     Returns:
-        (K, M, N) float32. Singular values s >= schedule.min_singular_value * ||X||_F come out within
+        (K, M, N) in dtype (svd: in X's). Singular values s >= schedule.min_singular_value * ||X||_F come out within
         schedule.max_error of 1, smaller ones below 1, zero ones at 0: a zero matrix gives zeros, a rank-1 matrix
         u v^T. Rounding adds up to 1e-4 in float32 and 0.1 in bfloat16. Scale does not matter down to
         ||X||_F = 1e-19. NaN and Inf give NaN.
 
-    Cost: with m = min(M, N), n = max(M, N), (4 n/m + 2) m^3 FLOPs a step and matrix. No host sync.
+    Cost: with m = min(M, N), n = max(M, N), (4 n/m + 2) m^3 FLOPs a step and matrix; from n = 1.5 m on
+    (4 n/m + 10) m^3 for two steps. No host sync.
     """
+    scale = row_scale_KM1
+    if scale is None:
+        scale = 1 / torch.linalg.vector_norm(X_KMN, dim=(-2, -1), keepdim=True, dtype=torch.float32).clamp(
+            min=TINY_NORM
+        )
     if not schedule.coefficients:
-        return _polar_svd(X_KMN, schedule.min_singular_value)
-    is_tall = X_KMN.size(-2) > X_KMN.size(-1)
-    # The Gram matrix is taken on the short side: always work on wide matrices.
-    X = (X_KMN.mT if is_tall else X_KMN).float()
-    norm_K11 = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
-    X = (X / (schedule.norm_margin * norm_K11).clamp(min=TINY_NORM)).to(dtype).contiguous()
-    for a, b, c in schedule.coefficients:
-        gram = torch.bmm(X, X.mT)
-        quartic = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        X = torch.baddbmm(X, quartic, X, beta=a)
-    X = X.float()
-    return X.mT if is_tall else X
+        X = _polar_svd(scale * X_KMN, schedule.min_singular_value)
+        return _polar_svd(interlude(X), schedule.min_singular_value) if interlude else X
+    X = (scale / schedule.norm_margin * X_KMN).to(dtype)
+    steps = schedule.coefficients
+    if interlude is None:
+        return _apply(X, steps)
+    if schedule.max_error > FINISH_ERROR:
+        return _finish(interlude(_apply(X, steps[:-1])))
+    return _apply(interlude(_apply(X, steps[:-2])), steps[-2:])
+
+
+def _apply(X: Tensor, steps: Sequence[tuple[float, float, float]]) -> Tensor:
+    is_oblong = max(X.shape[-2:]) >= MIN_GRAM_ASPECT * min(X.shape[-2:])
+    num_paired = len(steps) // 2 * 2 if is_oblong else 0
+    for first in range(0, num_paired, 2):
+        X = _two_steps(X, *steps[first : first + 2])
+    for coefficients in steps[num_paired:]:
+        X = quintic_step(X, coefficients)
+    return X
+
+
+def _gram(X: Tensor) -> Tensor:
+    """The Gram matrix of the short side."""
+    return torch.bmm(X.mT, X) if X.size(-2) > X.size(-1) else torch.bmm(X, X.mT)
+
+
+def quintic_step(X: Tensor, coefficients: tuple[float, float, float]) -> Tensor:
+    """a X + (b R + c R^2) X, with R the Gram matrix of X on its short side: one polynomial of a schedule."""
+    a, b, c = coefficients
+    gram = _gram(X)
+    quartic = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    return torch.baddbmm(X, X, quartic, beta=a) if X.size(-2) > X.size(-1) else torch.baddbmm(X, quartic, X, beta=a)
+
+
+def _two_steps(X: Tensor, first: tuple[float, float, float], second: tuple[float, float, float]) -> Tensor:
+    """quintic_step() twice, by way of small square matrices: the Gram matrix after a step with factor P is P R P.
+
+    The idea of https://dao-lab.ai/blog/2026/gram-newton-schulz, which goes on so for up to three steps. After two the
+    Gram matrix is taken anew, since in bfloat16 small singular values drown in its rounding: with three steps
+    heavy-tailed spectra came out with singular values up to 2, with four far above.
+    """
+    gram = _gram(X)
+    factor = _factor(gram, first)
+    factor = torch.bmm(_factor(torch.bmm(torch.bmm(factor, gram), factor), second), factor)
+    return _times(X, factor)
+
+
+def _times(X: Tensor, factor: Tensor) -> Tensor:
+    """X times a polynomial of its Gram matrix, on the short side."""
+    return torch.bmm(X, factor) if X.size(-2) > X.size(-1) else torch.bmm(factor, X)
+
+
+def _finish(X: Tensor) -> Tensor:
+    """The polynomial FINISH: X (c1 I + c3 R + R^2 (c5 I + c7 R + c9 R^2)) with R the Gram matrix of X."""
+    c1, c3, c5, c7, c9 = FINISH
+    gram = _gram(X)
+    gram_sq = torch.bmm(gram, gram)
+    inner = torch.add(c7 * gram, gram_sq, alpha=c9)
+    inner.diagonal(dim1=-2, dim2=-1).add_(c5)
+    outer = c3 * gram
+    outer.diagonal(dim1=-2, dim2=-1).add_(c1)
+    return _times(X, torch.baddbmm(outer, gram_sq, inner))
+
+
+def _factor(gram: Tensor, coefficients: tuple[float, float, float]) -> Tensor:
+    """P = a I + b R + c R^2, by which a step multiplies X."""
+    a, b, c = coefficients
+    linear = b * gram
+    linear.diagonal(dim1=-2, dim2=-1).add_(a)
+    return torch.baddbmm(linear, gram, gram, alpha=c)
 
 
 def _polar_svd(X_KMN: Tensor, min_singular_value: float) -> Tensor:
-    """Exact polar factor in float64; directions with s <= min_singular_value * ||X||_F are dropped."""
+    """Exact polar factor, by float64; directions with s <= min_singular_value * ||X||_F are dropped."""
     U, S, Vh = torch.linalg.svd(X_KMN.double(), full_matrices=False)
     norm_K1 = torch.linalg.vector_norm(S, dim=-1, keepdim=True)
     kept = (min_singular_value * norm_K1 < S).to(S.dtype)
-    return ((U * kept.unsqueeze(-2)) @ Vh).to(X_KMN.dtype if X_KMN.dtype == torch.float64 else torch.float32)
+    return ((U * kept.unsqueeze(-2)) @ Vh).to(X_KMN.dtype)

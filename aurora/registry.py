@@ -12,6 +12,7 @@ from aurora.aurora import Aurora
 from aurora.muon import Muon
 from aurora.normuon import NorMuon
 from aurora.params import ROLES, Param, check_exact_cover
+from aurora.riemannian_aurora import RiemannianAurora
 from aurora.unormuon import UNorMuon
 
 RULES: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -20,6 +21,7 @@ RULES: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "normuon": NorMuon,
     "unormuon": UNorMuon,
     "aurora": Aurora,
+    "riemannian_aurora": RiemannianAurora,
 }
 
 

@@ -10,9 +10,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-import aurora
 import train_gpt
 from tests.conftest import OPTIMIZERS
+
+# Runs of riemannian_aurora part company: its conjugate gradients amplify differences of summation order. That its steps
+# do not depend on the number of ranks is tested with exact sums, by optimizer_driver.py.
+COMPARED = [name for name in OPTIMIZERS if name != "riemannian_aurora"]
 
 
 def main(config: str, out: Path) -> None:
@@ -22,14 +25,6 @@ def main(config: str, out: Path) -> None:
     def capture(run, *args):
         original(run, *args)
         captured["run"] = run
-        matrix_optimizer = run.optimizers[-1]
-        if isinstance(matrix_optimizer, aurora.MatrixOptimizer):
-            names = matrix_optimizer.param_groups[0]["param_names"]
-            params = matrix_optimizer.param_groups[0]["params"]
-            captured["owned"] = [n for n, p in zip(names, params, strict=True) if p in matrix_optimizer.state]
-            captured["loads"] = matrix_optimizer._rank_loads
-        else:
-            captured["owned"], captured["loads"] = [], []
         captured["state"] = run.optimizers[-1].state_dict()
 
     train_gpt.train_steps = capture
@@ -37,14 +32,12 @@ def main(config: str, out: Path) -> None:
         # One group for all runs: a second one of this launch would read the first one's addresses from the store.
         dist.init_process_group("gloo")
         dist.init_process_group = dist.destroy_process_group = lambda *args, **kwargs: None
-    for name in OPTIMIZERS:
+    for name in COMPARED:
         code = train_gpt.main(["--config", config, "--optimizer", name, "--out", str(out / name)])
         assert code == 0, f"{name}: exit code {code}"
         run = captured["run"]
         held = {
             "weights": {key: value.clone() for key, value in run.model.state_dict().items()},
-            "owned": captured["owned"],
-            "loads": captured["loads"],
             "state": captured["state"],
         }
         torch.save(held, out / name / f"rank{run.ranks.rank}.pt")

@@ -6,20 +6,32 @@ import torch
 import torch.nn.functional as F
 
 
-def svd_polar(X):
+def svd_polar(X, interlude=None):
     """U V^T of the thin SVD, without the directions that are zero but for the rounding of float32 input."""
     U, S, Vh = torch.linalg.svd(X.double(), full_matrices=False)
     kept = 1e-6 * S.norm().clamp(min=1e-300) < S
-    return U[:, kept] @ Vh[kept]
+    factor = U[:, kept] @ Vh[kept]
+    return svd_polar(interlude(factor)) if interlude else factor
 
 
-def polynomial_polar(X, coefficients, norm_margin):
-    """U p(S) V^T: what a schedule computes in exact arithmetic."""
+def polynomial(X, coefficients):
+    """U p(S) V^T."""
     U, S, Vh = torch.linalg.svd(X.double(), full_matrices=False)
-    s = S / (norm_margin * S.norm()).clamp(min=1e-300)
     for a, b, c in coefficients:
-        s = a * s + b * s**3 + c * s**5
-    return U @ torch.diag(s) @ Vh
+        S = a * S + b * S**3 + c * S**5
+    return U @ torch.diag(S) @ Vh
+
+
+def polynomial_polar(X, interlude=None, *, coefficients, norm_margin):
+    """What a schedule computes in exact arithmetic."""
+    X = X.double() / (norm_margin * X.double().norm()).clamp(min=1e-300)
+    if not interlude:
+        return polynomial(X, coefficients)
+    if len(coefficients) == 12:  # exact enough to end with its own last steps
+        return polynomial(interlude(polynomial(X, coefficients[:-2])), coefficients[-2:])
+    U, S, Vh = torch.linalg.svd(interlude(polynomial(X, coefficients[:-1])), full_matrices=False)
+    S = 3.3072 * S - 5.9616 * S**3 + 5.4791 * S**5 - 2.2070 * S**7 + 0.3181 * S**9
+    return U @ torch.diag(S) @ Vh
 
 
 def muon(X, state, polar):
@@ -28,10 +40,9 @@ def muon(X, state, polar):
 
 def normuon(X, state, polar, beta2=0.95, eps=1e-10):
     factor = polar(X)
-    state["v"] = beta2 * state.get("v", torch.zeros(X.shape[0], dtype=torch.float64)) + (1 - beta2) * (factor**2).mean(
-        1
-    )
-    scaled = factor / (state["v"].sqrt() + eps)[:, None]
+    v = state.get("row_second_moment", torch.zeros(X.shape[0], dtype=torch.float64))
+    state["row_second_moment"] = v = beta2 * v + (1 - beta2) * (factor**2).mean(1)
+    scaled = factor / (v.sqrt() + eps)[:, None]
     norm = scaled.norm()
     return scaled * (factor.norm() / norm) if norm > 0 else scaled
 
@@ -42,24 +53,104 @@ def unormuon(X, state, polar):
     return normuon(X, state, polar) * math.sqrt(min(1.0, columns / rows))
 
 
-def aurora(X, state, polar, balance_steps=2, balance_power=0.5):
-    rows, columns = X.shape
-    if rows == columns:
-        return polar(X)
-    if rows < columns:
-        return aurora(X.T, state, polar, balance_steps, balance_power).T
-    X = X.double()
-    norms = X.norm(dim=1)
-    D = torch.where(norms > 0, 1 / norms, 0.0)
-    for k in range(balance_steps):
-        U = polar(D[:, None] * X)
-        if k < balance_steps - 1:
-            row_sq = (U**2).sum(1)
-            D = torch.where(row_sq > 0, D * ((columns / rows) / row_sq) ** balance_power, 0.0)
+def on_the_tall(rule):
+    """A rule for tall matrices as one for all: wide ones are transposed, square ones get the polar factor."""
+
+    def any_shape(X, state, polar, **options):
+        rows, columns = X.shape
+        if rows == columns:
+            return polar(X)
+        if rows < columns:
+            return rule(X.double().T, state, polar, **options).T
+        return rule(X.double(), state, polar, **options)
+
+    return any_shape
+
+
+def to_equal_rows(U):
+    """The factors that give all rows but zero ones the same norm and U the norm that it has."""
+    norms = U.norm(dim=1)
+    live = norms > 1e-7
+    return torch.where(live, (U.norm() / live.sum().clamp(min=1) ** 0.5) / norms, 1.0)
+
+
+def unit_rows(X):
+    norms = X.norm(dim=1, keepdim=True)
+    return torch.where(norms > 0, X / norms, 0.0)
+
+
+@on_the_tall
+def aurora_iterated(X, state, polar, balance_steps=2, balance_power=0.5):
+    D = torch.ones(X.shape[0], dtype=torch.float64)
+    U = polar(unit_rows(X))
+    for _ in range(balance_steps - 1):
+        row_sq = (U**2).sum(1)
+        D = torch.where(row_sq > 1e-14, D * ((X.shape[1] / X.shape[0]) / row_sq) ** balance_power, D)
+        U = polar(D[:, None] * unit_rows(X))
     return U
 
 
-RULES = {"Muon": muon, "NorMuon": normuon, "UNorMuon": unormuon, "Aurora": aurora}
+def remember(state, weight, correction):
+    new = weight * correction
+    state["row_weight"] = (new / new.log().mean().exp()).clamp(1 / 64, 64)
+
+
+@on_the_tall
+def aurora_warm(X, state, polar, is_refined=False):
+    weight = state.get("row_weight", torch.ones(X.shape[0], dtype=torch.float64))
+    U = polar(weight[:, None] * unit_rows(X))
+    correction = to_equal_rows(U)
+    remember(state, weight, correction)
+    U = correction[:, None] * U
+    if is_refined:
+        U = polynomial(U, [(15 / 8, -10 / 8, 3 / 8)])
+        U = to_equal_rows(U)[:, None] * U
+    return U
+
+
+@on_the_tall
+def aurora_folded(X, state, polar):
+    weight = state.get("row_weight", torch.ones(X.shape[0], dtype=torch.float64))
+    corrections = []
+
+    def interlude(V):
+        corrections.append(to_equal_rows(V).clamp(max=1.3 * 1.05))
+        return corrections[0][:, None] / 1.3 * V
+
+    U = polar(weight[:, None] * unit_rows(X), interlude)
+    corrections.append(to_equal_rows(U))
+    remember(state, weight, corrections[0] * corrections[1])
+    return corrections[1][:, None] * U
+
+
+@on_the_tall
+def riemannian_aurora(X, state, polar, ascent_steps=3, ascent_lr=0.1, retraction_steps=2):
+    """With the multipliers of the tangent projection from a pseudo-inverse."""
+    U = polar(X)
+    X = X * (math.sqrt(X.shape[1]) / X.norm().clamp(min=1e-300))
+    for _ in range(ascent_steps):
+        S = (U.T @ X + X.T @ U) / 2
+        squares = (U @ U.T) ** 2
+        gap = (U * (X - U @ S)).sum(1)
+        live = squares.sum(1) > 1e-14
+        gap = torch.where(live, gap - gap.sum() / live.sum().clamp(min=1), 0.0)
+        L = torch.diag(torch.linalg.pinv(torch.diag(squares.sum(1)) - squares, rtol=1e-9) @ gap)
+        U = U + ascent_lr * (X - U @ (S - U.T @ L @ U) - L @ U)
+        for _ in range(retraction_steps):
+            U = polar(to_equal_rows(U)[:, None] * U)
+    return U
+
+
+RULES = {
+    "muon": muon,
+    "normuon": normuon,
+    "unormuon": unormuon,
+    "aurora folded": aurora_folded,
+    "aurora warm": aurora_warm,
+    "aurora refined": lambda *args: aurora_warm(*args, is_refined=True),
+    "aurora iterated": aurora_iterated,
+    "riemannian_aurora": riemannian_aurora,
+}
 
 
 def optimize(rule, W, grads, polar, lr, weight_decay, momentum=0.95, nesterov=True):

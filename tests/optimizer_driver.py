@@ -1,0 +1,59 @@
+"""Run under torchrun: twenty steps of every rule over a few matrices, and what each rank then holds.
+
+torchrun ... optimizer_driver.py OUT [STATE]      STATE: a file of an earlier run, loaded afterwards
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from tests.test_rules import RULES, make
+
+SHAPES = {"up": (48, 16), "down": (16, 48), "q": (24, 24), "k": (24, 24), "gate": (48, 16)}
+STEPS = 20
+PARTS = 12  # divides by 1, 2, 3 and 4
+
+
+def new_params():
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in SHAPES.items()}
+
+
+def set_own_gradients(params, step):
+    """Each rank's share of PARTS gradients of small whole numbers, whose sum is exact in any order."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    for p in params.values():
+        parts = torch.randint(-8, 9, (PARTS, *p.shape), generator=generator).float()
+        p.grad = parts[dist.get_rank() :: dist.get_world_size()].sum(dim=0)
+
+
+def held(optimizer, params):
+    own = {name: optimizer.state[p] for name, p in params.items() if p in optimizer.state}
+    weights = {name: p.detach().clone() for name, p in params.items()}
+    return {"weights": weights, "own": own, "state": optimizer.state_dict()}
+
+
+def main(out: Path, state_file: Path | None) -> None:
+    dist.init_process_group("gloo")
+    found, loaded = {}, {}
+    for rule in RULES:
+        params = new_params()
+        optimizer = make(rule, list(params.items()), lr=0.02)
+        for step in range(STEPS):
+            set_own_gradients(params, step)
+            optimizer.reduce_gradients()
+            optimizer.step()
+        found[rule] = held(optimizer, params)
+        if state_file:
+            optimizer = make(rule, list(params.items()), lr=0.02)
+            optimizer.load_state_dict(torch.load(state_file)["found"][rule]["state"])
+            loaded[rule] = held(optimizer, params)
+    torch.save({"found": found, "loaded": loaded}, out / f"rank{dist.get_rank()}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None)

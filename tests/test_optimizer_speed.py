@@ -1,0 +1,120 @@
+"""What makes steps slow without showing in a result: recompiles, host syncs, bytes on the wire. Counted, not timed."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import train_gpt
+from configs.schema import load_config
+from tests.conftest import ROOT
+from tests.test_rules import RULES, make
+
+SHAPES = [(48, 16), (16, 48), (24, 24), (48, 16)]
+
+
+def new_params(device="cpu"):
+    params = [torch.nn.Parameter(torch.randn(shape, device=device)) for shape in SHAPES]
+    for p in params:
+        p.grad = torch.randn(p.shape, device=device)
+    return params
+
+
+class SyncCounter(TorchDispatchMode):
+    """Counts operations that would make the host wait for a CUDA device."""
+
+    SYNCS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "_linalg_check_errors")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in self.SYNCS:
+            self.found.append(name)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_fifty_steps_with_changing_lr_make_no_host_sync(rule):
+    optimizer = make(rule, new_params(), **({"cg_steps": 3} if rule == "riemannian_aurora" else {}))
+    with SyncCounter() as counter:
+        for step in range(50):
+            for group in optimizer.param_groups:
+                group["lr"], group["momentum"] = 0.1 * (1 - step / 50), 0.85 + 0.002 * step
+            optimizer.step()
+    assert counter.found == []
+    with SyncCounter() as counter:
+        bool(optimizer.found_non_finite)
+    assert counter.found == ["_local_scalar_dense"], "the counter counts"
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "riemannian_aurora"])
+def test_fifty_compiled_steps_with_changing_lr_do_not_recompile(rule):
+    torch._dynamo.reset()
+    compilations = CompileCounter()
+    hparams = dict(lr=torch.tensor(0.1), momentum=torch.tensor(0.95), polar_dtype="auto")
+    optimizer = make(rule, new_params(), **hparams)
+    step = torch.compile(optimizer.step, backend=compilations)
+    counts = []
+    for number in range(50):
+        optimizer.param_groups[0]["lr"].fill_(0.1 * (1 - number / 50))
+        optimizer.param_groups[0]["momentum"].fill_(0.85 + 0.002 * number)
+        step()
+        counts.append(compilations.frame_count)
+    assert counts[1] == counts[-1] and counts[-1] > 0, counts
+
+
+@pytest.fixture
+def eight_ranks(monkeypatch):
+    """This process as rank 0 of 8, with collectives that only count the bytes that a ring would have it send."""
+    sent = {}
+
+    def count(name, factor):
+        def collective(*tensors, **kwargs):
+            sent[name] = sent.get(name, 0) + factor * tensors[-1].numel() * tensors[-1].element_size()
+            return SimpleNamespace(wait=lambda: None)
+
+        return collective
+
+    for name, value in (("is_initialized", True), ("get_rank", 0), ("get_world_size", 8)):
+        monkeypatch.setattr(dist, name, lambda value=value: value)
+    # (received, send): each rank's share of what it sends stays at home.
+    monkeypatch.setattr(dist, "all_to_all_single", count("all_to_all", 7 / 8))
+    monkeypatch.setattr(dist, "all_reduce", count("all_reduce", 2 * 7 / 8))
+    monkeypatch.setattr("aurora.sharding._reduce_scatter", count("reduce_scatter", 7 / 8))
+    monkeypatch.setattr("aurora.sharding._all_gather", count("all_gather", 7))
+    return sent
+
+
+def bytes_of_a_step(activation_dtype, sent):
+    config = load_config(ROOT / "configs" / "gpt2_small.toml", "aurora")
+    with torch.device("meta"):
+        model = train_gpt.GPT(config.model)
+    model.activation_dtype = activation_dtype
+    optimizers = train_gpt.build_optimizers(config, model)
+    for p in model.parameters():
+        p.grad = torch.empty_like(p)
+    ranks = train_gpt.Ranks(0, 8, torch.device("meta"))
+    train_gpt.reduce_gradients(SimpleNamespace(model=model, optimizers=optimizers, ranks=ranks))
+    optimizers[-1].step()
+    return sum(sent.values())
+
+
+def test_bytes_sent_by_each_of_eight_ranks_in_a_step_of_gpt2_small(eight_ranks):
+    """The usual all-reduce of gradients and all-gather of matrices, in float32, sends 1299 MB."""
+    matrices, others = 84.93, 77.52  # millions of weights
+    expected_mb = 7 / 8 * (matrices * (2 + 4) + others * (2 + 2))
+    total = bytes_of_a_step(torch.bfloat16, eight_ranks)
+    assert total / 1e6 == pytest.approx(expected_mb, rel=0.001) and total / 1e6 < 800
+    assert set(eight_ranks) == {"all_to_all", "all_gather"}
+
+
+def test_float32_activations_keep_gradients_in_float32_on_the_wire(eight_ranks):
+    total = bytes_of_a_step(torch.float32, eight_ranks)
+    assert total / 1e6 == pytest.approx(7 / 8 * (84.93 * (4 + 4) + 77.52 * (4 + 4)), rel=0.001)
+    assert set(eight_ranks) == {"all_reduce", "reduce_scatter", "all_gather"}
