@@ -30,15 +30,15 @@ def gradients(shape, kind, count):
     grads = []
     for _ in range(count):
         G = torch.randn(shape, generator=generator) * rows
-        if kind == "well conditioned":  # sums of different ones would not be
+        if kind.startswith("well conditioned"):  # sums of different ones would not be
             G = orthogonal * torch.rand((), generator=generator)
         elif kind == "rank-1":  # sums of different ones would have a higher rank
             G = direction * torch.rand((), generator=generator)
         elif kind == "zero":
             G = torch.zeros(shape)
-        elif kind == "zero rows":
+        if kind.endswith("zero rows"):
             G[::5] = 0
-        elif kind == "tiny":
+        if kind.endswith("tiny"):
             G = G * 1e-10
         grads.append(G)
     return grads
@@ -95,19 +95,29 @@ def test_rule_with_polynomial_equals_oracle_with_the_same_polynomial(rule, shape
     torch.testing.assert_close(result.double(), expected, atol=atol, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["well conditioned", "rank-1", "zero"])
+GOOD_KINDS = ["well conditioned", "well conditioned, zero rows", "well conditioned, tiny", "zero"]
+ERROR_CASES = [
+    *((rule, kind, dtype) for rule in RULES for kind in GOOD_KINDS for dtype in ("float32", "bfloat16")),
+    # Rounding to bfloat16, and Riemannian Aurora's ascent, give the zero singular values of a rank-1 matrix a size,
+    # which only an exact polar factor takes for directions.
+    *((rule, "rank-1", "float32") for rule in RULES if rule != "riemannian_aurora"),
+]
+
+
+@pytest.mark.parametrize("rule, kind, dtype", ERROR_CASES)
 @pytest.mark.parametrize("schedule", [name for name in SCHEDULES if name != "svd"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("rule, passes", [("muon", 1), ("aurora iterated", 2)])
-def test_every_update_is_within_the_schedules_error_of_the_svd_update(rule, passes, shape, schedule, kind):
-    """Aurora's first pass shifts its row weights by up to the schedule's error, so it is granted twice that."""
-    grads = gradients(shape, kind, STEPS)
-    W = torch.zeros(shape)
-    exact = reference.optimize(rule, W, grads, reference.svd_polar, lr=1.0, weight_decay=0.0)
+def test_every_update_is_within_the_schedules_error_of_the_svd_update(shape, schedule, rule, kind, dtype):
+    """In the mean over twenty steps. Rules that look at the rows of a polar factor are granted its error twice."""
+    dtype = getattr(torch, dtype)
+    grads = [G.to(dtype) for G in gradients(shape, kind, STEPS)]
+    W = torch.zeros(shape, dtype=dtype)
+    exact = reference.optimize(rule, W, [G.float() for G in grads], reference.svd_polar, lr=1.0, weight_decay=0.0)
     result = optimize(rule, W, grads, lr=1.0, weight_decay=0.0, polar_schedule=schedule)
     scale = max(1.0, shape[0] / shape[1]) ** 0.5
     error = torch.linalg.matrix_norm(result.double() - exact, 2) / scale / STEPS
-    assert error <= passes * SCHEDULES[schedule].max_error + 1e-3
+    rounding = 1e-3 if dtype == torch.float32 else 0.02  # of the weights, which grow to the length of twenty updates
+    assert error <= (1 if rule == "muon" else 2) * SCHEDULES[schedule].max_error + rounding
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
