@@ -495,7 +495,7 @@ def forward_backward(model: nn.Module, batch: tuple[Tensor, Tensor], run: Traini
 def reduce_gradients(run: Training) -> None:
     """Sum gradients over ranks: a matrix's into its owner, all others into everyone.
 
-    They travel in the dtype of the activations, whose precision is what the backward pass has given them.
+    Each rank's are rounded to the dtype of the activations, travel so, and are summed in float32.
     """
     if run.ranks.world_size == 1:
         return

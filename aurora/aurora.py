@@ -20,7 +20,7 @@ MIN_ROW_NORM = 1e-7
 ROW_WEIGHT_RANGE = (1 / 64, 64.0)
 
 # When rows are balanced inside the polar factor all of them shrink by this, so that those below the mean can grow by as
-# much against the others. On recorded momentum 1.45 and 1.6 gave less orthogonal and less even updates.
+# much against the others.
 HEADROOM = 1.3
 
 

@@ -159,7 +159,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if group["weight_decay"] != 0:
             torch._foreach_mul_(stack, 1 - group["lr"] * group["weight_decay"])
         if isinstance(step_size, Tensor):  # which alpha may not be
-            O_KMN, step_size = O_KMN * step_size, 1
+            O_KMN, step_size = O_KMN.float() * step_size, 1
         torch._foreach_sub_(stack, list(O_KMN.unbind()), alpha=step_size)
 
     def lookahead(self, stack: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
@@ -212,8 +212,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """Sum every gradient over ranks into the owner of its matrix; other ranks drop theirs. Collective.
 
         Args:
-            wire_dtype: what is sent, by default the gradients' own dtype. The sum is float32 in any case, so bfloat16
-                loses nothing where a rank's gradients come out of one backward pass in bfloat16.
+            wire_dtype: what is sent, by default the gradients' own dtype. In another one every rank's gradient is
+                rounded to it once, and the sum is float32. Matrix gradients of a single backward pass in bfloat16
+                lose nothing by that; sums over several passes do.
 
         Raises:
             ValueError: a parameter has no gradient.
@@ -273,14 +274,28 @@ class MatrixOptimizer(torch.optim.Optimizer):
                         for d in (super().state_dict(), state_dict))  # fmt: skip
         if ours != theirs:
             raise ValueError(f"state belongs to parameters {theirs}, this optimizer has {ours}")
-        groups = [group for group in self.param_groups for _ in group["params"]]
+        for ours, theirs in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            if ours.keys() != theirs.keys():
+                differing = ", ".join(sorted(ours.keys() ^ theirs.keys()))
+                raise ValueError(
+                    f"the settings {differing} are in only one of the state and this {type(self).__name__}"
+                )
+            self.check_hparams(theirs)
+        settings = [
+            (ours, theirs)
+            for ours, theirs in zip(self.param_groups, state_dict["param_groups"], strict=True)
+            for _ in ours["params"]
+        ]
         for index, state in state_dict["state"].items():
+            if index not in range(len(named)):
+                raise ValueError(f"state of parameter number {index}, but there are {len(named)}")
             name, p = named[index]
             found = {key: (tuple(value.shape), value.dtype) for key, value in state.items()}
-            new_state = self.new_state(torch.empty_like(p, device="meta"), groups[index])
-            wanted = {key: (tuple(value.shape), value.dtype) for key, value in new_state.items()}
-            if found != wanted:
-                raise ValueError(f"state of {name} is {found}, but {type(self).__name__} keeps {wanted} for it")
+            for group in settings[index]:  # what this optimizer keeps, and what the state's own settings keep
+                new_state = self.new_state(torch.empty_like(p, device="meta"), group)
+                wanted = {key: (tuple(value.shape), value.dtype) for key, value in new_state.items()}
+                if found != wanted:
+                    raise ValueError(f"state of {name} is {found}, but {type(self).__name__} keeps {wanted} for it")
         super().load_state_dict({**state_dict, "state": {}})
         for index, state in state_dict["state"].items():
             p = named[index][1]

@@ -157,18 +157,19 @@ def polar(
 
     Returns:
         (K, M, N) in dtype (svd: in X's). Singular values s >= schedule.min_singular_value * ||X||_F come out within
-        schedule.max_error of 1, smaller ones below 1, zero ones at 0: a zero matrix gives zeros, a rank-1 matrix
-        u v^T. Rounding adds up to 1e-4 in float32 and 0.1 in bfloat16. Scale does not matter down to
-        ||X||_F = 1e-19. NaN and Inf give NaN.
+        schedule.max_error of 1, smaller ones below 1 + max_error, zero ones at 0: a zero matrix gives zeros, in float32
+        a rank-1 matrix u v^T. Rounding adds up to 2e-4 in float32 and 0.1 in bfloat16. Singular values below the
+        rounding of dtype (in bfloat16 about 2^-8 of the largest) are noise and come out as such, anywhere below
+        1 + max_error. Scale does not matter between norms of 1e-19 and 1e19; NaN, Inf and larger norms give NaN.
 
     Cost: with m = min(M, N), n = max(M, N), (4 n/m + 2) m^3 FLOPs a step and matrix; from n = 1.5 m on
     (4 n/m + 10) m^3 for two steps. No host sync.
     """
     scale = row_scale_KM1
     if scale is None:
-        scale = 1 / torch.linalg.vector_norm(X_KMN, dim=(-2, -1), keepdim=True, dtype=torch.float32).clamp(
-            min=TINY_NORM
-        )
+        norm_K11 = torch.linalg.vector_norm(X_KMN, dim=(-2, -1), keepdim=True, dtype=torch.float32)
+        # A norm beyond float32 would scale the matrix to zero, which nobody would notice.
+        scale = torch.where(norm_K11.isinf(), torch.nan, 1 / norm_K11.clamp(min=TINY_NORM))
     if not schedule.coefficients:
         X = _polar_svd(scale * X_KMN, schedule.min_singular_value)
         return _polar_svd(interlude(X), schedule.min_singular_value) if interlude else X

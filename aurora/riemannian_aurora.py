@@ -17,7 +17,8 @@ CG_TOLERANCE = 1e-5
 
 class RiemannianAurora(MatrixOptimizer):
     """Gradient ascent of <X, U> over {U^T U = I, all rows of equal norm}: what Aurora approximates, at many times the
-    price. A yardstick, not a rule to train with.
+    price. A yardstick, not a rule to train with: on momentum of low rank its polar factors, one after the other, make
+    directions of rounding noise.
 
     Tall (M > N), from U = polar(X), with X scaled to ||X||_F = sqrt(N), repeat ascent_steps times:
 

@@ -268,7 +268,10 @@ def quality(U_MN: torch.Tensor, X_MN: torch.Tensor) -> dict[str, float]:
 
 
 def replay(label: str, streams: dict[str, list[torch.Tensor]], args: argparse.Namespace) -> dict[str, float]:
-    """Quality of a rule over streams of momentum, from a fresh state on; every tenth step from the 20th on counts."""
+    """Quality of a rule over streams of momentum, from a fresh state on; all steps from the 20th on count.
+
+    Earlier gradients have low rank, for some matrices begin at zero.
+    """
     rule, hparams = CONTENDERS[label]
     found: list[dict[str, float]] = []
     for stream in streams.values():
@@ -280,7 +283,7 @@ def replay(label: str, streams: dict[str, list[torch.Tensor]], args: argparse.Na
         state = optimizer.new_state(p, group)
         for step, X_MN in enumerate(stream, start=1):
             U_MN = optimizer.direction(X_MN[None], [state], group)[0]
-            if step >= 20 and step % 10 == 0:
+            if step >= 20:
                 found.append(quality(U_MN, X_MN))
     columns = {key: [entry[key] for entry in found] for key in found[0]}
     return {

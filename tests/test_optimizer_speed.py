@@ -106,7 +106,7 @@ def bytes_of_a_step(activation_dtype, sent):
 
 
 def test_bytes_sent_by_each_of_eight_ranks_in_a_step_of_gpt2_small(eight_ranks):
-    """The usual all-reduce of gradients and all-gather of matrices, in float32, sends 1299 MB."""
+    """An all-reduce of gradients and an all-gather of matrices in float32 would send 7/8 (162.45 x 8 + 84.93 x 4)."""
     matrices, others = 84.93, 77.52  # millions of weights
     expected_mb = 7 / 8 * (matrices * (2 + 4) + others * (2 + 2))
     total = bytes_of_a_step(torch.bfloat16, eight_ranks)

@@ -133,7 +133,7 @@ def test_unormuon_is_normuon_with_smaller_steps_on_tall_matrices(shape, dtype):
         torch.testing.assert_close(unormuon, factor * normuon, atol=atol, rtol=0)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e25])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("rule", RULES)
 def test_non_finite_gradients_raise_the_flag_and_it_stays_up(rule, shape, bad):
@@ -322,6 +322,19 @@ def test_load_state_dict_refuses_another_rule_names_shapes_or_dtypes_by_name():
     state = stepped("aurora iterated", "a", (8, 4)).state_dict()
     with pytest.raises(ValueError, match="state of a is .*Aurora keeps .*row_weight"):
         stepped("aurora warm", "a", (8, 4)).load_state_dict(state)
+    state["param_groups"][0]["variant"] = "warm"
+    with pytest.raises(ValueError, match="state of a is .*Aurora keeps .*row_weight"):
+        stepped("aurora iterated", "a", (8, 4)).load_state_dict(state)
+    state["param_groups"][0]["polar_schedule"] = "ns9"
+    with pytest.raises(ValueError, match="polar_schedule must be one of .*, got 'ns9'"):
+        stepped("aurora iterated", "a", (8, 4)).load_state_dict(state)
+    del state["param_groups"][0]["variant"]
+    with pytest.raises(ValueError, match="the settings variant are in only one of the state and this Aurora"):
+        stepped("aurora iterated", "a", (8, 4)).load_state_dict(state)
+    state = stepped("muon", "a", (8, 4)).state_dict()
+    state["state"][7] = state["state"][0]
+    with pytest.raises(ValueError, match="state of parameter number 7, but there are 1"):
+        stepped("muon", "a", (8, 4)).load_state_dict(state)
 
 
 @pytest.mark.parametrize(
