@@ -97,7 +97,15 @@ def test_rule_with_polynomial_equals_oracle_with_the_same_polynomial(rule, shape
 
 GOOD_KINDS = ["well conditioned", "well conditioned, zero rows", "well conditioned, tiny", "zero"]
 ERROR_CASES = [
-    *((rule, kind, dtype) for rule in RULES for kind in GOOD_KINDS for dtype in ("float32", "bfloat16")),
+    *(
+        (rule, kind, dtype)
+        for rule in RULES
+        for kind in GOOD_KINDS
+        for dtype in ("float32", "bfloat16")
+        if rule != "riemannian_aurora"
+    ),
+    # Ten times as slow as all others together: the ascent scales its input, so one kind will do.
+    *(("riemannian_aurora", "well conditioned", dtype) for dtype in ("float32", "bfloat16")),
     # Rounding to bfloat16, and Riemannian Aurora's ascent, give the zero singular values of a rank-1 matrix a size,
     # which only an exact polar factor takes for directions.
     *((rule, "rank-1", "float32") for rule in RULES if rule != "riemannian_aurora"),
