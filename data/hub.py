@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.manifest import read_manifest, write_manifest
-from data.shards import GPT2_VOCAB_SIZE, ShardError, verify_shard
+from data.shards import GPT2_VOCAB_SIZE, ShardError, shard_bytes, verify_shard
 
 STAGING = ".incomplete"  # folder, beside the shards, of files that are not whole or not checked
 ATTEMPTS = 6
@@ -138,7 +138,7 @@ def alone_in(folder: Path) -> Iterator[None]:
 def is_present(path: Path, manifest: dict[str, Any]) -> bool:
     """Whether a shard of the manifest is here, going by its size; check_folder() looks inside."""
     entry = manifest["shards"].get(path.name)
-    return bool(entry) and path.is_file() and path.stat().st_size == 1024 + 2 * entry["num_tokens"]
+    return bool(entry) and path.is_file() and path.stat().st_size == shard_bytes(entry["num_tokens"])
 
 
 def adopt(path: Path, remote: RemoteFile) -> dict[str, Any]:

@@ -84,6 +84,11 @@ def write_shard(path: Path, tokens: np.ndarray) -> None:
         raise
 
 
+def shard_bytes(num_tokens: int) -> int:
+    """Size of a shard's file."""
+    return HEADER_BYTES + num_tokens * TOKEN_DTYPE.itemsize
+
+
 def open_shard(path: Path) -> np.ndarray:
     """The tokens of a shard as a read-only memory map (num_tokens,) uint16; reads the header alone.
 
@@ -107,7 +112,7 @@ def open_shard(path: Path) -> np.ndarray:
         raise ShardError(path, "format version", VERSION, version, "make shards with data/fineweb.py tokenize")
     if num_tokens < 1:
         raise ShardError(path, "number of tokens in the header", "at least 1", f"{num_tokens:,}", get_again)
-    expected_bytes = HEADER_BYTES + num_tokens * TOKEN_DTYPE.itemsize
+    expected_bytes = shard_bytes(num_tokens)
     if file_bytes != expected_bytes:
         claim = f"{expected_bytes:,} bytes for the {num_tokens:,} uint16 tokens of the header"
         raise ShardError(path, "size", claim, f"{file_bytes:,}", get_again)
