@@ -19,8 +19,8 @@ MIN_ROW_NORM = 1e-7
 # weight would fall towards zero, and stay there long after the row has found company.
 ROW_WEIGHT_RANGE = (1 / 64, 64.0)
 
-# The most by which a row may grow before the last polynomial, which explodes beyond its range. Inside the polar factor all
-# rows shrink by it first, so that singular values do not grow at all.
+# The most by which a row may grow before the last polynomial, which explodes beyond its range. Inside the polar factor
+# all rows shrink by it first, so that singular values hardly grow.
 HEADROOM = 1.3
 
 
@@ -40,8 +40,8 @@ class Aurora(MatrixOptimizer):
         folded      warm, but rows are also balanced, by up to HEADROOM, before the end of the polar factor, which
                     then ends in a polynomial that suits what the balance leaves. Costs what warm costs.
 
-    M counts the rows, and N the columns, that are not zero. Where the rank is lower still rows share out what there is:
-    see row_correction. lr as for Muon.
+    M and N leave out zero rows and columns. Where the rank is lower still rows stay below r, see row_correction. lr as
+    for Muon.
 
     Args:
         variant: see above.
@@ -138,9 +138,9 @@ def row_norms(X_KMN: Tensor) -> Tensor:
 def row_correction(U_KMN: Tensor, max_scale_error: float = 0.0) -> Tensor:
     """Factors that give the rows of an almost orthogonal matrix one norm; a zero row gets 1.
 
-    That norm is sqrt(N/M) over the rows and columns that are not zero, as far as max_scale_error lets it: where the root
-    mean square of the rows is further off than that, the reason is not the error of the polar factor but a low rank,
-    and scaling up would stretch what directions there are.
+    That norm is sqrt(N/M), with zero rows and columns left out, as far as max_scale_error lets it: where the root mean
+    square of the rows is further off than that, the reason is not the error of the polar factor but a low rank, and
+    scaling up would stretch what directions there are.
 
     Args:
         U_KMN: (K, M, N), M >= N.
