@@ -40,8 +40,7 @@ class Aurora(MatrixOptimizer):
         folded      warm, but rows are also balanced, by up to HEADROOM, before the end of the polar factor, which
                     then ends in a polynomial that suits what the balance leaves. Costs what warm costs.
 
-    M and N leave out zero rows and columns. Where the rank is lower still rows stay below r, see row_correction. lr as
-    for Muon.
+    M leaves out zero rows. Where the rank is low rows stay below r, see row_correction. lr as for Muon.
 
     Args:
         variant: see above.
@@ -138,9 +137,9 @@ def row_norms(X_KMN: Tensor) -> Tensor:
 def row_correction(U_KMN: Tensor, max_scale_error: float = 0.0) -> Tensor:
     """Factors that give the rows of an almost orthogonal matrix one norm; a zero row gets 1.
 
-    That norm is sqrt(N/M), with zero rows and columns left out, as far as max_scale_error lets it: where the root mean
-    square of the rows is further off than that, the reason is not the error of the polar factor but a low rank, and
-    scaling up would stretch what directions there are.
+    That norm is sqrt(N/M), M without the zero rows, as far as max_scale_error lets it: where the root mean square of
+    the rows is further off than that, the reason is not the error of the polar factor but a low rank, and scaling up
+    would stretch what directions there are.
 
     Args:
         U_KMN: (K, M, N), M >= N.
