@@ -211,7 +211,7 @@ def common_step(runs: Sequence[Mapping[int, float]], target: float) -> int | Non
 
 
 def flaws(seeds: Sequence[int | None], losses: Sequence[Sequence[float]]) -> list[str]:
-    """What forbids or weakens a test on these runs, in words: too few, equal seeds, gaps between seeds, duplicates.
+    """What forbids a test on these runs, in words: too few, equal seeds, duplicates.
 
     Args:
         seeds: one a run; None where unknown.
@@ -223,11 +223,14 @@ def flaws(seeds: Sequence[int | None], losses: Sequence[Sequence[float]]) -> lis
     known = sorted(seed for seed in seeds if seed is not None)
     repeated = sorted({seed for seed in known if known.count(seed) > 1})
     if repeated:
-        found.append(f"seed {', '.join(map(str, repeated))} more than once")
-    if known and not repeated and known != list(range(known[0], known[0] + len(known))):
-        found.append(f"seeds {', '.join(map(str, known))} have gaps")
+        found.append(f"seeds more than once: {', '.join(map(str, repeated))}")
     sequences = [tuple(run) for run in losses]
     duplicates = sum(sequence in sequences[:i] for i, sequence in enumerate(sequences) if len(sequence) > 1)
     if duplicates:
         found.append(f"{duplicates} run{'s' * (duplicates != 1)} with the losses of another")
     return found
+
+
+def seed_gaps(seeds: Sequence[int]) -> list[int]:
+    """Seeds that are missing between the first and the last: were they run, and left out?"""
+    return sorted(set(range(min(seeds), max(seeds))) - set(seeds)) if seeds else []

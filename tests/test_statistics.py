@@ -136,8 +136,8 @@ def test_flaws_name_what_is_wrong_with_a_sample():
     assert ours.flaws([4, 5, 6], good) == []
     assert ours.flaws([None] * 3, good) == []
     assert "fewer than 3" in ours.flaws([0, 1], good[:2])[0]
-    assert "seed 4 more than once" in ours.flaws([4, 4, 5], good)[0]
-    assert "gaps" in ours.flaws([0, 1, 3], good)[0]
+    assert "seeds more than once: 4" in ours.flaws([4, 4, 5], good)[0]
+    assert ours.seed_gaps([3, 0, 1]) == [2] and ours.seed_gaps([]) == []
     assert "losses of another" in ours.flaws([0, 1, 2], [good[0], good[0], good[1]])[0]
 
 
