@@ -11,7 +11,7 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -147,6 +147,74 @@ class Run:
         return sum(values) / len(values) if values else math.nan
 
 
+MAX_RECORD_BYTES = 2**24  # a record's longest line holds the sources, 150 kB
+MAX_LINE_BYTES = 2**22
+
+NUMBER = (int, float)
+FIELD_TYPES = {
+    "run": {
+        **dict.fromkeys(("run_id", "utc", "task_hash", "optimizer", "code_hash", "device"), str),
+        **dict.fromkeys(("config", "hparams", "sources", "data", "env"), dict),
+        **dict.fromkeys(("seed", "world_size"), int),
+    },
+    "val": {"step": int, "tokens": int, "val_loss": NUMBER, "train_time_s": NUMBER},
+    "train": {"step": int, **dict.fromkeys(("train_loss", "lr", "step_ms", "optimizer_ms"), NUMBER)},
+    "end": {"status": str, "step": int, "train_time_s": NUMBER, "untimed": dict, "segments": int},
+    "resume": {"step": int},
+}
+REQUIRED_FIELDS = {
+    "val": ("step", "val_loss", "train_time_s"),
+    "train": ("step",),
+    "end": ("status",),
+}
+
+
+def read_events(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number and event of each line, with fields of the types of FIELD_TYPES and finite numbers.
+
+    A last line without its end, as a crash leaves it, is dropped.
+
+    Raises:
+        RecordError: the file cannot be read, is no regular file, is too large, or a line is not an event.
+    """
+    try:
+        if path.is_symlink() or not path.is_file():
+            raise RecordError(f"{path} is no regular file (links are not followed)")
+        if path.stat().st_size > MAX_RECORD_BYTES:
+            raise RecordError(f"{path} is larger than {MAX_RECORD_BYTES:,} bytes")
+        with open(path, "rb") as file:
+            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
+                if len(line) > MAX_LINE_BYTES:
+                    raise RecordError(f"{path}, line {number}: longer than {MAX_LINE_BYTES:,} bytes")
+                if line.endswith(b"\n"):
+                    yield number, read_event(line, f"{path}, line {number}")
+    except OSError as error:
+        raise RecordError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def read_event(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        event = json.loads(line)
+        kind = event["event"]
+        types = FIELD_TYPES.get(kind, {})
+        for key in REQUIRED_FIELDS.get(kind, ()):
+            event[key]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, too many digits
+        message = f"{where}: not an event of a run record ({type(error).__name__}: {str(error)[:100]})"
+        raise RecordError(message) from error
+    for key, expected in types.items():
+        value = event.get(key)
+        if key in event and (not isinstance(value, expected) or isinstance(value, bool)):
+            raise RecordError(f"{where}: {key} is of the wrong type, {type(value).__name__}")
+        if isinstance(value, NUMBER) and not is_sane(value):
+            raise RecordError(f"{where}: {key} is no finite number")
+    return event
+
+
+def is_sane(value: int | float) -> bool:
+    return abs(value) < 2**64 if isinstance(value, int) else math.isfinite(value)
+
+
 def read_record(path: Path) -> Run:
     """Read one record. A last line without its end, as a crash leaves it, is dropped.
 
@@ -155,31 +223,23 @@ def read_record(path: Path) -> Run:
     Raises:
         RecordError: the file cannot be read, a line is not an event, or the first event is not "run".
     """
-    try:
-        *lines, _torn = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecordError(f"{path} cannot be read: {error}") from error
     run: Run | None = None
     validations: dict[int, Validation] = {}
     train_events: dict[int, dict[str, Any]] = {}
-    for number, line in enumerate(lines, start=1):
-        try:
-            event = json.loads(line)
-            kind = event["event"]
-            if run is None:
-                if kind != "run":
-                    raise RecordError(f"{path}, line 1: a record begins with a run event, not {kind!r}")
-                run = Run(path, event)
-            elif kind == "val":
-                validations[event["step"]] = Validation(event["step"], event["val_loss"], event["train_time_s"])
-            elif kind == "train":
-                train_events[event["step"]] = event
-            elif kind == "end":
-                run.end = event
-            elif kind == "resume":
-                run.end = None
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise RecordError(f"{path}, line {number}: not an event of a run record ({error!r})") from error
+    for _, event in read_events(path):
+        kind = event["event"]
+        if run is None:
+            if kind != "run":
+                raise RecordError(f"{path}, line 1: a record begins with a run event, not {str(kind)[:40]!r}")
+            run = Run(path, event)
+        elif kind == "val":
+            validations[event["step"]] = Validation(event["step"], event["val_loss"], event["train_time_s"])
+        elif kind == "train":
+            train_events[event["step"]] = event
+        elif kind == "end":
+            run.end = event
+        elif kind == "resume":
+            run.end = None
     if run is None:
         raise RecordError(f"{path} holds no event")
     run.validations = [validations[step] for step in sorted(validations)]

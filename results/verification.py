@@ -1,0 +1,370 @@
+"""Is a record consistent with itself? Nothing in it is executed; scripts/verify.py --replay runs its code.
+
+| check | catches | cannot catch |
+|---|---|---|
+| fields, order of events | torn, edited or merged files | a file rewritten as a whole |
+| code hash, task hash, run id | changed sources, task, seed, optimizer, date | hashes computed anew after the change |
+| config against embedded track and argv | a swapped config | both changed alike |
+| lr of each train event against the schedule | steps, lr or schedule edited | a trainer that logs one lr and uses another |
+| looks against the declared steps | early stop, extra or dropped looks | looks that were never logged |
+| times rise, step times add up, all differ | edited times, times typed in | a patched clock |
+| step time against 6 N FLOP a token | impossible speed | a merely flattering one |
+| a val loss is a sum of float32 over its tokens | losses typed in or rounded | a sum that was forged on purpose |
+| loss of an untrained model, train against val loss | another vocabulary, leaked validation | slight leaks |
+| end event against the looks | edited results | - |
+| a folder's seeds and losses | dropped seeds, duplicates | seeds run elsewhere and left out at either end |
+
+A consistent record can still be invented: only a replay, and then seeds of the verifier's own, show that it is not.
+"""
+
+import hashlib
+import itertools
+import math
+import re
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from configs.schema import HarnessError, apply_override
+from results.record import (
+    FIELD_TYPES,
+    SCHEMA,
+    RecordError,
+    Validation,
+    code_hash,
+    first_at_target,
+    json_hash,
+    read_events,
+)
+
+# FLOP/s that no device of its kind reaches: above a B200's dense bfloat16, and a core with matrix units.
+PEAK_FLOPS = {"cuda": 3e15, "cpu": 2e12}
+UNTRAINED_TOLERANCE = 0.05  # of the loss at step 0, from ln(vocab_size): the head starts at zero
+
+
+@dataclass
+class Verdict:
+    """word: consistent, or refuted with reasons. After a replay also replayed; see scripts/verify.py."""
+
+    path: Path
+    reasons: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    word_if_good: str = "consistent"
+
+    @property
+    def word(self) -> str:
+        return "refuted" if self.reasons else self.word_if_good
+
+
+@dataclass
+class Events:
+    """A record's events in the order of the file."""
+
+    start: dict[str, Any]
+    rest: list[dict[str, Any]]
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        return [event for event in self.rest if event["event"] == kind]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.start["config"]
+
+
+def verify_run(path: Path) -> Verdict:
+    """Every check that one record allows. Never raises for what a record holds."""
+    return verify_events(path)[0]
+
+
+def verify_events(path: Path) -> tuple[Verdict, Events | None]:
+    verdict = Verdict(path)
+    try:
+        events = [event for _, event in read_events(path)]
+        if not events or events[0]["event"] != "run":
+            raise RecordError(f"{path} does not begin with a run event")
+        found = Events(events[0], events[1:])
+        verdict.reasons += missing_fields(events)
+    except RecordError as error:
+        verdict.reasons.append(str(error))
+        return verdict, None
+    if verdict.reasons:
+        return verdict, None
+    if not path.read_bytes().endswith(b"\n"):
+        verdict.notes.append("the last line is torn, as a crash leaves it")
+    for check in CHECKS:
+        try:
+            verdict.reasons += check(found)
+        # A field of a type that no run writes; which one, the error says.
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, IndexError) as error:
+            verdict.reasons.append(f"{check.__name__}: a field is missing or wrong ({type(error).__name__}: {error})")
+    if not found.of("end"):
+        verdict.notes.append("incomplete: no end event")
+    return verdict, found
+
+
+def missing_fields(events: list[dict[str, Any]]) -> list[str]:
+    optional = {"tokens", "segments", "untimed"}
+    return [
+        f"{event['event']} event lacks {key}"
+        for event in events
+        for key in FIELD_TYPES.get(event["event"], {})
+        if key not in event and key not in optional
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checks of one record: each yields what is wrong, in words
+
+
+def check_order(run: Events) -> Iterator[str]:
+    kinds = [event["event"] for event in run.rest]
+    unknown = set(kinds) - {"val", "train", "resume", "end"}
+    if unknown:
+        yield f"events of unknown kinds: {sorted(map(str, unknown))}"
+    for kind, following in itertools.pairwise(kinds):
+        if kind == "end" and following != "resume":
+            yield f"an end event is followed by a {following} event"
+    seen: dict[tuple[str, int], dict[str, Any]] = {}
+    last = {"val": -1, "train": -1}
+    for event in run.rest:
+        kind = event["event"]
+        if kind == "resume":
+            last = {"val": -1, "train": -1}
+        if kind not in last:
+            continue
+        step = event["step"]
+        if step <= last[kind]:
+            yield f"{kind} event of step {step} stands after that of step {last[kind]}"
+        last[kind] = step
+        before = seen.setdefault((kind, step), event)
+        key = f"{kind}_loss"
+        if run.start["device"] == "cpu" and before[key] != event[key]:
+            yield f"step {step} was run twice, with {key} {before[key]} and {event[key]}"
+
+
+def check_identity(run: Events) -> Iterator[str]:
+    start, config = run.start, run.config
+    if start["schema"] != SCHEMA:
+        yield f"schema {start['schema']} is not {SCHEMA}"
+    if code_hash(start["sources"]) != start["code_hash"]:
+        yield "code_hash is not that of the embedded sources"
+    task = {"model": config["model"], "batch_tokens": config["train"]["batch_tokens"], "eval": config["eval"]}
+    if json_hash(task | {"data": start["data"]["stream_id"]}) != start["task_hash"]:
+        yield "task_hash is not that of the config and data"
+    shards = [shard["sha256"] for shard in start["data"]["shards"]]
+    fingerprint = hashlib.sha256("".join(shards).encode()).hexdigest()
+    if fingerprint != start["data"]["fingerprint"]:
+        yield "the data's fingerprint is not that of its shards"
+    stream = fingerprint if start["data"].get("epochs", 0) > 1 else shards[0]
+    if hashlib.sha256((stream + start["data"]["val_sha256"]).encode()).hexdigest() != start["data"]["stream_id"]:
+        yield "the data's stream_id is not that of its shards and validation tokens"
+    stamp = re.sub("[-:]", "", start["utc"][:19])
+    if f"-{start['optimizer']}-s{start['seed']}-{stamp}-" not in start["run_id"]:
+        yield f"run_id {start['run_id']} does not state optimizer, seed {start['seed']} and time {start['utc']}"
+    bad = [name for name in start["sources"] if not is_safe_name(name)]
+    if bad:
+        yield f"names of sources lead out of their folder: {bad}"
+
+
+def is_safe_name(name: str) -> bool:
+    """Whether a path in a record stays below the folder it is restored in, on any system."""
+    parts = PurePosixPath(name).parts
+    return bool(parts) and not name.startswith("/") and ".." not in parts and not re.search(r"[\\:\x00-\x1f]", name)
+
+
+def check_config(run: Events) -> Iterator[str]:
+    start, config = run.start, run.config
+    if config["optimizer"] != start["optimizer"]:
+        yield f"optimizer is {start['optimizer']}, that of the config {config['optimizer']}"
+    if config["hparams"] | {"warmup_steps": config["warmup_steps"]} != start["hparams"]:
+        yield "hparams are not those of the config"
+    model, counts = config["model"], start["params_by_role"]
+    embed = model["vocab_size"] * model["model_dim"]
+    matrix = model["num_layers"] * (4 + 2 * model["mlp_expansion"]) * model["model_dim"] ** 2
+    if [counts.get(role) for role in ("embed", "head", "matrix")] != [embed, embed, matrix]:
+        yield f"parameter counts {counts} are not those of the model in the config"
+    for group in start["param_groups"]:
+        if group["role"] == "matrix" and any(group[k] != start["hparams"][k] for k in ("lr", "weight_decay")):
+            yield f"the optimizer held lr {group['lr']} and weight_decay {group['weight_decay']}, unlike hparams"
+    argv, tracks = start["argv"], [text for name, text in start["sources"].items() if name.endswith(".toml")]
+    if len(tracks) != 1:
+        yield f"{len(tracks)} tracks are embedded"
+    elif argv and argv[0].endswith("train_gpt.py"):
+        tables = tomllib.loads(tracks[0])
+        try:
+            for override in overrides_of(argv):
+                apply_override(tables, override)
+        except HarnessError as error:
+            yield f"argv does not fit the embedded track: {error}"
+            return
+        table = dict(tables.pop("optimizer", {}).get(start["optimizer"], {}))
+        expected = tables | {"hparams": {key: value for key, value in table.items() if key != "warmup_steps"}}
+        for name, values in expected.items():
+            for key, value in values.items():
+                if config[name].get(key) != value:
+                    yield f"{name}.{key} is {config[name].get(key)}, by the embedded track and argv {value}"
+
+
+def overrides_of(argv: list[str]) -> list[str]:
+    pairs = itertools.pairwise(argv)
+    return [value for flag, value in pairs if flag == "--set"] + [
+        word.removeprefix("--set=") for word in argv if word.startswith("--set=")
+    ]
+
+
+def declared_looks(config: dict[str, Any]) -> set[int]:
+    """The trainer's rule for the steps after which loss is measured."""
+    steps, looks = config["train"]["steps"], config["eval"]
+    if not 0 < steps < 10**7 or looks["every"] < 1 or looks["late_every"] < 1:
+        raise ValueError(f"{steps} steps with looks every {looks['every']} and {looks['late_every']} cannot be")
+    late_from = (1 - looks["late_frac"]) * steps
+    return {s for s in range(steps) if s % looks["every" if s < late_from else "late_every"] == 0} | {steps}
+
+
+def check_looks(run: Events) -> Iterator[str]:
+    declared, steps = declared_looks(run.config), {event["step"] for event in run.of("val")}
+    ends = run.of("end")
+    last = run.config["train"]["steps"] if ends and ends[-1]["status"] == "done" else max(steps, default=0)
+    if ends and ends[-1]["status"] == "done" and ends[-1]["step"] != last:
+        yield f"done at step {ends[-1]['step']}, but the config plans {last} steps"
+    extra, missing = steps - declared, {step for step in declared if step <= last} - steps
+    if extra:
+        yield f"validated at steps that the config does not declare: {sorted(extra)[:5]}"
+    if missing:
+        yield f"not validated at declared steps: {sorted(missing)[:5]}"
+    for event in run.of("val"):
+        if event.get("tokens", 0) != event["step"] * run.config["train"]["batch_tokens"] and "tokens" in event:
+            yield f"step {event['step']}: tokens {event['tokens']} are not step x batch_tokens"
+
+
+def check_times(run: Events) -> Iterator[str]:
+    looks, trains = run.of("val"), run.of("train")
+    by_step = {event["step"]: event for event in looks}
+    times = [by_step[step]["train_time_s"] for step in sorted(by_step)]
+    if any(later <= earlier for earlier, later in itertools.pairwise(times)) or (times and times[0] < 0):
+        yield "train_time_s does not rise from look to look"
+    step_ms = [event["step_ms"] for event in trains]
+    if len(step_ms) >= 3 and len(set(step_ms)) < len(step_ms) / 2:
+        yield "step times repeat: no clock gives them"
+    if any(not 0 <= event["optimizer_ms"] <= event["step_ms"] for event in trains):
+        yield "optimizer_ms is not within step_ms"
+    if run.of("resume") or not looks or not trains:
+        return
+    previous, windows = 0, []
+    for event in trains:
+        windows.append((event["step"], (event["step"] - previous) * event["step_ms"] / 1000))
+        previous = event["step"]
+    # Between two looks the clock sees the steps and little else.
+    for early, late in itertools.pairwise(sorted(by_step)):
+        inside = [seconds for step, seconds in windows if early < step <= late]
+        elapsed = by_step[late]["train_time_s"] - by_step[early]["train_time_s"]
+        if late in {step for step, _ in windows} and not 0.8 * elapsed - 0.05 <= sum(inside) <= 1.02 * elapsed + 0.01:
+            yield f"steps {early} to {late} took {sum(inside):.3f} s by their step_ms, {elapsed:.3f} s by train_time_s"
+    counts, start = run.start["params_by_role"], run.start
+    flop = 6 * (counts["matrix"] + counts["head"]) * run.config["train"]["batch_tokens"]
+    units = start["world_size"] * (start["env"]["cpu_count"] if start["device"] == "cpu" else 1)
+    floor_ms = 1000 * flop / (PEAK_FLOPS[start["device"]] * units)
+    if min(step_ms) < floor_ms:
+        yield f"a step of {min(step_ms):.4g} ms is below the {floor_ms:.4g} ms that its FLOP take at best"
+
+
+def check_lr(run: Events) -> Iterator[str]:
+    config, schedule = run.config, run.config["schedule"]
+    peaks = {group["peak_lr"] for group in run.start["param_groups"]} | {run.start["hparams"]["lr"]}
+    for event in run.of("train"):
+        remaining = 1 - (event["step"] - 1) / config["train"]["steps"]
+        cooldown, floor = schedule["cooldown_frac"], schedule["final_lr_frac"]
+        scale = 1.0 if remaining >= cooldown else floor + (1 - floor) * remaining / cooldown
+        scale *= min(1.0, event["step"] / max(1, config["warmup_steps"]))
+        if not any(math.isclose(event["lr"], peak * scale, rel_tol=1e-6) for peak in peaks):
+            yield f"step {event['step']}: lr {event['lr']} is not the schedule's"
+            return
+
+
+def check_losses(run: Events) -> Iterator[str]:
+    config, looks = run.config, run.of("val")
+    for event in looks:
+        if not is_float32_sum(event["val_loss"], config["eval"]["tokens"], config["model"]["seq_len"]):
+            yield f"step {event['step']}: val_loss {event['val_loss']} is no sum of float32 over the tokens: typed in"
+            break
+    untrained = math.log(config["model"]["vocab_size"])
+    if looks and looks[0]["step"] == 0 and abs(looks[0]["val_loss"] - untrained) > UNTRAINED_TOLERANCE:
+        yield f"step 0: val_loss {looks[0]['val_loss']} is not the {untrained:.4f} of an untrained model"
+    train_losses = {event["step"]: event["train_loss"] for event in run.of("train")}
+    for event in looks[1:]:
+        near = train_losses.get(event["step"])
+        if near is not None and not 0.75 * near - 0.05 <= event["val_loss"] <= 1.6 * near + 0.2:
+            yield f"step {event['step']}: val_loss {event['val_loss']} is too far from train_loss {near}"
+
+
+def is_float32_sum(mean: float, tokens: int, seq_len: int) -> bool:
+    """Whether mean x tokens is a sum of float32 sums over whole sequences, as the trainer makes it."""
+    if not 0 < mean < 1e3 or not 0 < tokens < 2**40:
+        return False
+    # A sequence's sum has 24 bits; its mean lies within a factor 64 of the overall one.
+    grain = 2.0 ** (math.floor(math.log2(mean * seq_len / 64)) - 23)
+    return round(mean * tokens / grain) * grain / tokens == mean
+
+
+def check_end(run: Events) -> Iterator[str]:
+    ends, looks = run.of("end"), {event["step"]: event for event in run.of("val")}
+    if not ends:
+        return
+    end, target = ends[-1], run.config["eval"]["target"]
+    order = [Validation(step, looks[step]["val_loss"], looks[step]["train_time_s"]) for step in sorted(looks)]
+    hit, last = first_at_target(order, target), order[-1] if order else None
+    expected = {
+        "val_loss": last.val_loss if last else None,
+        "reached_target": hit is not None,
+        "steps_to_target": hit.step if hit else None,
+        "time_to_target_s": hit.train_time_s if hit else None,
+    }
+    for key, value in expected.items():
+        if end[key] != value:
+            yield f"end event: {key} is {end[key]}, by the looks {value}"
+    if end["status"] not in ("done", "diverged", "interrupted"):
+        yield f"end event: unknown status {end['status']}"
+    if end["status"] == "done" and last and end["train_time_s"] != last.train_time_s:
+        yield f"end event: train_time_s is {end['train_time_s']}, at the last look {last.train_time_s}"
+    if any(not 0 <= seconds < 1e9 for seconds in end["untimed"].values()):
+        yield "end event: untimed seconds cannot be"
+    if end["segments"] != 1 + len(run.of("resume")):
+        yield f"end event: {end['segments']} segments, with {len(run.of('resume'))} resume events"
+    if not re.fullmatch("[0-9a-f]{64}", end.get("weights_sha256", "0" * 64)):
+        yield "end event: weights_sha256 is no sha256"
+
+
+CHECKS = (check_order, check_identity, check_config, check_looks, check_times, check_lr, check_losses, check_end)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A folder
+
+
+def verify_folder(folder: Path) -> list[Verdict]:
+    """A verdict for each record below a folder, with what only the records together show."""
+    verdicts, groups = [], {}
+    by_losses: dict[tuple[float, ...], Path] = {}
+    for path in sorted(folder.rglob("*.jsonl")):
+        verdict, run = verify_events(path)
+        verdicts.append(verdict)
+        if run is None:
+            continue
+        looks = tuple(event["val_loss"] for event in run.of("val"))
+        twin = by_losses.setdefault(looks, path) if len(looks) > 1 else path
+        if twin != path:
+            # The same command gives the same losses again. In one folder they would count as two runs.
+            together = verdict.reasons if twin.parent == path.parent else verdict.notes
+            together.append(f"repeats the losses of {twin.name}")
+        start = run.start
+        key = path.parent, start["task_hash"], start["optimizer"], json_hash(start["hparams"]), start["code_hash"]
+        groups.setdefault(key, []).append((start["seed"], verdict))
+    for members in groups.values():
+        seeds = sorted(seed for seed, _ in members)
+        missing = [seed for seed in range(seeds[0], min(seeds[-1], seeds[0] + 1000)) if seed not in seeds]
+        if missing and len(seeds) > 1:
+            for _, verdict in members:
+                verdict.reasons.append(f"its group of seeds {seeds} lacks {missing}: run, and left out?")
+    return verdicts
