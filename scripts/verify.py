@@ -1,0 +1,61 @@
+"""Verify records: are they consistent with themselves, and with --replay: does their code give their losses?
+
+python scripts/verify.py RECORD_OR_FOLDER... [--json]
+python scripts/verify.py RECORD --replay [--looks 2]    # RUNS THE CODE IN THE RECORD: only if you would run it anyway
+
+Verdicts: consistent (the record's own numbers fit), replayed (its code and seed gave its losses again), refuted
+(with reasons). What each check can and cannot catch stands in results/verification.py.
+
+Exit codes: 0 nothing refuted, 1 something refuted or not replayed as asked, 2 usage.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from results.text import plain
+from results.verification import Verdict, verify_folder, verify_run
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paths", nargs="+", type=Path)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--replay", action="store_true", help="run the code embedded in each record")
+    parser.add_argument("--looks", type=int, default=2, help="validations to replay, the one at step 0 included")
+    args = parser.parse_args(argv)
+    missing = [str(path) for path in args.paths if not path.exists()]
+    if missing:
+        parser.error(f"no such file: {plain(', '.join(missing))}")
+    verdicts: list[Verdict] = []
+    for path in args.paths:
+        is_folder = path.is_dir() and not path.is_symlink()
+        found = verify_folder(path) if is_folder else [verify_run(path)]
+        if not found:
+            parser.error(f"{plain(path)} holds no records")
+        verdicts += found
+    if args.replay:
+        from results.replay import replay
+
+        verdicts = [verdict if verdict.reasons else replay(verdict, args.looks) for verdict in verdicts]
+    if args.json:
+        rows = [dataclasses.asdict(v) | {"path": str(v.path), "word": v.word} for v in verdicts]
+        print(json.dumps(rows, indent=1))
+    else:
+        for verdict in verdicts:
+            print(f"{verdict.word:11} {plain(verdict.path)}")
+            for label, texts in (("because", verdict.reasons), ("note", verdict.notes)):
+                for text in texts:
+                    print(f"            {label}: {plain(text)}")
+        counts = {word: sum(v.word == word for v in verdicts) for word in sorted({v.word for v in verdicts})}
+        print(", ".join(f"{count} {word}" for word, count in counts.items()))
+    return int(any(verdict.word == "refuted" or (args.replay and verdict.word != "replayed") for verdict in verdicts))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

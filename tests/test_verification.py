@@ -1,0 +1,279 @@
+"""Records are verified: honest ones pass, tampered and broken ones get a verdict, hostile ones harm nothing."""
+
+import copy
+import json
+import math
+import random
+import tracemalloc
+from pathlib import Path
+
+import pytest
+
+from results.foreign import LogError, read_log
+from results.record import RecordError, code_hash
+from results.replay import restore_sources
+from results.verification import verify_folder, verify_run
+from scripts import verify
+from tests.conftest import OPTIMIZERS, ROOT, train_here
+
+PUBLIC_LOG = (
+    "source\n"
+    + "=" * 100
+    + "\n"
+    + "".join(
+        f"step:{step}/20 val_loss:{11 / (1 + step):.5f} train_time:{step * 0.1:.3f}s step_avg:100.00ms\n"
+        for step in (0, 5, 10, 15, 20, 0, 5, 10, 15, 20)
+    )
+)
+
+
+def write(path: Path, record: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(event) + "\n" for event in record))
+    return path
+
+
+@pytest.fixture
+def muon(trained):
+    return copy.deepcopy(trained["muon"])
+
+
+def of(record, kind):
+    return [event for event in record if event["event"] == kind]
+
+
+def test_honest_runs_are_consistent(trained, tiny_track, tmp_path):
+    """Every optimizer, more seeds of one, and all records that are committed: no false alarm."""
+    for name in OPTIMIZERS:
+        write(tmp_path / f"{name}.jsonl", trained[name])
+    for seed in range(1, 15):
+        assert train_here(tiny_track, tmp_path, "--optimizer", "muon", "--seed", str(seed)) == 0
+    verdicts = verify_folder(tmp_path)
+    assert len(verdicts) == 20
+    verdicts += verify_folder(ROOT / "results")
+    assert [(verdict.path, verdict.reasons) for verdict in verdicts if verdict.word != "consistent"] == []
+
+
+# Each changes a record in place as a cheat would; what comes after needs more than the record.
+def typed_in_loss(r):
+    of(r, "val")[2]["val_loss"] = 3.51
+
+
+def rounded_losses(r):
+    for event in of(r, "val"):
+        event["val_loss"] = round(event["val_loss"], 5)
+    of(r, "end")[0]["val_loss"] = round(of(r, "end")[0]["val_loss"], 5)
+
+
+def edited_end(r):
+    of(r, "end")[0].update(reached_target=True, steps_to_target=10)
+
+
+def edited_time(r):
+    of(r, "val")[-1]["train_time_s"] *= 0.5
+    of(r, "end")[0]["train_time_s"] *= 0.5
+
+
+def all_times_halved(r):
+    for event in r:
+        if "train_time_s" in event:
+            event["train_time_s"] /= 2
+
+
+def time_runs_back(r):
+    of(r, "val")[1]["train_time_s"] = 0.0
+
+
+def invented_step_times(r):
+    for event in of(r, "train"):
+        event["step_ms"] = 1000 * of(r, "end")[0]["train_time_s"] / 30
+
+
+def impossible_speed(r):
+    for event in r:
+        for key in ("train_time_s", "step_ms", "optimizer_ms"):
+            if key in event:
+                event[key] /= 1e6
+
+
+def swapped_config(r):
+    r[0]["config"]["hparams"]["lr"] = 0.5
+
+
+def swapped_hparams(r):
+    r[0]["config"]["hparams"]["lr"] = r[0]["hparams"]["lr"] = 0.5
+
+
+def other_target(r):
+    r[0]["config"]["eval"]["target"] = 4.5
+
+
+def changed_source(r):
+    r[0]["sources"]["train_gpt.py"] += "\n"
+
+
+def changed_seed(r):
+    r[0]["seed"] = 7
+
+
+def other_optimizer(r):
+    r[0]["optimizer"] = r[0]["config"]["optimizer"] = "aurora"
+
+
+def early_stop(r):
+    last = of(r, "val")[-1]
+    r.remove(last)
+    before = of(r, "val")[-1]
+    r[:] = [event for event in r if event["event"] != "train" or event["step"] <= before["step"]]
+    of(r, "end")[0].update({key: before[key] for key in ("step", "val_loss", "train_time_s")})
+
+
+def extra_look(r):
+    looks = of(r, "val")
+    r.insert(r.index(looks[2]), looks[1] | {"step": 12, "tokens": 12 * 512})
+
+
+def dropped_look(r):
+    r.remove(of(r, "val")[1])
+
+
+def other_validation_data(r):
+    r[0]["data"]["val_sha256"] = "0" * 64
+
+
+def longer_schedule(r):
+    r[0]["config"]["train"]["steps"] = 60
+
+
+def run_twice(r):
+    r.append(of(r, "end")[0])
+
+
+FROM_THE_RECORD = [
+    *(typed_in_loss, rounded_losses, edited_end, edited_time, all_times_halved, time_runs_back, invented_step_times),
+    *(impossible_speed, swapped_config, swapped_hparams, other_target, changed_source, changed_seed, other_optimizer),
+    *(early_stop, extra_look, dropped_look, other_validation_data, longer_schedule, run_twice),
+]
+
+
+@pytest.mark.parametrize("tamper", FROM_THE_RECORD, ids=lambda tamper: tamper.__name__)
+def test_tampering_shows_in_the_record(tamper, muon, tmp_path):
+    tamper(muon)
+    assert verify_run(write(tmp_path / "a.jsonl", muon)).word == "refuted"
+
+
+def test_dropped_seed_and_duplicated_run_show_in_the_folder(tiny_track, trained, tmp_path):
+    for seed in (0, 2):
+        train_here(tiny_track, tmp_path, "--optimizer", "muon", "--seed", str(seed), "--set", "train.steps=5")
+    assert all("lacks [1]" in verdict.reasons[0] for verdict in verify_folder(tmp_path))
+    copies = tmp_path / "copies"
+    copies.mkdir()
+    for name in "ab":
+        write(copies / f"{name}.jsonl", trained["muon"])
+    assert [verdict.word for verdict in verify_folder(copies)] == ["consistent", "refuted"]
+
+
+def test_replay_catches_what_the_record_hides(muon, tmp_path, capsys):
+    """Losses of another run, at which every sum agrees, are invented too well for the record alone."""
+    honest = write(tmp_path / "honest.jsonl", muon)
+    assert verify.main([str(honest), "--replay", "--looks", "2"]) == 0
+    assert "replayed" in capsys.readouterr().out
+    step = 2.0**-9 / 512  # keeps it a sum of float32 over the 512 tokens
+    look = of(muon, "val")[1]
+    look["val_loss"] = (round(look["val_loss"] / step) - 20) * step
+    forged = write(tmp_path / "forged.jsonl", muon)
+    assert verify_run(forged).word == "consistent"
+    assert verify.main([str(forged), "--replay", "--looks", "2"]) == 1
+    assert "replay: val_loss" in capsys.readouterr().out
+
+
+def test_anything_gets_a_verdict(muon, tmp_path):
+    """1,000 broken records and logs: none raises, and memory stays small."""
+    rng = random.Random(0)
+    muon[0]["sources"] = {"train_gpt.py": "x = 1\n", "tiny.toml": ""}
+    muon[0]["code_hash"] = code_hash(muon[0]["sources"])
+    originals = ["".join(json.dumps(event) + "\n" for event in muon).encode(), PUBLIC_LOG.encode()]
+    path = tmp_path / "broken"
+    tracemalloc.start()
+    for i in range(1000):
+        path.write_bytes(mutated(originals[i % 2], rng))
+        assert verify_run(path).word in ("consistent", "refuted")
+        try:
+            assert all(trial.status in ("complete", "torn", "diverged") for trial in read_log(path))
+        except LogError as error:
+            assert str(path) in str(error)
+    assert tracemalloc.get_traced_memory()[1] < 100 * 2**20
+    tracemalloc.stop()
+
+
+def mutated(content: bytes, rng: random.Random) -> bytes:
+    lines = content.splitlines(keepends=True)
+    i, j = rng.randrange(len(lines)), rng.randrange(len(lines))
+    at, kind = rng.randrange(len(content)), rng.randrange(14)
+    if kind == 0:
+        return content[:at]
+    if kind == 1:
+        return content[:at] + bytes([content[at] ^ (1 << rng.randrange(8))]) + content[at + 1 :]
+    if kind == 2:
+        lines.insert(i, lines[j])
+    elif kind == 3:
+        lines[i], lines[j] = lines[j], lines[i]
+    elif kind in (4, 5):
+        new = rng.choice(
+            [b"NaN", b"1e999", b"-0", b"1" + b"0" * 400, b"1" * 5000, b"-1", b"null", b'"x"', b"[]", b"{}"]
+        )
+        digits = [k for k in range(len(content)) if content[k : k + 1].isdigit()]
+        k = rng.choice(digits)
+        return content[:k] + new + content[k + 1 :]
+    elif kind == 6:
+        return content.replace(rng.choice([b'"step"', b'"config"', b'"eval"', b'"env"', b'"status"', b"step:"]), b'"y"')
+    elif kind == 7:
+        return content.replace(b"\n", b"\r\n")
+    elif kind == 8:
+        return b"\xef\xbb\xbf" + content
+    elif kind == 9:
+        return content[:at] + b"\xff\xfe\x80" + content[at:]
+    elif kind == 10:
+        lines.insert(i, b"x" * 2**20 + b"\n")
+    elif kind == 11:
+        lines.insert(i, b'{"event":' * 1 + b"[" * 100_000 + b"\n")
+    elif kind == 12:
+        del lines[i]
+    else:
+        value = rng.choice([b"null", b"[]", b"{}", b'"x"', b"1e308", b"-5", b"true"])
+        key = rng.choice([b'"config": ', b'"data": ', b'"sources": ', b'"seed": ', b'"step": ', b'"untimed": '])
+        return content.replace(key, key + value + b', "z": ', 1)
+    return b"".join(lines)
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil.py", "/tmp/evil.py", "a/../../evil.py", "C:\\evil.py", "..\\evil.py", "a\0b"]
+)
+def test_sources_stay_below_their_folder(name, muon, tmp_path):
+    muon[0]["sources"][name] = "print('evil')"
+    muon[0]["code_hash"] = code_hash(muon[0]["sources"])
+    assert "lead out" in verify_run(write(tmp_path / "a.jsonl", muon)).reasons[0]
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    with pytest.raises(RecordError, match="cannot be restored"):
+        restore_sources(muon[0]["sources"], inside)
+    assert not list(inside.iterdir()) and not (tmp_path / "evil.py").exists()
+
+
+def test_links_and_large_files_are_refused(muon, tmp_path):
+    (tmp_path / "link.jsonl").symlink_to(write(tmp_path / "a.jsonl", muon))
+    assert "links" in verify_run(tmp_path / "link.jsonl").reasons[0]
+    with pytest.raises(LogError, match="links"):
+        read_log(tmp_path / "link.jsonl")
+    with open(tmp_path / "large.jsonl", "wb") as file:
+        file.truncate(2**30)
+    assert "larger" in verify_run(tmp_path / "large.jsonl").reasons[0]
+    with pytest.raises(LogError, match="bytes"):
+        read_log(tmp_path / "large.jsonl")
+
+
+def test_terminal_escapes_are_not_printed(muon, tmp_path, capsys):
+    muon[0]["run_id"] = "\x1b[2J\x1b]0;evil\x07\u202e"
+    path = write(tmp_path / "a\x1b[31m.jsonl", muon)
+    assert verify.main([str(path)]) == 1
+    output = capsys.readouterr().out
+    assert not any(c in output for c in "\x1b\x07\u202e") and math.isfinite(len(output))
