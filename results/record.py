@@ -55,7 +55,8 @@ class RecordWriter:
 
 SOURCE_MODULES = [
     *("configs/schema.py", "data/loader.py", "data/manifest.py", "data/overlap.py", "data/shards.py"),
-    *("results/checkpoint.py", "results/describe.py", "results/record.py"),
+    *("results/checkpoint.py", "results/describe.py", "results/momentum.py", "results/record.py"),
+    "results/tracking.py",
 ]
 
 

@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from results.record import RecordError, read_folder, read_record
+from results.record import SOURCE_MODULES, RecordError, read_folder, read_record
 from results.verification import Verdict, is_safe_name, verify_events
 
 TOLERANCE = 2e-2  # of a val loss, on another stack: measured differences grow with steps, and replays are short
@@ -49,7 +49,11 @@ def replay(verdict: Verdict, num_looks: int) -> Verdict:
         sources, out = Path(folder) / "sources", Path(folder) / "out"
         try:
             restore_sources(start["sources"], sources)
-            found, here, message = run_until(command_of(start, sources, out), sources, out, len(claimed))
+            added = [name for name in SOURCE_MODULES if not (sources / name).exists()]
+            restore_sources({name: (ROOT / name).read_text(encoding="utf-8") for name in added}, sources)
+            found, here, message = run_until(
+                command_of(start, sources, out), sources, out, len(claimed), int(start["env"]["torch_threads"])
+            )
         except (RecordError, OSError) as error:
             verdict.reasons.append(f"replay: {error}")
             return verdict
@@ -65,6 +69,8 @@ def replay(verdict: Verdict, num_looks: int) -> Verdict:
                 f"replay: val_loss {ours.val_loss} at step {ours.step}, the record states {theirs.val_loss} "
                 f"(tolerance {tolerance:g})"
             )
+    if added:
+        verdict.notes.append(f"the record does not embed, and the replay took from here: {', '.join(added)}")
     verdict.word_if_good = "replayed"
     verdict.notes.append(f"replayed {len(found)} looks to step {found[-1].step}, tolerance {tolerance:g}")
     return verdict
@@ -76,9 +82,13 @@ def command_of(start: dict, sources: Path, out: Path) -> list[str]:
     return [sys.executable, str(sources / "train_gpt.py"), *fixed, "--out", str(out), *settings_of(start)]
 
 
-def run_until(command: list[str], folder: Path, out: Path, num_looks: int) -> tuple[list, dict, str]:
-    """Validations and run event of the first num_looks looks, and what the process said in the end."""
+def run_until(command: list[str], folder: Path, out: Path, num_looks: int, num_threads: int) -> tuple[list, dict, str]:
+    """Validations and run event of the first num_looks looks, and what the process said in the end.
+
+    num_threads: of the CPU, on which the bits of a loss depend.
+    """
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment["OMP_NUM_THREADS"] = str(num_threads)
     with open(folder.parent / "output.txt", "w+") as output:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT)
         try:
