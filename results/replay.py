@@ -11,19 +11,19 @@ import tempfile
 import time
 from pathlib import Path
 
-from results.record import SOURCE_MODULES, RecordError, read_folder, read_record
-from results.verification import Verdict, is_safe_name, verify_events
+from results.export import is_inside, whole_sources
+from results.record import ROOT, RecordError, read_folder, read_record
+from results.verification import Verdict
 
 TOLERANCE = 2e-2  # of a val loss, on another stack: measured differences grow with steps, and replays are short
 TIMEOUT_S = 3600
 POLL_S = 0.1
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def restore_sources(sources: dict[str, str], folder: Path) -> None:
     """Write sources below an empty folder. Raises RecordError, before writing, for a name that leads elsewhere."""
     for name, text in sources.items():
-        if not isinstance(text, str) or not is_safe_name(name):
+        if not isinstance(text, str) or not is_inside(name):
             raise RecordError(f"the source {name!r} cannot be restored below a folder")
     for name, text in sources.items():
         path = folder / name
@@ -43,14 +43,13 @@ def settings_of(start: dict) -> list[str]:
 
 def replay(verdict: Verdict, num_looks: int) -> Verdict:
     """Run the code in the record with its config and seed on this machine's data, up to its first looks; compare."""
-    start = verify_events(verdict.path)[1].start
-    claimed = read_record(verdict.path).validations[:num_looks]
+    run = read_record(verdict.path)
+    start, claimed = run.start, run.validations[:num_looks]
     with tempfile.TemporaryDirectory() as folder:
         sources, out = Path(folder) / "sources", Path(folder) / "out"
         try:
-            restore_sources(start["sources"], sources)
-            added = [name for name in SOURCE_MODULES if not (sources / name).exists()]
-            restore_sources({name: (ROOT / name).read_text(encoding="utf-8") for name in added}, sources)
+            whole = whole_sources(run)
+            restore_sources(whole, sources)
             found, here, message = run_until(
                 command_of(start, sources, out), sources, out, len(claimed), int(start["env"]["torch_threads"])
             )
@@ -69,8 +68,8 @@ def replay(verdict: Verdict, num_looks: int) -> Verdict:
                 f"replay: val_loss {ours.val_loss} at step {ours.step}, the record states {theirs.val_loss} "
                 f"(tolerance {tolerance:g})"
             )
-    if added:
-        verdict.notes.append(f"the record does not embed, and the replay took from here: {', '.join(added)}")
+    if added := whole.keys() - start["sources"].keys():
+        verdict.notes.append(f"the record does not embed, and the replay took from here: {', '.join(sorted(added))}")
     verdict.word_if_good = "replayed"
     verdict.notes.append(f"replayed {len(found)} looks to step {found[-1].step}, tolerance {tolerance:g}")
     return verdict

@@ -24,10 +24,11 @@ import re
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from configs.schema import HarnessError, apply_override
+from results.export import is_inside, overrides
 from results.record import (
     FIELD_TYPES,
     SCHEMA,
@@ -163,7 +164,7 @@ def check_identity(run: Events) -> Iterator[str]:
     stamp = re.sub("[-:]", "", start["utc"][:19])
     if f"-{start['optimizer']}-s{start['seed']}-{stamp}-" not in start["run_id"]:
         yield f"run_id {start['run_id']} does not state optimizer, seed {start['seed']} and time {start['utc']}"
-    bad = [name for name in start["sources"] if not is_safe_name(name)]
+    bad = [name for name in start["sources"] if not is_inside(name)]
     if bad:
         yield f"names of sources lead out of their folder: {bad}"
 
@@ -172,12 +173,6 @@ def first_code_hash(sources: dict[str, str]) -> str:
     """code_hash as the first committed records formed it."""
     text = "".join(f"{name}:{text!r}" for name, text in sources.items() if name.endswith(".py"))
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def is_safe_name(name: str) -> bool:
-    """Whether a path in a record stays below the folder it is restored in, on any system."""
-    parts = PurePosixPath(name).parts
-    return bool(parts) and not name.startswith("/") and ".." not in parts and not re.search(r"[\\:\x00-\x1f]", name)
 
 
 def check_config(run: Events) -> Iterator[str]:
@@ -200,7 +195,7 @@ def check_config(run: Events) -> Iterator[str]:
     elif argv and argv[0].endswith("train_gpt.py"):
         tables = tomllib.loads(tracks[0])
         try:
-            for override in overrides_of(argv):
+            for override in overrides(argv)[1::2]:  # without the flags between
                 apply_override(tables, override)
         except HarnessError as error:
             yield f"argv does not fit the embedded track: {error}"
@@ -211,13 +206,6 @@ def check_config(run: Events) -> Iterator[str]:
             for key, value in values.items():
                 if config[name].get(key) != value:
                     yield f"{name}.{key} is {config[name].get(key)}, by the embedded track and argv {value}"
-
-
-def overrides_of(argv: list[str]) -> list[str]:
-    pairs = itertools.pairwise(argv)
-    return [value for flag, value in pairs if flag == "--set"] + [
-        word.removeprefix("--set=") for word in argv if word.startswith("--set=")
-    ]
 
 
 def declared_looks(config: dict[str, Any]) -> set[int]:
