@@ -150,6 +150,7 @@ class Run:
 
 MAX_RECORD_BYTES = 2**24  # a record's longest line holds the sources, 150 kB
 MAX_LINE_BYTES = 2**22
+MAX_EVENTS = 100_000
 
 NUMBER = (int, float)
 FIELD_TYPES = {
@@ -187,6 +188,8 @@ def read_events(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
                 if len(line) > MAX_LINE_BYTES:
                     raise RecordError(f"{path}, line {number}: longer than {MAX_LINE_BYTES:,} bytes")
+                if number > MAX_EVENTS:
+                    raise RecordError(f"{path} has more than {MAX_EVENTS:,} lines")
                 if line.endswith(b"\n"):
                     yield number, read_event(line, f"{path}, line {number}")
     except OSError as error:
@@ -197,7 +200,7 @@ def read_event(line: bytes, where: str) -> dict[str, Any]:
     try:
         event = json.loads(line)
         kind = event["event"]
-        types = FIELD_TYPES.get(kind, {})
+        types = FIELD_TYPES.get(kind, {})  # TypeError for a kind that is a list or table
         for key in REQUIRED_FIELDS.get(kind, ()):
             event[key]
     except (ValueError, KeyError, TypeError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, too many digits

@@ -107,12 +107,13 @@ def verify_events(path: Path) -> tuple[Verdict, Events | None]:
 
 def missing_fields(events: list[dict[str, Any]]) -> list[str]:
     optional = {"tokens", "segments", "untimed"}
-    return [
-        f"{event['event']} event lacks {key}"
+    lacking = {
+        f"{event['event']} event lacks {key}": None
         for event in events
-        for key in FIELD_TYPES.get(event["event"], {})
+        for key in FIELD_TYPES.get(str(event["event"]), {})
         if key not in event and key not in optional
-    ]
+    }
+    return list(lacking)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
