@@ -11,7 +11,6 @@ folders, public results from reference.toml.
 
 import argparse
 import hashlib
-import html
 import json
 import math
 import re
@@ -29,9 +28,12 @@ sys.path.insert(0, str(ROOT))
 
 from results.record import RecordError, Run, read_record
 from results.statistics import common_step, gate, t_below
+from results.text import cell
 from results.verdict import (
+    LONG,
     PAIR_HEADER,
     Group,
+    Pair,
     as_p,
     compare_pairs,
     label_of,
@@ -45,14 +47,8 @@ from results.verdict import (
 PAGE, NOTES = "README.md", "notes.md"
 
 
-def escape(text: object) -> str:
-    """Text of a record as plain text in a Markdown table: no markup, no HTML, no control characters."""
-    plain = "".join(c if c.isprintable() else " " for c in str(text)[:500])
-    return re.sub(r"([\\`*_\[\]|~#!])", r"\\\1", html.escape(plain, quote=False))
-
-
 def link(text: object, path: Path, results: Path) -> str:
-    return f"[{escape(text)}]({quote(path.relative_to(results).as_posix())})"
+    return f"[{cell(text)}]({quote(path.relative_to(results).as_posix())})"
 
 
 def read_results(results: Path) -> list[Run]:
@@ -142,7 +138,7 @@ def row(group: Group, trials: Counter, results: Path) -> tuple[str, ...]:
     commits = {(run.start["git"] or {}).get("commit", "")[:8] for run in group.runs}
     is_dirty = any((run.start["git"] or {}).get("dirty") for run in group.runs)
     return (
-        escape(group.label),
+        cell(group.label),
         str(len(group.runs)),
         f"{reached.count}/{reached.runs}",
         to_target(reached, 1),
@@ -151,14 +147,12 @@ def row(group: Group, trials: Counter, results: Path) -> tuple[str, ...]:
         f"{mean:.4f}",
         "-" if len(losses) < 2 else f"{statistics.stdev(losses):.4f}",
         f"{gate(losses, run.target).margin:+.4f}" if is_whole and len(losses) > 2 else "-",
-        escape(as_p(t_below(losses, run.target))) if is_whole else "-",
+        cell(as_p(t_below(losses, run.target))) if is_whole else "-",
         str(trials[setting_family(run)]),
-        escape(max(run.start["utc"] for run in group.runs)[:10]),
-        escape(" ".join(sorted(commits))) + (", changed" if is_dirty else ""),
-        escape(run.start["code_hash"][:8]),
-        " ".join(
-            [escape(folder_of(run, results)), *(link(run.start["seed"], run.path, results) for run in group.runs)]
-        ),
+        cell(max(run.start["utc"] for run in group.runs)[:10]),
+        cell(" ".join(sorted(commits))) + (", changed" if is_dirty else ""),
+        cell(run.start["code_hash"][:8]),
+        " ".join([cell(folder_of(run, results)), *(link(run.start["seed"], run.path, results) for run in group.runs)]),
     )
 
 
@@ -177,9 +171,9 @@ def task_section(task: str, runs: Sequence[Run], trials: Counter, results: Path)
     machines = sorted({hardware(group.runs[0]) for group in groups})
     track = ", ".join(sorted({Path(config_name(run)).stem for run in runs}))
     lines = [
-        f"## {escape(track)}: target {runs[0].target:g}, {config['train']['batch_tokens']:,} tokens a step",
+        f"## {cell(track)}: target {runs[0].target:g}, {config['train']['batch_tokens']:,} tokens a step",
         "",
-        f"Task {escape(task[:12])}. Times compare within equal hardware only: {'; '.join(map(escape, machines))}.",
+        f"Task {cell(task[:12])}. Times compare within equal hardware only: {'; '.join(map(cell, machines))}.",
         "",
     ]
     lines += [markdown_table(HEADER, [row(group, trials, results) for group in groups])]
@@ -188,13 +182,18 @@ def task_section(task: str, runs: Sequence[Run], trials: Counter, results: Path)
     for folder in sorted(sections, key=lambda name: (-len({group.optimizer for group in sections[name]}), name)):
         inside = sections[folder]
         picture = quote(picture_of(inside, results).relative_to(results).as_posix())
-        lines += ["", f"### {escape(folder)}", "", *notes(results / folder)]
-        lines += [f"![validation loss of {escape(folder)}]({picture})", ""]
+        lines += ["", f"### {cell(folder)}", "", *notes(results / folder)]
+        lines += [f"![validation loss of {cell(folder)}]({picture})", ""]
         pairs = compare_pairs(inside)
         if pairs:
-            lines += [markdown_table(PAIR_HEADER, [[escape(cell) for cell in pair_cells(pair)] for pair in pairs]), ""]
-        lines += [f"- {escape(remark)}" for remark in remarks(inside, pairs)]
+            lines += [markdown_table(PAIR_HEADER, [escaped_pair(pair) for pair in pairs]), ""]
+        lines += [f"- {cell(remark, LONG)}" for remark in remarks(inside, pairs)]
     return lines
+
+
+def escaped_pair(pair: Pair) -> list[str]:
+    name, *numbers, words = pair_cells(pair)
+    return [cell(name), *(text.replace("<", "&lt;") for text in numbers), cell(words, LONG)]
 
 
 def by_folder(groups: Iterable[Group], results: Path) -> dict[str, list[Group]]:
@@ -250,7 +249,7 @@ def reference_section(tasks: dict[str, list[Run]], results: Path) -> list[str]:
             if own == tuple(track[key] for key in same):
                 for group in make_groups(runs, results):
                     steps, mean = to_target(group.steps_to_target(), 0), f"{mean_loss(group):.4f}"
-                    rows.append((escape(group.label), steps, mean, str(len(group.runs)), "ours"))
+                    rows.append((cell(group.label), steps, mean, str(len(group.runs)), "ours"))
         lines += [f"## Public results: {track['name']}", "", track["text"].strip(), ""]
         lines += [markdown_table(("rule", "steps", "mean loss", "n", "source"), rows), ""]
         if not any(cells[-1] == "ours" for cells in rows):
@@ -268,7 +267,7 @@ def make_page(results: Path, runs: Sequence[Run]) -> str:
     lines += reference_section(tasks, results)
     for folder in sorted({folder_of(run, results) for run in runs if is_tuning(run, results)}):
         inside = [run for run in runs if folder_of(run, results) == folder]
-        lines += [f"## {escape(folder)}", "", *notes(results / folder), tuning_table(inside, results), ""]
+        lines += [f"## {cell(folder)}", "", *notes(results / folder), tuning_table(inside, results), ""]
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
@@ -288,7 +287,7 @@ def tuning_table(runs: Sequence[Run], results: Path) -> str:
         ]
         cells += ["-"] * (4 - len(cells))
         seeds = " ".join(str(seed) for seed in sorted({run.start["seed"] for run in trials}))
-        rows.append([escape(cell) for cell in (name, len(trials), seeds, *cells)])
+        rows.append([cell(text) for text in (name, len(trials), seeds, *cells)])
     return markdown_table(("rule", "trials", "seed", "best", "loss", "next best", "loss"), sorted(rows))
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from results.record import Run, read_folder
+from results.text import plain
 from results.verdict import Group, group_runs
 
 # Okabe and Ito's palette, told apart by colour-blind readers; line styles and markers tell them apart in grey print.
@@ -31,7 +32,7 @@ SPARE_STYLES = [("#E69F00", (0, (1, 1)), "X"), ("#56B4E9", (0, (5, 1)), "P"), ("
 SHOWN_FROM_FRAC = 0.2
 # Markers of one curve; every curve begins with another offset, so that they do not cover each other.
 MARKERS = 6
-LABEL_LENGTH, LABEL_WIDTH = 120, 26
+LABEL_WIDTH = 26
 
 
 def plot_loss_curves(runs: Sequence[Run], path: Path) -> None:
@@ -95,8 +96,7 @@ def styles_of(groups: Sequence[Group]) -> list[tuple]:
 
 def printable(text: object) -> str:
     """Text of a record without control characters, cut and wrapped."""
-    plain = "".join(c if c.isprintable() else " " for c in str(text))[:LABEL_LENGTH]
-    return "\n".join(textwrap.wrap(plain, LABEL_WIDTH))
+    return "\n".join(textwrap.wrap(plain(text, limit=120), LABEL_WIDTH))
 
 
 def draw_curves(axis, groups: Sequence[Group], styles: Sequence[tuple], is_time: bool) -> None:

@@ -6,8 +6,10 @@ import shutil
 
 import pytest
 
+from results import verdict
 from results.record import read_folder
-from scripts import leaderboard, plot
+from results.text import cell
+from scripts import compare, leaderboard, plot
 from tests.conftest import ROOT
 
 HOSTILE = "<script>alert(1)</script>|](http://evil)\n# x\x1b[31m![i](javascript:a) $\\frac$ `c` =1+1"
@@ -110,6 +112,20 @@ def test_text_of_a_record_is_text_on_the_page_and_in_the_plot(results):
     task = [found for found in read_folder(results / "quick")[0] if found.start["optimizer"] == HOSTILE]
     plot.plot_loss_curves(task, results / "evil.svg")
     assert "<script" not in (results / "evil.svg").read_text()
+
+
+def test_text_of_a_record_is_text_in_the_report(results, capsys, monkeypatch):
+    for seed in range(3):
+        (results / "quick" / f"evil-{seed}.jsonl").write_text(record(HOSTILE, seed, (4.0, 3.0, 1.4), HOSTILE))
+    monkeypatch.setattr("sys.argv", ["compare.py", "--report", str(results / "quick")])
+    assert compare.main() == 0
+    said = capsys.readouterr().out
+    assert "\x1b" not in said and "\n# x" not in said and "supported" in said
+    groups = next(
+        groups for task, groups in verdict.group_runs(read_folder(results / "quick")[0]).items() if "<" in task
+    )
+    text = verdict.report(groups, cell)
+    assert "<script" not in text and "](http" not in text and "://" not in text
 
 
 def test_records_behind_links_are_refused(results, tmp_path, capsys):
