@@ -77,10 +77,10 @@ class Tracker:
         child.stdin.close()
         child.stdout.close()
         exit_code = child.wait()
-        if exit_code == -signal.SIGALRM:
-            warn(f"a call took more than {CALL_LIMIT_S} s")
-        elif exit_code != 0:  # with 0 it has told itself, or all went well
-            warn(f"its process ended with {exit_code}")
+        if exit_code == 0:  # it has told itself, or all went well
+            return
+        is_timeout = exit_code == -signal.SIGALRM
+        warn(f"a call took more than {CALL_LIMIT_S} s" if is_timeout else f"its process ended with {exit_code}")
 
 
 def warn(finding: object) -> None:

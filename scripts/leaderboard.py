@@ -11,8 +11,8 @@ folders, public results from reference.toml.
 
 import argparse
 import hashlib
-import html
 import json
+import math
 import re
 import shutil
 import statistics
@@ -28,9 +28,12 @@ sys.path.insert(0, str(ROOT))
 
 from results.record import RecordError, Run, read_record
 from results.statistics import common_step, gate, t_below
+from results.text import cell
 from results.verdict import (
+    LONG,
     PAIR_HEADER,
     Group,
+    Pair,
     as_p,
     compare_pairs,
     label_of,
@@ -41,17 +44,11 @@ from results.verdict import (
     without_repeated_attempts,
 )
 
-PAGE, NOTES, CURVES = "README.md", "notes.md", "loss_curves.png"
-
-
-def escape(text: object) -> str:
-    """Text of a record as plain text in a Markdown table: no markup, no HTML, no control characters."""
-    plain = "".join(c if c.isprintable() else " " for c in str(text)[:500])
-    return re.sub(r"([\\`*_\[\]|~#!])", r"\\\1", html.escape(plain, quote=False))
+PAGE, NOTES = "README.md", "notes.md"
 
 
 def link(text: object, path: Path, results: Path) -> str:
-    return f"[{escape(text)}]({quote(path.relative_to(results).as_posix())})"
+    return f"[{cell(text)}]({quote(path.relative_to(results).as_posix())})"
 
 
 def read_results(results: Path) -> list[Run]:
@@ -101,9 +98,9 @@ def make_groups(runs: Iterable[Run], results: Path) -> list[Group]:
     groups = [Group(label_of(key[0], settings), without_repeated_attempts(found)) for key, found in by_row.items()]
 
     def order(group: Group) -> tuple:
-        found, losses = group.steps_to_target(), group.losses(group.last_step)
+        found = group.steps_to_target()
         is_whole = found.count == found.runs
-        return not is_whole, found.restricted_mean if is_whole else sum(losses) / len(losses or [1]), group.label
+        return not is_whole, found.restricted_mean if is_whole else mean_loss(group), group.label
 
     return sorted(groups, key=order)
 
@@ -137,27 +134,35 @@ def row(group: Group, trials: Counter, results: Path) -> tuple[str, ...]:
     run, losses = group.runs[0], group.losses(group.last_step)
     looks = [{look.step: look.val_loss for look in run.validations} for run in group.runs]
     is_whole, step = len(losses) == len(group.runs), common_step(looks, run.target)
-    mean = sum(losses) / len(losses) if losses else None
-    reached = group.steps_to_target()
+    mean, reached = mean_loss(group), group.steps_to_target()
     commits = {(run.start["git"] or {}).get("commit", "")[:8] for run in group.runs}
     is_dirty = any((run.start["git"] or {}).get("dirty") for run in group.runs)
     return (
-        escape(group.label),
+        cell(group.label),
         str(len(group.runs)),
         f"{reached.count}/{reached.runs}",
         to_target(reached, 1),
         to_target(group.seconds_to_target(), 1),
         "-" if step is None else str(step),
-        "-" if mean is None else f"{mean:.4f}",
+        f"{mean:.4f}",
         "-" if len(losses) < 2 else f"{statistics.stdev(losses):.4f}",
         f"{gate(losses, run.target).margin:+.4f}" if is_whole and len(losses) > 2 else "-",
-        as_p(t_below(losses, run.target)) if is_whole else "-",
+        cell(as_p(t_below(losses, run.target))) if is_whole else "-",
         str(trials[setting_family(run)]),
-        escape(max(run.start["utc"] for run in group.runs)[:10]),
-        escape(" ".join(sorted(commits))) + (", changed" if is_dirty else ""),
-        escape(run.start["code_hash"][:8]),
-        " ".join(link(run.start["seed"], run.path, results) for run in group.runs),
+        cell(max(run.start["utc"] for run in group.runs)[:10]),
+        cell(" ".join(sorted(commits))) + (", changed" if is_dirty else ""),
+        cell(run.start["code_hash"][:8]),
+        " ".join([cell(folder_of(run, results)), *(link(run.start["seed"], run.path, results) for run in group.runs)]),
     )
+
+
+def by_task(runs: Iterable[Run], results: Path) -> dict[str, list[Run]]:
+    """Runs by task_hash, without tuning trials."""
+    tasks: dict[str, list[Run]] = {}
+    for run in runs:
+        if not is_tuning(run, results):
+            tasks.setdefault(run.start["task_hash"], []).append(run)
+    return tasks
 
 
 def task_section(task: str, runs: Sequence[Run], trials: Counter, results: Path) -> list[str]:
@@ -166,27 +171,46 @@ def task_section(task: str, runs: Sequence[Run], trials: Counter, results: Path)
     machines = sorted({hardware(group.runs[0]) for group in groups})
     track = ", ".join(sorted({Path(config_name(run)).stem for run in runs}))
     lines = [
-        f"## {escape(track)}: target {runs[0].target:g}, {config['train']['batch_tokens']:,} tokens a step",
+        f"## {cell(track)}: target {runs[0].target:g}, {config['train']['batch_tokens']:,} tokens a step",
         "",
-        f"Task {escape(task[:12])}. Times compare within equal hardware only: {'; '.join(map(escape, machines))}.",
+        f"Task {cell(task[:12])}. Times compare within equal hardware only: {'; '.join(map(cell, machines))}.",
         "",
     ]
     lines += [markdown_table(HEADER, [row(group, trials, results) for group in groups])]
-    folders = {
-        folder: {run.start["optimizer"] for run in runs if folder_of(run, results) == folder}
-        for folder in sorted({folder_of(run, results) for run in runs})
-    }
-    for folder in sorted(folders, key=lambda folder: -len(folders[folder])):  # the widest comparison first
-        inside = [group for group in groups if folder_of(group.runs[0], results) == folder]
-        inside.sort(key=lambda group: sum(group.losses(group.last_step)) / len(group.losses(group.last_step) or [1]))
-        tell_apart(inside)
-        lines += ["", f"### {escape(folder)}", "", *notes(results / folder)]
-        lines += [f"![validation loss of {escape(folder)}]({quote(folder)}/{CURVES})", ""]
+    sections = by_folder(groups, results)
+    # The widest comparison comes first.
+    for folder in sorted(sections, key=lambda name: (-len({group.optimizer for group in sections[name]}), name)):
+        inside = sections[folder]
+        picture = quote(picture_of(inside, results).relative_to(results).as_posix())
+        lines += ["", f"### {cell(folder)}", "", *notes(results / folder)]
+        lines += [f"![validation loss of {cell(folder)}]({picture})", ""]
         pairs = compare_pairs(inside)
         if pairs:
-            lines += [markdown_table(PAIR_HEADER, [[escape(cell) for cell in pair_cells(pair)] for pair in pairs]), ""]
-        lines += [f"- {escape(remark)}" for remark in remarks(inside, pairs)]
+            lines += [markdown_table(PAIR_HEADER, [escaped_pair(pair) for pair in pairs]), ""]
+        lines += [f"- {cell(remark, LONG)}" for remark in remarks(inside, pairs)]
     return lines
+
+
+def escaped_pair(pair: Pair) -> list[str]:
+    name, *numbers, words = pair_cells(pair)
+    return [cell(name), *(text.replace("<", "&lt;") for text in numbers), cell(words, LONG)]
+
+
+def by_folder(groups: Iterable[Group], results: Path) -> dict[str, list[Group]]:
+    """Groups of one task by the folder of their runs, lowest mean loss first, with labels that tell them apart."""
+    found: dict[str, list[Group]] = {}
+    for group in groups:
+        found.setdefault(folder_of(group.runs[0], results), []).append(group)
+    for inside in found.values():
+        inside.sort(key=lambda group: (mean_loss(group), group.label))
+        tell_apart(inside)
+    return found
+
+
+def mean_loss(group: Group) -> float:
+    """At the last step that all finished runs have; infinite if none finished."""
+    losses = group.losses(group.last_step)
+    return statistics.mean(losses) if losses else math.inf
 
 
 def tell_apart(groups: Sequence[Group]) -> None:
@@ -224,9 +248,8 @@ def reference_section(tasks: dict[str, list[Run]], results: Path) -> list[str]:
             own = runs[0].target, config["train"]["batch_tokens"], config["model"]["vocab_size"]
             if own == tuple(track[key] for key in same):
                 for group in make_groups(runs, results):
-                    losses, step = group.losses(group.last_step), group.steps_to_target()
-                    mean = f"{sum(losses) / len(losses):.4f}" if losses else "-"
-                    rows.append((escape(group.label), to_target(step, 0), mean, str(len(group.runs)), "ours"))
+                    steps, mean = to_target(group.steps_to_target(), 0), f"{mean_loss(group):.4f}"
+                    rows.append((cell(group.label), steps, mean, str(len(group.runs)), "ours"))
         lines += [f"## Public results: {track['name']}", "", track["text"].strip(), ""]
         lines += [markdown_table(("rule", "steps", "mean loss", "n", "source"), rows), ""]
         if not any(cells[-1] == "ours" for cells in rows):
@@ -236,10 +259,7 @@ def reference_section(tasks: dict[str, list[Run]], results: Path) -> list[str]:
 
 def make_page(results: Path, runs: Sequence[Run]) -> str:
     trials = Counter(setting_family(run) for run in runs if is_tuning(run, results))
-    tasks: dict[str, list[Run]] = {}
-    for run in runs:
-        if not is_tuning(run, results):
-            tasks.setdefault(run.start["task_hash"], []).append(run)
+    tasks = by_task(runs, results)
     lines = ["<!-- Written by scripts/leaderboard.py from the records and notes.md; edit those. -->", ""]
     lines += ["# Results", "", *notes(results)]
     for task in sorted(tasks):
@@ -247,7 +267,7 @@ def make_page(results: Path, runs: Sequence[Run]) -> str:
     lines += reference_section(tasks, results)
     for folder in sorted({folder_of(run, results) for run in runs if is_tuning(run, results)}):
         inside = [run for run in runs if folder_of(run, results) == folder]
-        lines += [f"## {escape(folder)}", "", *notes(results / folder), tuning_table(inside, results), ""]
+        lines += [f"## {cell(folder)}", "", *notes(results / folder), tuning_table(inside, results), ""]
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
@@ -267,7 +287,7 @@ def tuning_table(runs: Sequence[Run], results: Path) -> str:
         ]
         cells += ["-"] * (4 - len(cells))
         seeds = " ".join(str(seed) for seed in sorted({run.start["seed"] for run in trials}))
-        rows.append([escape(cell) for cell in (name, len(trials), seeds, *cells)])
+        rows.append([cell(text) for text in (name, len(trials), seeds, *cells)])
     return markdown_table(("rule", "trials", "seed", "best", "loss", "next best", "loss"), sorted(rows))
 
 
@@ -275,37 +295,41 @@ def tuning_table(runs: Sequence[Run], results: Path) -> str:
 # Files
 
 
-def curves_digest(runs: Iterable[Run]) -> str:
-    """Of all values that the curves show; it stands in the picture, whose bytes depend on matplotlib's version."""
-    values = [(run.start["optimizer"], run.start["hparams"], run.target, run.validations) for run in runs]
+def picture_of(groups: Sequence[Group], results: Path) -> Path:
+    """Path of the curves of one task in one folder."""
+    task = re.sub("[^0-9a-f]", "", groups[0].runs[0].start["task_hash"])[:8]
+    return results / folder_of(groups[0].runs[0], results) / f"curves-{task}.png"
+
+
+def digest(groups: Iterable[Group]) -> str:
+    """Of all values that a picture shows. It is written into the file, whose bytes depend on matplotlib's version."""
+    values = [(group.label, run.target, run.validations) for group in groups for run in group.runs]
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
-def pictures(runs: Sequence[Run], results: Path) -> dict[Path, list[Run]]:
-    """Path of every picture of the page, and its runs."""
-    found: dict[Path, list[Run]] = {}
-    for run in runs:
-        if not is_tuning(run, results):
-            found.setdefault(results / folder_of(run, results) / CURVES, []).append(run)
-    return found
+def pictures(runs: Sequence[Run], results: Path) -> dict[Path, list[Group]]:
+    """Path of every picture of the page, and the groups it shows."""
+    sections = [by_folder(make_groups(inside, results), results) for inside in by_task(runs, results).values()]
+    return {picture_of(groups, results): groups for section in sections for groups in section.values()}
 
 
 def stale_files(results: Path, runs: Sequence[Run]) -> list[Path]:
+    """The page and its pictures, as far as they are not what the records give."""
     page = results / PAGE
     stale = [] if page.is_file() and page.read_text(encoding="utf-8") == make_page(results, runs) else [page]
-    for path, shown in pictures(runs, results).items():
-        if not path.is_file() or curves_digest(shown).encode() not in path.read_bytes():
+    for path, groups in pictures(runs, results).items():
+        if not path.is_file() or digest(groups).encode() not in path.read_bytes():
             stale.append(path)
     return stale
 
 
 def write(results: Path, runs: Sequence[Run]) -> None:
-    from scripts.plot import plot_loss_curves
+    from scripts.plot import plot_groups
 
     stale = stale_files(results, runs)
-    for path, shown in pictures(runs, results).items():
+    for path, groups in pictures(runs, results).items():
         if path in stale:
-            plot_loss_curves(shown, path, description=curves_digest(shown))
+            plot_groups(groups, path, description=digest(groups))
     (results / PAGE).write_text(make_page(results, runs), encoding="utf-8")
 
 

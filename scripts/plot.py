@@ -7,12 +7,14 @@ import argparse
 import math
 import statistics
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from results.record import Run, read_folder
+from results.text import plain
 from results.verdict import Group, group_runs
 
 # Okabe and Ito's palette, told apart by colour-blind readers; line styles and markers tell them apart in grey print.
@@ -25,22 +27,28 @@ STYLES = {
     "riemannian_aurora": ("#56B4E9", (0, (5, 1)), "P"),
 }
 # For a second setting of the same optimizer, and for optimizers without a style of their own.
-SPARE_STYLES = [("#56B4E9", (0, (5, 1)), "P"), ("#E69F00", (0, (1, 1)), "X"), ("#CC79A7", (0, (3, 1, 1, 1)), "v")]
+SPARE_STYLES = [("#E69F00", (0, (1, 1)), "X"), ("#56B4E9", (0, (5, 1)), "P"), ("#CC79A7", (0, (3, 1, 1, 1)), "v")]
 # Curves begin here: the fall from the loss of a uniform guess would squeeze everything else.
 SHOWN_FROM_FRAC = 0.2
 # Markers of one curve; every curve begins with another offset, so that they do not cover each other.
 MARKERS = 6
-LABEL_LENGTH = 40
+LABEL_WIDTH = 26
 
 
-def plot_loss_curves(runs: Sequence[Run], path: Path, description: str = "") -> None:
+def plot_loss_curves(runs: Sequence[Run], path: Path) -> None:
+    """Plot the runs of one task, grouped by optimizer and setting; see plot_groups."""
+    (groups,) = group_runs(runs).values()
+    plot_groups(groups, path)
+
+
+def plot_groups(groups: Sequence[Group], path: Path, description: str = "") -> None:
     """Four panels: validation loss against steps and against timed seconds, its end, and steps to the target.
 
     Curves are the seeds' mean with their range as a band, at the steps that all seeds reached, and seconds the mean
     time of each step. The same runs give the same bytes.
 
     Args:
-        runs: of one task.
+        groups: of one task; each needs a look at a common step.
         path: PNG or SVG, by its suffix.
         description: kept in the file's metadata.
     """
@@ -49,7 +57,6 @@ def plot_loss_curves(runs: Sequence[Run], path: Path, description: str = "") -> 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    (groups,) = group_runs(runs).values()
     styles = styles_of(groups)
     # Names come from records: no $mathematics$ in them, and no date or random name in the file.
     settings = {"text.parse_math": False, "svg.hashsalt": "", "font.size": 9}
@@ -58,7 +65,7 @@ def plot_loss_curves(runs: Sequence[Run], path: Path, description: str = "") -> 
         by_steps, by_seconds, near_target, bars = axes.flat
         for axis in (by_steps, by_seconds, near_target):
             draw_curves(axis, groups, styles, is_time=axis is by_seconds)
-        target = runs[0].target
+        target = groups[0].runs[0].target
         near_target.set_title("near the target")
         near_target.set(**zoom(groups, target))
         for axis in (by_steps, by_seconds, near_target):
@@ -66,9 +73,10 @@ def plot_loss_curves(runs: Sequence[Run], path: Path, description: str = "") -> 
             axis.annotate(f"target {target:g}", (0.01, target), xycoords=("axes fraction", "data"), va="bottom")
             axis.set_ylabel("validation loss (nats per token)")
             axis.grid(alpha=0.3)
-        by_steps.legend()
+        if by_steps.lines[:-1]:  # besides the target
+            by_steps.legend()
         draw_steps_to_target(bars, groups, styles)
-        first = runs[0].start
+        first = groups[0].runs[0].start
         train, machine = first["config"]["train"], f"{first['world_size']} x {printable(first['env']['device_name'])}"
         figure.suptitle(f"{train['steps']} steps of {train['batch_tokens']:,} tokens on {machine}")
         metadata = {"Description": description} | ({"Date": None} if path.suffix == ".svg" else {"Software": None})
@@ -87,14 +95,17 @@ def styles_of(groups: Sequence[Group]) -> list[tuple]:
 
 
 def printable(text: object) -> str:
-    return "".join(c if c.isprintable() else " " for c in str(text))[:LABEL_LENGTH]
+    """Text of a record without control characters, cut and wrapped."""
+    return "\n".join(textwrap.wrap(plain(text, limit=120), LABEL_WIDTH))
 
 
 def draw_curves(axis, groups: Sequence[Group], styles: Sequence[tuple], is_time: bool) -> None:
     for index, (group, (color, line, marker)) in enumerate(zip(groups, styles, strict=True)):
         looks_by_step = [{look.step: look for look in run.validations} for run in group.runs]
-        steps = sorted(set.intersection(*(set(looks) for looks in looks_by_step)))
-        steps = [step for step in steps if step >= SHOWN_FROM_FRAC * max(steps)]
+        steps = sorted(set.intersection(*map(set, looks_by_step)))
+        if not steps:
+            continue
+        steps = [step for step in steps if step >= SHOWN_FROM_FRAC * steps[-1]]
         losses = [[looks[step].val_loss for looks in looks_by_step] for step in steps]
         seconds = [statistics.mean(looks[step].train_time_s for looks in looks_by_step) for step in steps]
         x = seconds if is_time else steps
