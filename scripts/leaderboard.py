@@ -43,6 +43,7 @@ from results.verdict import (
     to_target,
     without_repeated_attempts,
 )
+from results.verification import verify_folder
 
 PAGE, NOTES = "README.md", "notes.md"
 
@@ -337,7 +338,7 @@ def add(source: Path, results: Path) -> list[Path]:
     """Copy the records of a folder to results/<its name>; all of them or, with an error, none.
 
     Raises:
-        RecordError: one cannot be read, is not whole, is a link, or is there already.
+        RecordError: one is refuted by results/verification.py, is not whole, or is there already.
     """
     runs = [read_record(path) for path in sorted(source.rglob("*.jsonl")) if not path.is_symlink()]
     if not runs:
@@ -345,12 +346,15 @@ def add(source: Path, results: Path) -> list[Path]:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", source.resolve().name):
         raise RecordError(f"{source}: the name of the folder is to be of letters, digits, '.', '_' and '-'")
     known = {tuple(run.validations): run.path for run in read_results(results)}
+    refuted = {verdict.path: verdict.reasons[0] for verdict in verify_folder(source) if verdict.reasons}
     copies = {}
     for run in runs:
         if run.end is None:
             raise RecordError(f"{run.path} has no end event; end the run, or record why it was cut short")
         if tuple(run.validations) in known:
             raise RecordError(f"{run.path} has the losses and times of {known[tuple(run.validations)]}")
+        if run.path in refuted:
+            raise RecordError(f"{run.path} is refuted: {refuted[run.path]}")
         known[tuple(run.validations)] = run.path
         target = results / source.resolve().name / run.path.relative_to(source)
         if target.exists():

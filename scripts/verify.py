@@ -2,9 +2,11 @@
 
 python scripts/verify.py RECORD_OR_FOLDER... [--json]
 python scripts/verify.py RECORD --replay [--looks 2]    # RUNS THE CODE IN THE RECORD: only if you would run it anyway
+python scripts/verify.py FOLDER --against FOLDER        # records of your own, of the same setting with other seeds
 
-Verdicts: consistent (the record's own numbers fit), replayed (its code and seed gave its losses again), refuted
-(with reasons). What each check can and cannot catch stands in results/verification.py.
+Verdicts: consistent (the record's own numbers fit), replayed (its code and seed gave its losses again), reproduced
+(seeds of your own give no higher loss, by Welch's test), refuted (with reasons). What each check can and cannot catch
+stands in results/verification.py.
 
 Exit codes: 0 nothing refuted, 1 something refuted or not replayed as asked, 2 usage.
 """
@@ -18,6 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from results.record import Run, read_folder, read_record
 from results.text import plain
 from results.verification import Verdict, verify_folder, verify_run
 
@@ -28,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--replay", action="store_true", help="run the code embedded in each record")
     parser.add_argument("--looks", type=int, default=2, help="validations to replay, the one at step 0 included")
+    parser.add_argument("--against", type=Path, metavar="FOLDER", help="records of your own with other seeds")
     args = parser.parse_args(argv)
     missing = [str(path) for path in args.paths if not path.exists()]
     if missing:
@@ -43,9 +47,10 @@ def main(argv: list[str] | None = None) -> int:
         from results.replay import replay
 
         verdicts = [verdict if verdict.reasons else replay(verdict, args.looks) for verdict in verdicts]
+    outcome = against(args.paths, args.against) if args.against else None
     if args.json:
         rows = [dataclasses.asdict(v) | {"path": str(v.path), "word": v.word} for v in verdicts]
-        print(json.dumps(rows, indent=1))
+        print(json.dumps({"records": rows, "against": outcome}, indent=1))
     else:
         for verdict in verdicts:
             print(f"{verdict.word:11} {plain(verdict.path)}")
@@ -54,7 +59,24 @@ def main(argv: list[str] | None = None) -> int:
                     print(f"            {label}: {plain(text)}")
         counts = {word: sum(v.word == word for v in verdicts) for word in sorted({v.word for v in verdicts})}
         print(", ".join(f"{count} {word}" for word, count in counts.items()))
+        if outcome:
+            print(": ".join(outcome))
+    if outcome and outcome[0] != "reproduced":
+        return 1
     return int(any(verdict.word == "refuted" or (args.replay and verdict.word != "replayed") for verdict in verdicts))
+
+
+def against(claimed: list[Path], own: Path) -> tuple[str, str]:
+    """What one's own records say of the claimed ones."""
+    from results.reproduction import reproduce
+
+    sides = [[run for path in paths for run in runs_at(path)] for paths in (claimed, [own])]
+    return reproduce(*sides) if all(sides) else ("not comparable", "a side holds no record")
+
+
+def runs_at(path: Path) -> list[Run]:
+    """The readable runs of a folder, or of one file; what cannot be read is refuted anyway."""
+    return read_folder(path)[0] if path.is_dir() else [read_record(path)] if not verify_run(path).reasons else []
 
 
 if __name__ == "__main__":

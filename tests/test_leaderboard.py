@@ -135,21 +135,23 @@ def test_records_behind_links_are_refused(results, tmp_path, capsys):
     assert "leads out of" in capsys.readouterr().err
 
 
-def test_add_copies_new_records_once(results, tmp_path, capsys):
+def test_add_copies_new_records_once_and_refuses_what_is_refuted(results, tmp_path, capsys):
     new = tmp_path / "mine"
     new.mkdir()
-    (new / "a.jsonl").write_text(record(seed=5))
+    (honest,) = (ROOT / "results" / "quick").glob("*-adamw-s0-*.jsonl")
+    shutil.copy(honest, new / "a.jsonl")
     assert run("add", new, "--results", results) == 0
-    assert (results / "mine" / "a.jsonl").read_text() == record(seed=5)
+    assert (results / "mine" / "a.jsonl").read_bytes() == honest.read_bytes()
     assert "mine" in (results / "README.md").read_text() and run("--results", results, "--check") == 0
     capsys.readouterr()
     assert run("add", new, "--results", results) == 2
     assert "has the losses and times of" in capsys.readouterr().err
-    shutil.rmtree(new)
-    new.mkdir()
-    (new / "b.jsonl").write_text(record(seed=6)[:-200])
-    assert run("add", new, "--results", results) == 2
-    assert "no end event" in capsys.readouterr().err and not (results / "mine" / "b.jsonl").exists()
+    for text, reason in ((record(seed=6)[:-200], "no end event"), (record(seed=6), "is refuted: ")):
+        shutil.rmtree(new)
+        new.mkdir()
+        (new / "b.jsonl").write_text(text)
+        assert run("add", new, "--results", results) == 2
+        assert reason in capsys.readouterr().err and not (results / "mine" / "b.jsonl").exists()
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from results.foreign import LogError, read_log
-from results.record import RecordError, code_hash
+from results.record import RecordError, Run, code_hash
 from results.replay import restore_sources
+from results.reproduction import reproduce
 from results.verification import verify_folder, verify_run
 from scripts import verify
 from tests.conftest import OPTIMIZERS, ROOT, train_here
@@ -273,3 +274,23 @@ def test_terminal_escapes_are_not_printed(muon, tmp_path, capsys):
     assert verify.main([str(path)]) == 1
     output = capsys.readouterr().out
     assert not any(c in output for c in "\x1b\x07\u202e") and math.isfinite(len(output))
+
+
+def test_seeds_of_ones_own_reproduce_or_refute(tmp_path):
+    def runs(first_seed, losses):
+        start = {"task_hash": "t", "hparams": {"lr": 1}}
+        return [
+            Run(tmp_path, start | {"seed": first_seed + i}, end={"status": "done", "val_loss": loss})
+            for i, loss in enumerate(losses)
+        ]
+
+    claimed = runs(0, [3.0, 3.01, 2.99])
+    assert reproduce(claimed, runs(10, [3.005, 3.0, 2.98]))[0] == "reproduced"
+    assert reproduce(claimed, runs(10, [2.5, 2.51, 2.52]))[0] == "reproduced", "better than claimed refutes nothing"
+    word, reason = reproduce(claimed, runs(10, [3.2, 3.21, 3.22]))
+    assert word == "refuted" and "Welch p = " in reason
+    assert "both sides" in reproduce(claimed, claimed)[1]
+    assert "3 finished runs" in reproduce(claimed, runs(10, [3.0, 3.1]))[1]
+    other = runs(10, [3.0, 3.1, 3.2])
+    other[0].start["hparams"] = {"lr": 2}
+    assert reproduce(claimed, other)[0] == "not comparable"
