@@ -1,0 +1,161 @@
+"""A thread that notices when the run stands still, says which rank is the cause, and ends this process.
+
+Every rank publishes how far it is in the store through which the ranks met: points passed, and collectives begun. A
+rank whose thread is silent was killed or stopped; where all threads answer but no rank moves, the one that has begun
+the fewest collectives keeps the others waiting.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+from configs.schema import Exit
+from runtime.faults import points
+from runtime.process import report_exit
+from runtime.ranks import SETUP_TIMEOUT_S, Ranks
+
+# Points after which a rank may rightly stand still for long: it compiles, or writes a checkpoint.
+SLOW_POINTS = ("start", "warm_up", "checkpoint_gather", "checkpoint_state", "checkpoint_manifest", "checkpoint_rename")
+
+
+class State(NamedTuple):
+    """What a rank publishes: beats of its thread, points passed, collectives begun, where it is, which process."""
+
+    beat: int
+    passed: int
+    collectives: int
+    point: str
+    step: int
+    pid: int
+    host: str
+    is_leaving: bool
+
+    @property
+    def place(self) -> str:
+        return f"step {self.step + 1}, {self.point}"
+
+
+class Watch:
+    """Runs from start() to the end of the process, on every rank of a run with several. Otherwise it does nothing."""
+
+    def __init__(self, ranks: Ranks, timeout_s: float):
+        self.ranks, self.timeout_s = ranks, timeout_s
+        self.poll_s = min(0.5, timeout_s / 10)
+        self.is_leaving = False
+        self.beat = 0
+        self.states: dict[int, State] = {}
+        self.answered_s: dict[int, float] = {}
+        self.lock = threading.Lock()
+
+    def start(self) -> None:
+        if self.ranks.world_size == 1:
+            return
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        self.store = dist.TCPStore(*address, is_master=False, wait_for_workers=False)
+        self.prefix = f"speedrun/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/"
+        self.parent = os.getppid()
+        threading.Thread(target=self.run, name="watch", daemon=True).start()
+
+    def stop(self) -> None:
+        """This rank ends as it should."""
+        self.is_leaving = True
+        if self.ranks.world_size > 1:
+            with contextlib.suppress(RuntimeError), self.lock:
+                self.publish()
+
+    def publish(self) -> None:
+        """Tell the others where this rank is."""
+        self.beat += 1
+        collectives = dist.group.WORLD._get_sequence_number_for_group() if dist.is_initialized() else 0
+        passed, name, step = points.last
+        state = State(self.beat, passed, collectives, name, step, os.getpid(), socket.gethostname(), self.is_leaving)
+        self.store.set(f"{self.prefix}{self.ranks.rank}", json.dumps(state))
+
+    def look(self) -> bool:
+        """Publish, read all ranks' states, note who answered; whether any rank has moved."""
+        with self.lock:
+            self.publish()
+            keys = [f"{self.prefix}{rank}" for rank in range(self.ranks.world_size)]
+            if not self.store.check(keys):
+                return True  # some rank has only begun
+            has_moved, now_s = False, time.monotonic()
+            for rank, text in enumerate(self.store.multi_get(keys)):
+                state, before = State(*json.loads(text)), self.states.get(rank)
+                if before is None or state.beat != before.beat:
+                    self.answered_s[rank] = now_s
+                has_moved |= before is None or state[1:3] != before[1:3]
+                self.states[rank] = state
+            return has_moved
+
+    def silent(self, than_s: float) -> str | None:
+        """The rank that has not answered for longest, if for as long as that and not because it leaves, in words."""
+        candidates = [rank for rank, state in self.states.items() if not state.is_leaving]
+        rank = min(candidates, key=lambda rank: self.answered_s[rank], default=None)
+        if rank is None or rank == self.ranks.rank or time.monotonic() - self.answered_s[rank] < than_s:
+            return None
+        state = self.states[rank]
+        return f"rank {rank} (process {state.pid} on {state.host}) does not answer; it was at {state.place}"
+
+    def behind(self) -> str:
+        """The rank on which all others wait, in words."""
+        fewest = min(state.collectives for state in self.states.values())
+        late = [rank for rank, state in self.states.items() if state.collectives == fewest]
+        where = {rank: f"rank {rank} (process {self.states[rank].pid}) at {self.states[rank].place}" for rank in late}
+        places = "; ".join(where.values())
+        if len(late) == len(self.states):
+            return f"no rank moves: {places}"
+        return f"the others wait for {places}"
+
+    def run(self) -> None:
+        moved_s = time.monotonic()
+        while not self.is_leaving:
+            time.sleep(self.poll_s)
+            if os.getppid() != self.parent and "TORCHELASTIC_RUN_ID" in os.environ:
+                os._exit(Exit.PEER)  # the launcher is gone, see die_with_launcher()
+            try:
+                if self.look():
+                    moved_s = time.monotonic()
+            except (RuntimeError, ValueError):  # the store went with the launcher or with rank 0: peers tell the rest
+                return
+            finding = self.silent(self.timeout_s)
+            if finding is None:
+                slow = any(state.point in SLOW_POINTS for state in self.states.values())
+                limit_s = max(self.timeout_s, SETUP_TIMEOUT_S) if slow else self.timeout_s
+                finding = self.behind() if time.monotonic() - moved_s > limit_s else None
+            if finding and not self.is_leaving:
+                self.end(f"after {self.timeout_s:g} s: {finding}")
+
+    def end(self, message: str) -> None:
+        """Say why, kill the rank that does not answer if it is on this machine, and end this process."""
+        print(f"error: rank {self.ranks.rank} gives up {message}", file=sys.stderr, flush=True)
+        for rank, state in self.states.items():
+            is_silent = time.monotonic() - self.answered_s[rank] > self.timeout_s
+            if is_silent and state.host == socket.gethostname() and not state.is_leaving:
+                with contextlib.suppress(OSError):  # torchrun would ask a stopped process nicely for half a minute
+                    os.kill(state.pid, signal.SIGKILL)
+        report_exit(Exit.PEER)
+        os._exit(Exit.PEER)
+
+    def who_is_lost(self) -> str:
+        """After a collective failed: which rank is gone, in words. Takes a few polls; tells the others we leave."""
+        self.is_leaving = True
+        if self.ranks.world_size == 1:
+            return ""
+        try:
+            for _ in range(8):
+                self.look()
+                finding = self.silent(3 * self.poll_s)
+                if finding:
+                    return finding
+                time.sleep(self.poll_s)
+        except (RuntimeError, ValueError):
+            return "rank 0 or the launcher is gone, and with it the store"
+        return "all ranks still answer"
