@@ -519,7 +519,7 @@ def train_in_folder(
         ranks.say(f"resume: no unfinished run with a checkpoint in {args.out}, starting at step 0")
     if dump:
         record_momentum(optimizers[-1], dump, progress.step, args.out / f"{run_id}.momentum")
-    if ranks.together(record.is_new):
+    if ranks.all_gather_object(record.is_new())[0]:
         record.write(start)
     if checkpoint:
         here = {key: start[key] for key in ("utc", "world_size", "device", "compiled", "git", "env")}
@@ -582,7 +582,7 @@ def train_steps(
                 clock.charge("train")
                 events = log.flush()
                 record.write(*events)
-                point("validation", step, list(run.model.parameters()))
+                point("validation", step)
                 check_weights(step, run)
                 if step in due:
                     look = Validation(step, validate(model, data, run), clock.slowest_train_s())
@@ -656,7 +656,7 @@ def train_step(run: Training, model: nn.Module, step: int, guard: Guard, log: St
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_scale(step, run.config)
         optimizer.step()
-    point("updated", step)
+    point("updated", step, list(run.model.parameters()))
     run.model.zero_grad()
     lr = run.optimizers[-1].param_groups[0]["lr"]
     log.add(step + 1, loss, lr, [begin, optimizer_begin, time_mark(device)])

@@ -44,7 +44,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
             point("checkpoint_state", step)
         content = {"sha256": sha256(temporary / "state.pt"), "bytes": (temporary / "state.pt").stat().st_size}
         with synced(temporary / "manifest.json") as file:
-            file.write(json.dumps(content | {"step": step} | state["identity"], indent=1).encode())
+            file.write(json.dumps(content | {"step": step}).encode())
             point("checkpoint_manifest", step)
         sync_folder(temporary)
         if final.exists():
@@ -91,7 +91,10 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def load_checkpoint(folder: Path) -> dict[str, Any]:
     """One checkpoint, once its bytes match its manifest. Nothing in it is executed. Raises whatever is wrong."""
     manifest = json.loads((folder / "manifest.json").read_text())
-    if sha256(folder / "state.pt") != manifest["sha256"]:
+    if sorted(manifest) != ["bytes", "sha256", "step"]:
+        raise ValueError("its manifest is not one")
+    file = folder / "state.pt"
+    if file.stat().st_size != manifest["bytes"] or sha256(file) != manifest["sha256"]:
         raise ValueError("its bytes do not match its manifest")
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     missing = {"training", "identity", "run_id", "step", "validations", "segments", "spent_ns"} - set(state)

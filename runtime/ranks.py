@@ -109,8 +109,27 @@ def join_ranks(timeout_s: float) -> Ranks:
     if world_size > 1:
         is_cuda = device.type == "cuda"
         timeout = datetime.timedelta(seconds=max(timeout_s, SETUP_TIMEOUT_S))
-        dist.init_process_group("nccl" if is_cuda else "gloo", timeout=timeout, device_id=device if is_cuda else None)
+        has_host = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's agent
+        store = connect_store(is_host=rank == 0 and not has_host)
+        dist.init_process_group(
+            "nccl" if is_cuda else "gloo",
+            timeout=timeout,
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            device_id=device if is_cuda else None,
+        )
     return Ranks(rank, world_size, device)
+
+
+def connect_store(is_host: bool = False) -> dist.Store:
+    """A connection of one's own to the store of MASTER_ADDR and MASTER_PORT, where the ranks meet.
+
+    Each attempt of torchrun --max-restarts has its own keys: it must not find the addresses of ranks that are dead.
+    """
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(*address, is_master=is_host, wait_for_workers=False)
+    return dist.PrefixStore(f"speedrun/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def leave_ranks() -> None:

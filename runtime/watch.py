@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from configs.schema import Exit
-from runtime.faults import points
+from runtime import faults
 from runtime.process import report_exit
-from runtime.ranks import SETUP_TIMEOUT_S, Ranks
+from runtime.ranks import SETUP_TIMEOUT_S, Ranks, connect_store
 
 # Points after which a rank may rightly stand still for long: it compiles, or writes a checkpoint.
 SLOW_POINTS = ("start", "warm_up", "checkpoint_gather", "checkpoint_state", "checkpoint_manifest", "checkpoint_rename")
@@ -58,9 +58,7 @@ class Watch:
     def start(self) -> None:
         if self.ranks.world_size == 1:
             return
-        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self.store = dist.TCPStore(*address, is_master=False, wait_for_workers=False)
-        self.prefix = f"speedrun/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/"
+        self.store = connect_store()
         self.parent = os.getppid()
         threading.Thread(target=self.run, name="watch", daemon=True).start()
 
@@ -75,15 +73,15 @@ class Watch:
         """Tell the others where this rank is."""
         self.beat += 1
         collectives = dist.group.WORLD._get_sequence_number_for_group() if dist.is_initialized() else 0
-        passed, name, step = points.last
+        passed, name, step = faults.points.last
         state = State(self.beat, passed, collectives, name, step, os.getpid(), socket.gethostname(), self.is_leaving)
-        self.store.set(f"{self.prefix}{self.ranks.rank}", json.dumps(state))
+        self.store.set(f"watch/{self.ranks.rank}", json.dumps(state))
 
     def look(self) -> bool:
         """Publish, read all ranks' states, note who answered; whether any rank has moved."""
         with self.lock:
             self.publish()
-            keys = [f"{self.prefix}{rank}" for rank in range(self.ranks.world_size)]
+            keys = [f"watch/{rank}" for rank in range(self.ranks.world_size)]
             if not self.store.check(keys):
                 return True  # some rank has only begun
             has_moved, now_s = False, time.monotonic()

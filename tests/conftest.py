@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ["SPEEDRUN_DEVICE"] = "cpu"  # before the trainer is imported, and for the processes that tests start
 
@@ -124,12 +125,45 @@ def train_here(config: Path, out: Path, *args: str) -> int:
     return train_gpt.main(["--config", str(config), "--out", str(out), *args])
 
 
-def start_process(*command: str) -> subprocess.Popen:
+def start_process(*command: str, **options) -> subprocess.Popen:
     """Start a Python command of this project in a process of its own, with one thread a process."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, *command], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, text=True, **pipes | options)
+
+
+class Outcome(NamedTuple):
+    codes: list[int]  # of each rank; negative: the signal that killed it
+    seconds: list[float]
+    out: list[str]
+    err: list[str]
+
+
+class Launcher:
+    """Runs of the trainer, each rank a process of its own, without waiting for torch to import: see fault_driver.py."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.process = folder, start_process("tests/fault_driver.py", stdin=subprocess.PIPE, stderr=None)
+
+    def __call__(
+        self, *argv: str, world_size: int = 1, fault: str = "", patch: str = "", env=None, timeout_s: float = 30
+    ) -> Outcome:
+        """fault: for SPEEDRUN_FAULT; patch: code that every rank runs before, with its rank."""
+        env = {"SPEEDRUN_FAULT": fault} | (env or {})
+        job = {"argv": list(map(str, argv)), "world_size": world_size, "env": env, "patch": patch}
+        job |= {"timeout_s": timeout_s, "logs": str(self.folder)}
+        print(json.dumps(job), file=self.process.stdin, flush=True)
+        answer = json.loads(self.process.stdout.readline())
+        texts = [[(self.folder / f"{kind}{rank}").read_text() for rank in range(world_size)] for kind in ("out", "err")]
+        return Outcome(answer["codes"], answer["seconds"], *texts)
+
+
+@pytest.fixture(scope="session")
+def launch(tmp_path_factory):
+    launcher = Launcher(tmp_path_factory.mktemp("launcher"))
+    yield launcher
+    launcher.process.stdin.close()
+    launcher.process.wait(timeout=30)
 
 
 def torchrun(num_processes: int) -> list[str]:
