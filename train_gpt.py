@@ -483,6 +483,7 @@ def train_in_folder(
 ) -> None:
     """The run proper, in a folder that no other process uses."""
     data = ranks.together(lambda: open_data(config))
+    torch.manual_seed(args.seed)  # nothing draws from it; if ever something does, all ranks and segments agree
     model = GPT(config.model)
     model.init_weights(args.seed)
     model.to(ranks.device)
@@ -749,10 +750,16 @@ def go_on_from(state: dict[str, Any], run: Training) -> None:
     """Take over the training state of a checkpoint, all of it or HarnessError. Collective."""
     try:
         for optimizer, saved in zip(run.optimizers, state["optimizers"], strict=True):
-            num_params = sum(len(group["params"]) for group in optimizer.param_groups)
-            if len(saved["state"]) not in (0 if state["loader"]["step"] == 0 else num_params, num_params):
-                kept = f"{len(saved['state'])} of {num_params} parameters"
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            if state["loader"]["step"] > 0 and len(saved["state"]) != len(params):
+                kept = f"{len(saved['state'])} of {len(params)} parameters"
                 raise ValueError(f"it holds the state of {kept} of {type(optimizer).__name__}")
+            if isinstance(optimizer, torch.optim.AdamW):  # whose loader takes any shape
+                for index, entry in saved["state"].items():
+                    found = {key: (tuple(value.shape), value.dtype) for key, value in entry.items() if key != "step"}
+                    wanted = dict.fromkeys(("exp_avg", "exp_avg_sq"), (tuple(params[index].shape), params[index].dtype))
+                    if found != wanted or "step" not in entry:
+                        raise ValueError(f"AdamW's state {index} is {found}, not {wanted}")
         run.load_state_dict(state)
         if digest(run.state_dict()) != digest(state):
             raise ValueError("what was loaded is not what was saved")

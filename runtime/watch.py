@@ -59,6 +59,9 @@ class Watch:
         if self.ranks.world_size == 1:
             return
         self.store = connect_store()
+        unseen = State(0, 0, 0, "start", 0, 0, "unknown host", False)
+        for rank in range(self.ranks.world_size):
+            self.states[rank], self.answered_s[rank] = unseen, time.monotonic()
         self.parent = os.getppid()
         threading.Thread(target=self.run, name="watch", daemon=True).start()
 
@@ -81,15 +84,13 @@ class Watch:
         """Publish, read all ranks' states, note who answered; whether any rank has moved."""
         with self.lock:
             self.publish()
-            keys = [f"watch/{rank}" for rank in range(self.ranks.world_size)]
-            if not self.store.check(keys):
-                return True  # some rank has only begun
+            present = [rank for rank in self.states if self.states[rank].beat or self.store.check([f"watch/{rank}"])]
             has_moved, now_s = False, time.monotonic()
-            for rank, text in enumerate(self.store.multi_get(keys)):
-                state, before = State(*json.loads(text)), self.states.get(rank)
-                if before is None or state.beat != before.beat:
+            for rank, text in zip(present, self.store.multi_get([f"watch/{rank}" for rank in present]), strict=True):
+                state, before = State(*json.loads(text)), self.states[rank]
+                if state.beat != before.beat:
                     self.answered_s[rank] = now_s
-                has_moved |= before is None or state[1:3] != before[1:3]
+                has_moved |= state[1:3] != before[1:3]
                 self.states[rank] = state
             return has_moved
 
@@ -100,7 +101,7 @@ class Watch:
         if rank is None or rank == self.ranks.rank or time.monotonic() - self.answered_s[rank] < than_s:
             return None
         state = self.states[rank]
-        return f"rank {rank} (process {state.pid} on {state.host}) does not answer; it was at {state.place}"
+        return f"rank {rank} (process {state.pid} on {state.host}) does not answer; last seen at {state.place}"
 
     def behind(self) -> str:
         """The rank on which all others wait, in words."""
@@ -136,7 +137,7 @@ class Watch:
         print(f"error: rank {self.ranks.rank} gives up {message}", file=sys.stderr, flush=True)
         for rank, state in self.states.items():
             is_silent = time.monotonic() - self.answered_s[rank] > self.timeout_s
-            if is_silent and state.host == socket.gethostname() and not state.is_leaving:
+            if is_silent and state.pid and state.host == socket.gethostname() and not state.is_leaving:
                 with contextlib.suppress(OSError):  # torchrun would ask a stopped process nicely for half a minute
                     os.kill(state.pid, signal.SIGKILL)
         report_exit(Exit.PEER)

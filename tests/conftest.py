@@ -127,7 +127,7 @@ def train_here(config: Path, out: Path, *args: str) -> int:
 
 def start_process(*command: str, **options) -> subprocess.Popen:
     """Start a Python command of this project in a process of its own, with one thread a process."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | options.pop("env", {})
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, text=True, **pipes | options)
 

@@ -87,7 +87,9 @@ def result(out):
     """Every byte of the state after the last step, every loss, and how the record says it ended."""
     state = load_checkpoint(checkpoints(out)[-1])
     assert state["step"] == STEPS and events(out)[-1]["status"] == "done"
-    return train_gpt.digest(state["training"]), losses(out)
+    by_step = dict(losses(out))
+    assert {(step, loss) for step, loss in losses(out)} == set(by_step.items())  # a step that was repeated was the same
+    return train_gpt.digest(state["training"]), by_step
 
 
 def cut_and_resume(launch, arguments, cuts, world_sizes):
@@ -121,8 +123,7 @@ def test_world_size_may_change_at_every_resume(track, launch, twin, tmp_path, op
     """All six changes in one run; that what is loaded is what was saved, bit for bit, is checked by each resume."""
     arguments = [*track, "--optimizer", optimizer, "--out", tmp_path]
     cut_and_resume(launch, arguments, [1, 3, 4, 6, 8, 10], [1, 2, 4, 1, 4, 2, 1])
-    for (step, loss), (expected_step, expected) in zip(losses(tmp_path), twin(optimizer, 1)[1], strict=True):
-        assert step == expected_step and loss == pytest.approx(expected, abs=1e-5)
+    assert result(tmp_path)[1] == pytest.approx(twin(optimizer, 1)[1], abs=1e-5)
 
 
 STEP_POINTS = ("forward", "backward", "check", "gradient_sum", "update", "updated", "validation", "validated")
@@ -361,7 +362,8 @@ HANGS = [(kind, name, rank, size) for kind in ("stop", "hang") for name in ("bac
 def test_a_rank_that_hangs_is_named_and_the_job_ends(track, launch, tmp_path, kind, name, rank, world_size):
     outcome = launch(*track, "--out", tmp_path, world_size=world_size, fault=f"{kind}:{name}:4:{rank}")
     assert set(outcome.codes) <= {Exit.PEER, -signal.SIGKILL} and Exit.PEER in outcome.codes
-    assert f"rank {rank} (process " in "".join(outcome.err) and f"step 5, {name}" in "".join(outcome.err)
+    said = "".join(outcome.err)
+    assert f"rank {rank} (process " in said and (kind == "stop" or f"at step 5, {name}" in said)
     assert max(outcome.seconds) < 20  # of the default timeout, or none, nothing is left
 
 
@@ -372,9 +374,8 @@ def test_a_stop_on_one_rank_stops_all_at_the_same_step(track, launch, tmp_path):
 
 def test_workers_die_with_their_launcher(track, tmp_path):
     command = ["train_gpt.py", *map(str, track), "--out", str(tmp_path), "--set", "train.micro_batch=1"]
-    environment = os.environ | {"SPEEDRUN_FAULT": "hang:forward:3:1", "OMP_NUM_THREADS": "1"}
     command[command.index("2")] = "60"
-    process = start_process(*torchrun(2), *command, env=environment)
+    process = start_process(*torchrun(2), *command, env={"SPEEDRUN_FAULT": "hang:forward:3:1"})
     for line in process.stdout:
         if line.startswith("step:0/"):
             break
