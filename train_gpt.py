@@ -413,6 +413,8 @@ def warm_up(model: nn.Module, run: Training) -> None:
     finally:
         run.model.zero_grad()
         run.load_state_dict(before)
+        for optimizer in run.optimizers:
+            optimizer.found_non_finite = None  # of the made-up steps
     if digest(run.state_dict()) != digest(before):
         raise RuntimeError("warm-up left a trace in weights, optimizer state, RNG or loader")
 
@@ -832,14 +834,11 @@ def main(argv: list[str] | None = None) -> int:
         watch.start()
         train(args, ranks, begin_ns)
         ranks.align()  # a process that leaves early can break a peer's last collective
-        watch.stop()
         leave_ranks()
         return report_exit(0)
     except HarnessError as error:  # raised by all ranks alike
         if rank == "0":
             print(f"{'stopped' if error.reason == Exit.PREEMPTED else 'error'}: {error}", file=sys.stderr, flush=True)
-        if watch:
-            watch.stop()
         leave_ranks()
         return report_exit(int(error.reason))
     except KeyboardInterrupt:
@@ -853,6 +852,9 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"error: rank {rank} {message}: {first_line(error)}", file=sys.stderr, flush=True)
         return report_exit(int(reason))
+    finally:
+        if watch:
+            watch.stop()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from configs.schema import Exit
-from runtime import faults
+from runtime.faults import last_point
 from runtime.process import report_exit
 from runtime.ranks import SETUP_TIMEOUT_S, Ranks, connect_store
 
@@ -49,7 +49,7 @@ class Watch:
     def __init__(self, ranks: Ranks, timeout_s: float):
         self.ranks, self.timeout_s = ranks, timeout_s
         self.poll_s = min(0.5, timeout_s / 10)
-        self.is_leaving = False
+        self.leaving = threading.Event()
         self.beat = 0
         self.states: dict[int, State] = {}
         self.answered_s: dict[int, float] = {}
@@ -63,21 +63,26 @@ class Watch:
         for rank in range(self.ranks.world_size):
             self.states[rank], self.answered_s[rank] = unseen, time.monotonic()
         self.parent = os.getppid()
-        threading.Thread(target=self.run, name="watch", daemon=True).start()
+        self.thread = threading.Thread(target=self.run, name="watch", daemon=True)
+        self.thread.start()
 
     def stop(self) -> None:
-        """This rank ends as it should."""
-        self.is_leaving = True
-        if self.ranks.world_size > 1:
-            with contextlib.suppress(RuntimeError), self.lock:
-                self.publish()
+        """This rank ends by itself: tell the others, and end the thread, which may not outlive the interpreter."""
+        if self.leaving.is_set() or self.ranks.world_size == 1:
+            return
+        self.leaving.set()
+        with contextlib.suppress(RuntimeError), self.lock:
+            self.publish()
+        self.thread.join(timeout=5)
 
     def publish(self) -> None:
         """Tell the others where this rank is."""
         self.beat += 1
         collectives = dist.group.WORLD._get_sequence_number_for_group() if dist.is_initialized() else 0
-        passed, name, step = faults.points.last
-        state = State(self.beat, passed, collectives, name, step, os.getpid(), socket.gethostname(), self.is_leaving)
+        passed, name, step = last_point()
+        state = State(
+            self.beat, passed, collectives, name, step, os.getpid(), socket.gethostname(), self.leaving.is_set()
+        )
         self.store.set(f"watch/{self.ranks.rank}", json.dumps(state))
 
     def look(self) -> bool:
@@ -115,8 +120,7 @@ class Watch:
 
     def run(self) -> None:
         moved_s = time.monotonic()
-        while not self.is_leaving:
-            time.sleep(self.poll_s)
+        while not self.leaving.wait(self.poll_s):
             if os.getppid() != self.parent and "TORCHELASTIC_RUN_ID" in os.environ:
                 os._exit(Exit.PEER)  # the launcher is gone, see die_with_launcher()
             try:
@@ -129,7 +133,7 @@ class Watch:
                 slow = any(state.point in SLOW_POINTS for state in self.states.values())
                 limit_s = max(self.timeout_s, SETUP_TIMEOUT_S) if slow else self.timeout_s
                 finding = self.behind() if time.monotonic() - moved_s > limit_s else None
-            if finding and not self.is_leaving:
+            if finding and not self.leaving.is_set():
                 self.end(f"after {self.timeout_s:g} s: {finding}")
 
     def end(self, message: str) -> None:
@@ -145,7 +149,7 @@ class Watch:
 
     def who_is_lost(self) -> str:
         """After a collective failed: which rank is gone, in words. Takes a few polls; tells the others we leave."""
-        self.is_leaving = True
+        self.stop()
         if self.ranks.world_size == 1:
             return ""
         try:

@@ -27,6 +27,7 @@ import train_gpt
 from aurora.polar import COMPUTE_DTYPES, SCHEDULES, PolarSchedule
 from configs.schema import Exit, HarnessError, load_config
 from results.record import describe_machine
+from runtime.ranks import keep_freed_memory
 
 UNTIMED_ROUNDS = 3
 
@@ -136,7 +137,7 @@ def interleaved_ms(first: Callable[[], None], second: Callable[[], None], rounds
 
 def harness(rounds: int) -> str:
     """A Markdown table of the trainer's step against bare loops."""
-    train_gpt.keep_freed_memory()
+    keep_freed_memory()
     lines = [
         f"quick track, Muon, torch {torch.__version__}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, "
         f"{rounds} interleaved rounds",
@@ -297,7 +298,7 @@ def replay(label: str, streams: dict[str, list[torch.Tensor]], args: argparse.Na
 
 def optim(args: argparse.Namespace) -> str:
     """Whole optimizer steps on a track's shapes, and the quality of the updates; writes OUT.md and OUT.json."""
-    train_gpt.keep_freed_memory()
+    keep_freed_memory()
     shapes = track_shapes(args.config)
     aurora.compute_dtype(args.polar_dtype, torch.device(args.device))  # its measurement is no part of a step
     times, flops = time_contenders(make_contenders(args, shapes), args.rounds, args.device)

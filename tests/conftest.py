@@ -181,6 +181,29 @@ def losses(out: Path) -> list[tuple[int, float]]:
 
 
 @pytest.fixture(scope="session")
+def twelve_steps(tmp_path_factory):
+    """The arguments of a run of twelve steps: a shard ends at 5, validation at 4 and 8, checkpoints every 3."""
+    folder = tmp_path_factory.mktemp("faults")
+    write_shard(folder / "tiny_train_000001.bin", markov_tokens(5 * 512 + 100, seed=1))
+    write_shard(folder / "tiny_train_000002.bin", markov_tokens(10 * 512 + 2, seed=2))
+    write_shard(folder / "tiny_val_000000.bin", markov_tokens(1000, seed=3))
+    changes = {
+        "steps = 30": "steps = 12",
+        "every = 10": "every = 4",
+        "late_every = 5": "late_every = 4",
+    }
+    changes |= {
+        "checkpoint_every = 0": "checkpoint_every = 3",
+        "cooldown_frac = 0.4": "cooldown_frac = 1",
+    }
+    text = TINY_TRACK.format(folder=folder)
+    for old, new in changes.items():
+        text = text.replace(old, new)
+    (folder / "tiny.toml").write_text(text + "".join(map(tiny_table, OPTIMIZERS)))
+    return ["--config", folder / "tiny.toml", "--timeout-s", "2"]
+
+
+@pytest.fixture(scope="session")
 def trained(tiny_track, tmp_path_factory):
     """Events of one finished run of each optimizer."""
     torch.set_num_threads(1)

@@ -20,58 +20,31 @@ import torch
 
 import train_gpt
 from configs.schema import Exit, HarnessError
-from data.shards import write_shard
 from results.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint, sha256
 from results.record import SOURCE_MODULES, read_record
 from tests.conftest import (
     OPTIMIZERS,
     ROOT,
-    TINY_TRACK,
     events,
     losses,
-    markov_tokens,
     start_process,
-    tiny_table,
     torchrun,
     train_here,
 )
 
 FULL = os.environ.get("FULL_SWEEP") == "1"
-STEPS, SHARD_EDGE, VAL_EVERY, CHECKPOINT_EVERY = 12, 5, 4, 3
+STEPS = 12
 
 
 @pytest.fixture(scope="session")
-def track(tmp_path_factory):
-    """The arguments of a run of twelve steps: a shard ends at 5, validation at 4 and 8, checkpoints every 3."""
-    folder = tmp_path_factory.mktemp("faults")
-    write_shard(folder / "tiny_train_000001.bin", markov_tokens(SHARD_EDGE * 512 + 100, seed=1))
-    write_shard(folder / "tiny_train_000002.bin", markov_tokens(10 * 512 + 2, seed=2))
-    write_shard(folder / "tiny_val_000000.bin", markov_tokens(1000, seed=3))
-    changes = {
-        "steps = 30": f"steps = {STEPS}",
-        "every = 10": f"every = {VAL_EVERY}",
-        "late_every = 5": "late_every = 4",
-    }
-    changes |= {
-        "checkpoint_every = 0": f"checkpoint_every = {CHECKPOINT_EVERY}",
-        "cooldown_frac = 0.4": "cooldown_frac = 1",
-    }
-    text = TINY_TRACK.format(folder=folder)
-    for old, new in changes.items():
-        text = text.replace(old, new)
-    (folder / "tiny.toml").write_text(text + "".join(map(tiny_table, OPTIMIZERS)))
-    return ["--config", folder / "tiny.toml", "--timeout-s", "2"]
-
-
-@pytest.fixture(scope="session")
-def twin(track, launch, tmp_path_factory):
+def twin(twelve_steps, launch, tmp_path_factory):
     """What a run that nothing happens to ends with, by optimizer and number of ranks."""
     found = {}
 
     def get(optimizer, world_size):
         if (optimizer, world_size) not in found:
             out = tmp_path_factory.mktemp("twin")
-            outcome = launch(*track, "--optimizer", optimizer, "--out", out, world_size=world_size)
+            outcome = launch(*twelve_steps, "--optimizer", optimizer, "--out", out, world_size=world_size)
             assert outcome.codes == [0] * world_size, outcome.err
             found[optimizer, world_size] = result(out)
         return found[optimizer, world_size]
@@ -109,9 +82,9 @@ CHOSEN += [("aurora", world_size, cut) for world_size in (1, 4) for cut in CHAIN
 
 
 @pytest.mark.parametrize("optimizer,world_size,cut", CELLS if FULL else CHOSEN)
-def test_resume_is_bit_exact(track, launch, twin, tmp_path, optimizer, world_size, cut):
+def test_resume_is_bit_exact(twelve_steps, launch, twin, tmp_path, optimizer, world_size, cut):
     steps = (CUTS | CHAIN)[cut]
-    arguments = [*track, "--optimizer", optimizer, "--out", tmp_path]
+    arguments = [*twelve_steps, "--optimizer", optimizer, "--out", tmp_path]
     cut_and_resume(launch, arguments, steps, [world_size] * (len(steps) + 1))
     assert result(tmp_path) == twin(optimizer, world_size)
     assert [e["segment"] for e in events(tmp_path) if e["event"] == "resume"] == list(range(2, len(steps) + 2))
@@ -119,9 +92,9 @@ def test_resume_is_bit_exact(track, launch, twin, tmp_path, optimizer, world_siz
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS if FULL else ["aurora"])
-def test_world_size_may_change_at_every_resume(track, launch, twin, tmp_path, optimizer):
+def test_world_size_may_change_at_every_resume(twelve_steps, launch, twin, tmp_path, optimizer):
     """All six changes in one run; that what is loaded is what was saved, bit for bit, is checked by each resume."""
-    arguments = [*track, "--optimizer", optimizer, "--out", tmp_path]
+    arguments = [*twelve_steps, "--optimizer", optimizer, "--out", tmp_path]
     cut_and_resume(launch, arguments, [1, 3, 4, 6, 8, 10], [1, 2, 4, 1, 4, 2, 1])
     assert result(tmp_path)[1] == pytest.approx(twin(optimizer, 1)[1], abs=1e-5)
 
@@ -151,9 +124,9 @@ def kill_cases():
 
 @pytest.mark.parametrize("optimizer,world_size,rank,name,step", list(kill_cases()))
 def test_kill_9_loses_no_checkpoint_and_resumes_right(
-    track, launch, twin, tmp_path, optimizer, world_size, rank, name, step
+    twelve_steps, launch, twin, tmp_path, optimizer, world_size, rank, name, step
 ):
-    arguments = [*track, "--optimizer", optimizer, "--out", tmp_path]
+    arguments = [*twelve_steps, "--optimizer", optimizer, "--out", tmp_path]
     outcome = launch(*arguments, world_size=world_size, fault=f"kill:{name}:{step}:{rank}")
     others = [code for peer, code in enumerate(outcome.codes) if peer != rank]
     assert outcome.codes[rank] == -signal.SIGKILL and others == [Exit.PEER] * (world_size - 1), outcome.err
@@ -172,10 +145,10 @@ def test_kill_9_loses_no_checkpoint_and_resumes_right(
 
 
 @pytest.fixture(scope="session")
-def saved(track, tmp_path_factory):
+def saved(twelve_steps, tmp_path_factory):
     """Folder of an unfinished run with checkpoints of steps 9 and 12, and its identity."""
     out = tmp_path_factory.mktemp("saved")
-    assert train_here(track[1], out, "--optimizer", "aurora") == 0
+    assert train_here(twelve_steps[1], out, "--optimizer", "aurora") == 0
     next(out.glob("*.jsonl")).unlink()
     return out, load_checkpoint(checkpoints(out)[-1])["identity"]
 
@@ -279,23 +252,23 @@ def rewrite(folder, change):
         lambda s: s["training"]["optimizers"][0]["state"][0].update(exp_avg=torch.zeros(2)),
     ],
 )
-def test_whole_checkpoints_with_wrong_content_are_refused(saved, track, tmp_path, capsys, change):
+def test_whole_checkpoints_with_wrong_content_are_refused(saved, twelve_steps, tmp_path, capsys, change):
     shutil.copytree(saved[0], tmp_path / "out")
     rewrite(checkpoints(tmp_path / "out")[-1], change)
-    assert train_here(track[1], tmp_path / "out", "--optimizer", "aurora", "--resume") == Exit.CHECKPOINT
+    assert train_here(twelve_steps[1], tmp_path / "out", "--optimizer", "aurora", "--resume") == Exit.CHECKPOINT
     assert "the checkpoint does not fit this run" in capsys.readouterr().err
 
 
-def test_resume_takes_over_the_dtype_that_auto_meant(track, tmp_path, monkeypatch):
+def test_resume_takes_over_the_dtype_that_auto_meant(twelve_steps, tmp_path, monkeypatch):
     arguments = ["--optimizer", "muon", "--set", "optimizer.muon.polar_dtype=auto"]
     monkeypatch.setattr(train_gpt.aurora, "compute_dtype", lambda name, device: torch.bfloat16)
-    assert train_here(track[1], tmp_path, *arguments) == 0
+    assert train_here(twelve_steps[1], tmp_path, *arguments) == 0
     monkeypatch.undo()
     end = losses(tmp_path)
     next(tmp_path.glob("*.jsonl")).unlink()
     shutil.rmtree(checkpoints(tmp_path)[-1])
     monkeypatch.setattr(train_gpt.aurora, "compute_dtype", lambda name, device: torch.float32)
-    assert train_here(track[1], tmp_path, *arguments, "--resume") == 0
+    assert train_here(twelve_steps[1], tmp_path, *arguments, "--resume") == 0
     (group,) = load_checkpoint(checkpoints(tmp_path)[-1])["training"]["optimizers"][1]["param_groups"]
     assert group["polar_dtype"] == "bfloat16" and losses(tmp_path)[-1] == end[-1]
 
@@ -307,10 +280,10 @@ BAD = [(kind, name, rank, size) for size in (1, 2, 4) for rank in {0, size - 1} 
 @pytest.mark.parametrize(
     "kind,name,rank,world_size", [c for c in BAD if FULL or (c[3] == 2 and c[2] == (c[0] == "nan"))]
 )
-def test_non_finite_numbers_stop_all_ranks(track, launch, tmp_path, kind, name, rank, world_size):
+def test_non_finite_numbers_stop_all_ranks(twelve_steps, launch, tmp_path, kind, name, rank, world_size):
     """In the loss, in a gradient: before the update. In an update: before weights are measured or saved."""
     fault = f"{kind}:{name}:6:{rank}"
-    outcome = launch(*track, "--optimizer", "aurora", "--out", tmp_path, world_size=world_size, fault=fault)
+    outcome = launch(*twelve_steps, "--optimizer", "aurora", "--out", tmp_path, world_size=world_size, fault=fault)
     assert outcome.codes == [Exit.NON_FINITE] * world_size, outcome.err
     newest, end = load_checkpoint(checkpoints(tmp_path)[-1]), events(tmp_path)[-1]
     assert newest["step"] == 6 and end["status"] == "diverged"
@@ -335,19 +308,19 @@ FIELDS = {
 
 
 @pytest.mark.parametrize("field", FIELDS if FULL else ["code_hash", "val", "torch", "env"])
-def test_ranks_that_differ_are_named_before_the_first_step(track, launch, tmp_path, field):
+def test_ranks_that_differ_are_named_before_the_first_step(twelve_steps, launch, tmp_path, field):
     patch = (
         "original = train_gpt.run_event\n"
         f"def other(*args):\n    event = original(*args)\n    return event | {FIELDS[field]}\n"
         "if rank == 1: train_gpt.run_event = other"
     )
-    outcome = launch(*track, "--out", tmp_path, world_size=2, patch=patch)
+    outcome = launch(*twelve_steps, "--out", tmp_path, world_size=2, patch=patch)
     assert outcome.codes == [Exit.RANKS_DISAGREE] * 2
     assert f"error: rank 1 has {field}" in outcome.err[0] and not list(tmp_path.glob("*.jsonl"))
 
 
-def test_one_ulp_of_drift_is_found_at_the_next_validation(track, launch, tmp_path):
-    outcome = launch(*track, "--out", tmp_path, world_size=2, fault="ulp:updated:5:1")
+def test_one_ulp_of_drift_is_found_at_the_next_validation(twelve_steps, launch, tmp_path):
+    outcome = launch(*twelve_steps, "--out", tmp_path, world_size=2, fault="ulp:updated:5:1")
     assert outcome.codes == [Exit.RANKS_DISAGREE] * 2 and "error: rank 1 has weights = " in outcome.err[0]
     assert [step for step, _ in losses(tmp_path)] == [0, 4] and load_checkpoint(checkpoints(tmp_path)[-1])["step"] == 3
 
@@ -359,21 +332,21 @@ HANGS = [(kind, name, rank, size) for kind in ("stop", "hang") for name in ("bac
 @pytest.mark.parametrize(
     "kind,name,rank,world_size", HANGS if FULL else [("stop", "update", 0, 2), ("hang", "backward", 1, 2)]
 )
-def test_a_rank_that_hangs_is_named_and_the_job_ends(track, launch, tmp_path, kind, name, rank, world_size):
-    outcome = launch(*track, "--out", tmp_path, world_size=world_size, fault=f"{kind}:{name}:4:{rank}")
+def test_a_rank_that_hangs_is_named_and_the_job_ends(twelve_steps, launch, tmp_path, kind, name, rank, world_size):
+    outcome = launch(*twelve_steps, "--out", tmp_path, world_size=world_size, fault=f"{kind}:{name}:4:{rank}")
     assert set(outcome.codes) <= {Exit.PEER, -signal.SIGKILL} and Exit.PEER in outcome.codes
     said = "".join(outcome.err)
     assert f"rank {rank} (process " in said and (kind == "stop" or f"at step 5, {name}" in said)
     assert max(outcome.seconds) < 20  # of the default timeout, or none, nothing is left
 
 
-def test_a_stop_on_one_rank_stops_all_at_the_same_step(track, launch, tmp_path):
-    outcome = launch(*track, "--out", tmp_path, world_size=2, fault="term:gradient_sum:6:1")
+def test_a_stop_on_one_rank_stops_all_at_the_same_step(twelve_steps, launch, tmp_path):
+    outcome = launch(*twelve_steps, "--out", tmp_path, world_size=2, fault="term:gradient_sum:6:1")
     assert outcome.codes == [Exit.PREEMPTED] * 2 and load_checkpoint(checkpoints(tmp_path)[-1])["step"] == 8
 
 
-def test_workers_die_with_their_launcher(track, tmp_path):
-    command = ["train_gpt.py", *map(str, track), "--out", str(tmp_path), "--set", "train.micro_batch=1"]
+def test_workers_die_with_their_launcher(twelve_steps, tmp_path):
+    command = ["train_gpt.py", *map(str, twelve_steps), "--out", str(tmp_path), "--set", "train.micro_batch=1"]
     command[command.index("2")] = "60"
     process = start_process(*torchrun(2), *command, env={"SPEEDRUN_FAULT": "hang:forward:3:1"})
     for line in process.stdout:
@@ -411,8 +384,8 @@ FULL_DISKS += [(1, "", SHORT_WRITES), (2, "", SHORT_WRITES)]
 
 
 @pytest.mark.parametrize("world_size,fault,patch", FULL_DISKS if FULL else FULL_DISKS[1:8:2] + FULL_DISKS[9:])
-def test_a_full_disk_leaves_the_last_good_state(track, launch, twin, tmp_path, world_size, fault, patch):
-    arguments = [*track, "--optimizer", "aurora", "--out", tmp_path]
+def test_a_full_disk_leaves_the_last_good_state(twelve_steps, launch, twin, tmp_path, world_size, fault, patch):
+    arguments = [*twelve_steps, "--optimizer", "aurora", "--out", tmp_path]
     outcome = launch(*arguments, world_size=world_size, fault=fault, patch=patch)
     assert outcome.codes == [Exit.DISK] * world_size and "cannot be written" in outcome.err[0]
     assert load_checkpoint(checkpoints(tmp_path)[-1])["step"] == (6 if patch or "renamed" in fault else 3)
@@ -421,14 +394,14 @@ def test_a_full_disk_leaves_the_last_good_state(track, launch, twin, tmp_path, w
     assert outcome.codes == [0] * world_size and result(tmp_path) == twin("aurora", world_size)
 
 
-def test_a_file_that_may_not_grow_is_a_full_disk(track, launch, tmp_path):
+def test_a_file_that_may_not_grow_is_a_full_disk(twelve_steps, launch, tmp_path):
     """torch.save then raises a RuntimeError, not an OSError."""
-    outcome = launch(*track, "--out", tmp_path, patch=SMALL_FILES)
+    outcome = launch(*twelve_steps, "--out", tmp_path, patch=SMALL_FILES)
     assert outcome.codes == [Exit.DISK] and "cannot be written" in outcome.err[0]
     assert not list(tmp_path.glob("*.checkpoints/*"))
 
 
-def test_of_eight_runs_in_one_folder_one_wins(track, launch, tmp_path):
+def test_of_eight_runs_in_one_folder_one_wins(twelve_steps, launch, tmp_path):
     """The winner trains when seven have been refused."""
     patch = (
         "import glob, time\n"
@@ -444,15 +417,15 @@ def test_of_eight_runs_in_one_folder_one_wins(track, launch, tmp_path):
     )
     for old in launch.folder.glob("err*"):
         old.unlink()
-    outcome = launch(*track, "--out", tmp_path, world_size=8, patch=patch)
+    outcome = launch(*twelve_steps, "--out", tmp_path, world_size=8, patch=patch)
     assert sorted(outcome.codes) == [0] + [Exit.CONFIG] * 7
     refusals = [text for text in outcome.err if re.search(r"is in use by process \d+ on ", text)]
     assert len(refusals) == 7 and read_record(next(tmp_path.glob("*.jsonl"))).is_done
-    assert train_here(track[1], tmp_path) == 0  # one after the other they may
+    assert train_here(twelve_steps[1], tmp_path) == 0  # one after the other they may
 
 
-def test_a_slow_rank_counts_and_the_accounts_add_up_to_the_wall(track, launch, tmp_path):
-    outcome = launch(*track, "--out", tmp_path, world_size=2, fault="sleep:forward:6:1")
+def test_a_slow_rank_counts_and_the_accounts_add_up_to_the_wall(twelve_steps, launch, tmp_path):
+    outcome = launch(*twelve_steps, "--out", tmp_path, world_size=2, fault="sleep:forward:6:1")
     assert outcome.codes == [0, 0]
     end = events(tmp_path)[-1]
     assert end["train_time_s"] >= 0.5
@@ -460,10 +433,10 @@ def test_a_slow_rank_counts_and_the_accounts_add_up_to_the_wall(track, launch, t
     assert end["wall_s"] == pytest.approx(outcome.seconds[0], abs=0.5 + end["untimed"]["import_s"])
 
 
-def test_launch_script_goes_on_after_a_lost_rank_and_gives_up_on_errors(track, twin, tmp_path):
+def test_launch_script_goes_on_after_a_lost_rank_and_gives_up_on_errors(twelve_steps, twin, tmp_path):
     environment = os.environ | {"NPROC": "2", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     environment |= {"OMP_NUM_THREADS": "1", "SPEEDRUN_FAULT": "kill:update:7:1", "RETRIES": "1"}
-    command = ["bash", "scripts/launch.sh", *map(str, track), "--optimizer", "aurora"]
+    command = ["bash", "scripts/launch.sh", *map(str, twelve_steps), "--optimizer", "aurora"]
     run = subprocess.run([*command, "--out", tmp_path / "a"], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0 and run.stderr.count("launch: lost a rank, going on") == 1, run.stderr
     assert result(tmp_path / "a") == twin("aurora", 2) and events(tmp_path / "a")[-1]["segments"] == 2

@@ -26,7 +26,7 @@ EXCEPTIONS = {
     "data/fineweb.py": {"configs", "data"},
     "scripts/benchmark_data.py": {"numpy", "data"},
     # Times the trainer, so it needs what the trainer needs.
-    "scripts/benchmark.py": {"torch", "aurora", "configs", "data", "train_gpt"},
+    "scripts/benchmark.py": {"torch", "aurora", "configs", "data", "runtime", "train_gpt"},
 }
 
 
