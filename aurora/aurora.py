@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from aurora.base import MatrixOptimizer, check_hparam
-from aurora.polar import INTERLUDE_GROWTH, REFINEMENT, TINY_NORM, quintic_step
+from aurora.polar import INTERLUDE_GROWTH, REFINEMENT, SCHEDULES, TINY_NORM, quintic_step, rounding
 
 VARIANTS = ("folded", "warm", "refined", "iterated")
 
@@ -19,8 +19,8 @@ MIN_ROW_NORM = 1e-7
 # weight would fall towards zero, and stay there long after the row has found company.
 ROW_WEIGHT_RANGE = (1 / 64, 64.0)
 
-# When rows are balanced inside the polar factor all of them shrink by this, so that those below the mean can grow by as
-# much against the others.
+# The most by which a row may grow before the last polynomial, which explodes beyond its range. Inside the polar factor
+# all rows shrink by it first, so that singular values hardly grow.
 HEADROOM = 1.3
 
 
@@ -40,8 +40,7 @@ class Aurora(MatrixOptimizer):
         folded      warm, but rows are also balanced, by up to HEADROOM, before the end of the polar factor, which
                     then ends in a polynomial that suits what the balance leaves. Costs what warm costs.
 
-    r is the root mean square over the rows that are not zero, which is sqrt(N/M) where the polar factor is exact, has
-    full rank and no row is zero. lr as for Muon.
+    M leaves out zero rows. Where the rank is low rows stay below r, see row_correction. lr as for Muon.
 
     Args:
         variant: see above.
@@ -87,23 +86,24 @@ class Aurora(MatrixOptimizer):
             return self._iterated(X_KMN, group)
         weights = [state["row_weight"] for state in states]
         weight_KM1 = torch.stack(weights)
+        max_scale_error = SCHEDULES[group["polar_schedule"]].max_error + rounding(self.polar_dtype(X_KMN, group))
         corrections = []
 
-        def balance(V_KMN: Tensor) -> Tensor:
-            corrections.append(row_correction(V_KMN).clamp(max=HEADROOM * INTERLUDE_GROWTH))
-            return (corrections[-1] / HEADROOM).to(V_KMN.dtype) * V_KMN
+        def correction(V_KMN: Tensor, max_growth: float = math.inf, max_scale_error: float = 0.0) -> Tensor:
+            corrections.append(row_correction(V_KMN, max_scale_error).clamp(max=max_growth))
+            return corrections[-1]
 
-        interlude = balance if group["variant"] == "folded" else None
-        U_KMN = self._polar_of_rows(X_KMN, weight_KM1, group, interlude)
-        corrections.append(row_correction(U_KMN))
-        U_KMN = corrections[-1] * U_KMN
+        def balance(V_KMN: Tensor) -> Tensor:
+            return (correction(V_KMN, HEADROOM * INTERLUDE_GROWTH) / HEADROOM).to(V_KMN.dtype) * V_KMN
+
+        U_KMN = self._polar_of_rows(X_KMN, weight_KM1, group, balance if group["variant"] == "folded" else None)
+        if group["variant"] == "refined":
+            U_KMN = quintic_step(correction(U_KMN, HEADROOM).to(U_KMN.dtype) * U_KMN, REFINEMENT)
+        U_KMN = correction(U_KMN, max_scale_error=max_scale_error) * U_KMN
 
         new_KM1 = weight_KM1 * math.prod(corrections) ** (2 * group["balance_power"])
         new_KM1 = (new_KM1 / new_KM1.log().mean(dim=-2, keepdim=True).exp()).clamp(*ROW_WEIGHT_RANGE)
         torch._foreach_copy_(weights, list(new_KM1.unbind()))
-        if group["variant"] == "refined":
-            U_KMN = quintic_step(U_KMN.to(self.polar_dtype(U_KMN, group)), REFINEMENT)
-            U_KMN = row_correction(U_KMN) * U_KMN
         return U_KMN
 
     def _iterated(self, X_KMN: Tensor, group: dict[str, Any]) -> Tensor:
@@ -134,10 +134,24 @@ def row_norms(X_KMN: Tensor) -> Tensor:
     return X_KMN.square().sum(dim=-1, keepdim=True, dtype=torch.float32).sqrt()
 
 
-def row_correction(U_KMN: Tensor) -> Tensor:
-    """(K, M, 1) factors that give all rows but zero ones the norm that they have in the root mean square."""
+def row_correction(U_KMN: Tensor, max_scale_error: float = 0.0) -> Tensor:
+    """Factors that give the rows of an almost orthogonal matrix one norm; a zero row gets 1.
+
+    That norm is sqrt(N/M), M without the zero rows, as far as max_scale_error lets it: where the root mean square of
+    the rows is further off than that, the reason is not the error of the polar factor but a low rank, and scaling up
+    would stretch what directions there are.
+
+    Args:
+        U_KMN: (K, M, N), M >= N.
+        max_scale_error: the relative error that the singular values of U may have.
+
+    Returns:
+        (K, M, 1) float32.
+    """
     norm_KM1 = row_norms(U_KMN)
     is_zero_KM1 = norm_KM1 <= MIN_ROW_NORM
     num_rows_K11 = (~is_zero_KM1).sum(dim=-2, keepdim=True).clamp(min=1)
-    mean_K11 = torch.linalg.vector_norm(norm_KM1, dim=-2, keepdim=True) / num_rows_K11.sqrt()
-    return torch.where(is_zero_KM1, 1.0, mean_K11 / norm_KM1)
+    total_K11 = torch.linalg.vector_norm(norm_KM1, dim=-2, keepdim=True).clamp(min=MIN_ROW_NORM)
+    full_rank_K11 = num_rows_K11.clamp(max=U_KMN.size(-1))
+    total_K11 = total_K11 * (full_rank_K11.sqrt() / total_K11).clamp(1 - max_scale_error, 1 + max_scale_error)
+    return torch.where(is_zero_KM1, 1.0, total_K11 / num_rows_K11.sqrt() / norm_KM1)

@@ -122,6 +122,11 @@ def _measured_cpu_dtype(size: int = 256, rounds: int = 5) -> torch.dtype:
     return torch.bfloat16 if is_worth_it else torch.float32
 
 
+def rounding(dtype: torch.dtype) -> float:
+    """What rounding to dtype adds to the error of typical singular values; bfloat16's unit is 2^-7."""
+    return 4 * torch.finfo(dtype).eps
+
+
 # From this aspect ratio n/m on, two steps cost less on the Gram matrix: 4 n/m + 10 < 2 (4 n/m + 2).
 MIN_GRAM_ASPECT = 1.5
 

@@ -316,7 +316,8 @@ def optim(args: argparse.Namespace) -> str:
     speed = {
         label: {
             "ms": statistics.median(ms),
-            "ratio_to_muon": statistics.median(a / b for a, b in zip(ms, base, strict=True)),
+            "ratio_to_muon": statistics.median(ratios := [a / b for a, b in zip(ms, base, strict=True)]),
+            "ratio_range": [min(ratios), max(ratios)],
             "gflop": flops[label] / 1e9,
             "gflop_per_s": flops[label] / 1e6 / statistics.median(ms),
             "rounds_ms": ms,
@@ -333,7 +334,8 @@ def optim(args: argparse.Namespace) -> str:
         "schedule": args.schedule,
         "polar_dtype": str(aurora.compute_dtype(args.polar_dtype, torch.device(args.device))),
         "speed": speed,
-        "muon_to_torch_muon": statistics.median(a / b for a, b in zip(ours, theirs, strict=True)),
+        "muon_to_torch_muon": statistics.median(ratios := [a / b for a, b in zip(ours, theirs, strict=True)]),
+        "muon_to_torch_muon_range": [min(ratios), max(ratios)],
         "quality": qualities,
     }
     text = optim_table(result)
@@ -354,13 +356,19 @@ def optim_table(result: dict) -> str:
         "",
         f"    {result['command']}",
         "",
-        "| optimizer | ms/step | ratio to muon | matmul GFLOP | GFLOP/s |",
-        "|---|---|---|---|---|",
+        "| optimizer | ms/step | ratio to muon | of single rounds | matmul GFLOP | GFLOP/s |",
+        "|---|---|---|---|---|---|",
     ]
     for label, row in result["speed"].items():
         rate = f"{row['gflop']:.0f} | {row['gflop_per_s']:.0f}" if row["gflop"] else "- | -"
-        lines.append(f"| {label} | {row['ms']:.1f} | {row['ratio_to_muon']:.3f} | {rate} |")
-    lines += ["", f"muon to torch.optim.Muon, both ns5_jordan in bfloat16: {result['muon_to_torch_muon']:.3f}"]
+        low, high = row["ratio_range"]
+        lines.append(f"| {label} | {row['ms']:.1f} | {row['ratio_to_muon']:.3f} | {low:.2f} to {high:.2f} | {rate} |")
+    low, high = result["muon_to_torch_muon_range"]
+    lines += [
+        "",
+        f"muon to torch.optim.Muon, both ns5_jordan in bfloat16: {result['muon_to_torch_muon']:.3f} "
+        f"({low:.2f} to {high:.2f})",
+    ]
     for kind, by_label in result["quality"].items():
         lines += [
             "",

@@ -67,11 +67,13 @@ def on_the_tall(rule):
     return any_shape
 
 
-def to_equal_rows(U):
-    """The factors that give all rows but zero ones the same norm and U the norm that it has."""
+def to_equal_rows(U, max_scale_error=0.0):
+    """The factors that give all rows but zero ones one norm, and U the norm that it has or, if near, at full rank."""
     norms = U.norm(dim=1)
     live = norms > 1e-7
-    return torch.where(live, (U.norm() / live.sum().clamp(min=1) ** 0.5) / norms, 1.0)
+    full = min(live.sum().item(), U.shape[1]) ** 0.5
+    growth = (full / U.norm().clamp(min=1e-7)).clamp(1 - max_scale_error, 1 + max_scale_error)
+    return torch.where(live, (growth * U.norm() / live.sum().clamp(min=1) ** 0.5) / norms, 1.0)
 
 
 def unit_rows(X):
@@ -98,14 +100,13 @@ def remember(state, weight, correction):
 @on_the_tall
 def aurora_warm(X, state, polar, is_refined=False):
     weight = state.get("row_weight", torch.ones(X.shape[0], dtype=torch.float64))
-    U = polar(weight[:, None] * unit_rows(X))
-    correction = to_equal_rows(U)
-    remember(state, weight, correction)
-    U = correction[:, None] * U
+    U, first = polar(weight[:, None] * unit_rows(X)), 1.0
     if is_refined:
-        U = polynomial(U, [(15 / 8, -10 / 8, 3 / 8)])
-        U = to_equal_rows(U)[:, None] * U
-    return U
+        first = to_equal_rows(U).clamp(max=1.3)
+        U = polynomial(first[:, None] * U, [(15 / 8, -10 / 8, 3 / 8)])
+    last = to_equal_rows(U, state["max_error"])
+    remember(state, weight, first * last)
+    return last[:, None] * U
 
 
 @on_the_tall
@@ -118,7 +119,7 @@ def aurora_folded(X, state, polar):
         return corrections[0][:, None] / 1.3 * V
 
     U = polar(weight[:, None] * unit_rows(X), interlude)
-    corrections.append(to_equal_rows(U))
+    corrections.append(to_equal_rows(U, state["max_error"]))
     remember(state, weight, corrections[0] * corrections[1])
     return corrections[1][:, None] * U
 
@@ -153,9 +154,12 @@ RULES = {
 }
 
 
-def optimize(rule, W, grads, polar, lr, weight_decay, momentum=0.95, nesterov=True):
-    """The whole update of the shared formula over a sequence of gradients; returns the weights."""
-    W, B, state = W.double(), torch.zeros_like(W, dtype=torch.float64), {}
+def optimize(rule, W, grads, polar, lr, weight_decay, momentum=0.95, nesterov=True, max_error=0.0):
+    """The whole update of the shared formula over a sequence of gradients; returns the weights.
+
+    max_error: the relative error that rules may expect in polar's singular values.
+    """
+    W, B, state = W.double(), torch.zeros_like(W, dtype=torch.float64), {"max_error": max_error}
     rows, columns = W.shape
     scale = math.sqrt(max(1.0, rows / columns))
     for G in grads:

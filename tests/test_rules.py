@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import aurora
-from aurora.polar import FINISH, FINISH_ERROR, INTERLUDE_GROWTH, SCHEDULES, polar
+from aurora.polar import FINISH, FINISH_ERROR, INTERLUDE_GROWTH, SCHEDULES, polar, rounding
 from tests import reference
 
 RULES = {
@@ -89,7 +89,8 @@ def test_rule_with_polynomial_equals_oracle_with_the_same_polynomial(rule, shape
     exact = functools.partial(
         reference.polynomial_polar, coefficients=numbers.coefficients, norm_margin=numbers.norm_margin
     )
-    expected = reference.optimize(rule, W, grads, exact, lr=0.1, weight_decay=0.1)
+    max_error = numbers.max_error + rounding(torch.float32)
+    expected = reference.optimize(rule, W, grads, exact, lr=0.1, weight_decay=0.1, max_error=max_error)
     result = optimize(rule, W, grads, weight_decay=0.1, polar_schedule=schedule)
     atol = 1e-2 if rule == "riemannian_aurora" else 1e-3  # conjugate gradients in float32
     torch.testing.assert_close(result.double(), expected, atol=atol, rtol=0)
@@ -177,7 +178,7 @@ def test_aurora_variants_keep_rows_even_and_nearly_orthogonal(variant, shape):
     def orthogonality_error(V):
         return (V.T @ V - torch.eye(64)).norm()
 
-    assert (U.norm(dim=1) / (64 / 256) ** 0.5 - 1).abs().max() < 0.02
+    assert (U.norm(dim=1) / (64 / 256) ** 0.5 - 1).abs().max() < 1e-4
     assert orthogonality_error(U) < 1.25 * orthogonality_error(plain)
     assert optimizer.state[p]["row_weight"].shape == (256, 1)
 
