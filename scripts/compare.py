@@ -1,14 +1,20 @@
-"""Run optimizers x seeds on one track and show who won.
+"""Run optimizers x seeds on one track and say who won, and whether it is real.
 
     python scripts/compare.py                                       the laptop track, one seed an optimizer
-    python scripts/compare.py --seeds 0 1 2 --out runs/quick
+    python scripts/compare.py --seeds 0 1 2 3 4 --out runs/quick
+    python scripts/compare.py --grid optimizer.lr=0.01,0.02,0.04    every value, for every optimizer
     python scripts/compare.py --config configs/gpt2_small.toml --nproc 8 --seeds 0 1 2 3
+    python scripts/compare.py --report results/quick                the tables of runs that are there
 
 Each run is a process of its own. A run that has finished with the same arguments and the same code is not repeated, a
-run that fails does not stop the others. Ends with the table and writes comparison.md and loss_curves.png to --out.
+run that fails does not stop the others and is shown. Optimizers alternate within each seed, so that a machine that
+slows down slows all alike (--no-interleave: one optimizer after the other). Ends with the tables and writes
+comparison.md, comparison.json and loss_curves.png to --out.
 """
 
 import argparse
+import itertools
+import json
 import os
 import statistics
 import subprocess
@@ -16,11 +22,12 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple, TextIO
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from results.record import Run, by_optimizer, read_folder, read_sources
+from results.record import Run, read_folder, read_sources
 
 DEFAULT_OPTIMIZERS = ["adamw", "muon", "unormuon", "aurora"]
 PREEMPTED = 75
@@ -33,16 +40,57 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder of the records and the report")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=V", help="as train_gpt.py")
+    parser.add_argument(
+        "--grid",
+        action="append",
+        default=[],
+        metavar="A.B=V,W",
+        type=grid_values,
+        help="every value; optimizer.lr means that of each optimizer; several grids multiply",
+    )
     parser.add_argument("--nproc", type=int, default=1, help="processes a run, under torchrun when more than 1")
+    parser.add_argument(
+        "--interleave", action=argparse.BooleanOptionalAction, default=True, help="alternate optimizers (default)"
+    )
+    parser.add_argument("--report", nargs="+", type=Path, metavar="FOLDER", help="run nothing, report these records")
+    parser.add_argument("--json", action="store_true", help="print JSON; progress goes to standard error")
     return parser.parse_args(argv)
 
 
-def train_argv(args: argparse.Namespace, optimizer: str, seed: int) -> list[str]:
-    """Arguments of train_gpt.py for one run, without --out."""
-    argv = ["--config", args.config, "--optimizer", optimizer, "--seed", str(seed)]
-    for override in args.overrides:
-        argv += ["--set", override]
-    return argv
+def grid_values(text: str) -> list[tuple[str, str]]:
+    """ "a.b=1,2" as [("a.b", "1"), ("a.b", "2")]; commas within brackets belong to a value."""
+    key, equals, values = text.partition("=")
+    parts, depth = [""], 0
+    for character in values:
+        depth += (character == "[") - (character == "]")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    if not equals or not all([key, *parts]):
+        raise argparse.ArgumentTypeError(f"{text!r} must look like optimizer.lr=0.01,0.02")
+    return [(key, part) for part in parts]
+
+
+class Planned(NamedTuple):
+    title: str
+    argv: list[str]  # of train_gpt.py, without --out
+
+
+def plan_runs(args: argparse.Namespace) -> list[Planned]:
+    """All runs in the order in which they start."""
+    plan = []
+    for seed, setting, optimizer in itertools.product(args.seeds, itertools.product(*args.grid), args.optimizers):
+        argv = ["--config", args.config, "--optimizer", optimizer, "--seed", str(seed)]
+        own = [(key.replace("optimizer.", f"optimizer.{optimizer}.") if key.count(".") == 1 else key, value)
+               for key, value in setting]  # fmt: skip
+        for override in [*args.overrides, *(f"{key}={value}" for key, value in own)]:
+            argv += ["--set", override]
+        title = ", ".join([optimizer, *(f"{key} {value}" for key, value in setting), f"seed {seed}"])
+        plan.append(Planned(title, argv))
+    if not args.interleave:
+        plan.sort(key=lambda planned: args.optimizers.index(planned.argv[3]))
+    return plan
 
 
 def finished_run(runs: Sequence[Run], argv: list[str], nproc: int, sources: dict[str, str]) -> Run | None:
@@ -65,7 +113,7 @@ def without_out(argv: list[str]) -> list[str]:
     return argv[:index] + argv[index + 2 :]
 
 
-def run_one(argv: list[str], out: Path, nproc: int) -> int:
+def run_one(argv: list[str], out: Path, nproc: int, progress: TextIO) -> int:
     """Train in a child process, passing its lines on; returns its exit code."""
     launcher = [sys.executable]
     if nproc > 1:
@@ -74,84 +122,51 @@ def run_one(argv: list[str], out: Path, nproc: int) -> int:
     child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         for line in child.stdout:
-            print(f"    {line}", end="", flush=True)
+            print(f"    {line}", end="", file=progress, flush=True)
         return child.wait()
     except KeyboardInterrupt:  # the child got it too and is saving what it has
         child.wait()
         return PREEMPTED
 
 
-COLUMNS = (
-    *("optimizer", "n", "val loss", "sd", "reached", "steps to target", "seconds to target"),
-    *("optimizer ms/step", "training ms/step"),
-)
+def report_runs(args: argparse.Namespace, runs: Sequence[Run], failures: dict[str, int]) -> str:
+    """The tables of all tasks in Markdown; writes them and the curves to --out unless only asked to report."""
+    from results import verdict
 
-
-def report(runs: Sequence[Run]) -> str:
-    """The comparison as a Markdown table, lowest mean loss at the last step first."""
-    groups = by_optimizer(runs)
-    rows = [COLUMNS, *(row(name, groups[name]) for name in sorted(groups, key=lambda name: mean_loss(groups[name])))]
-    widths = [max(len(cells[i]) for cells in rows) for i in range(len(COLUMNS))]
-    lines = [" | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) for cells in rows]
-    lines.insert(1, " | ".join("-" * width for width in widths))
-    return "\n".join(f"| {line} |" for line in lines)
-
-
-def row(optimizer: str, group: Sequence[Run]) -> tuple[str, ...]:
-    losses = [run.end["val_loss"] for run in group]
-    hits = [hit for run in group if (hit := run.first_at_target())]
-    if len(hits) == len(group):
-        steps = f"{statistics.mean(hit.step for hit in hits):.0f}"
-        seconds = f"{statistics.mean(hit.train_time_s for hit in hits):.1f}"
-    else:  # a mean over the seeds that got there would flatter
-        steps = f"> {statistics.mean(run.end['step'] for run in group):.0f}"
-        seconds = f"> {statistics.mean(run.end['train_time_s'] for run in group):.1f}"
-    return (
-        optimizer,
-        str(len(group)),
-        f"{mean_loss(group):.4f}",
-        f"{statistics.stdev(losses):.4f}" if len(losses) > 1 else "",
-        f"{len(hits)}/{len(group)}",
-        steps,
-        seconds,
-        f"{statistics.mean(run.mean_ms('optimizer_ms') for run in group):.1f}",
-        f"{statistics.mean(run.mean_ms('step_ms') for run in group):.1f}",
-    )
-
-
-def mean_loss(group: Sequence[Run]) -> float:
-    return statistics.mean(run.end["val_loss"] for run in group)
-
-
-def verdict(runs: Sequence[Run]) -> str:
-    """Who has the lowest mean loss, by how much, and whether so many seeds can tell it from the next."""
-    groups = by_optimizer(runs)
-    (best_loss, best), *others = sorted((mean_loss(group), name) for name, group in groups.items())
-    text = f"Lowest validation loss at equal steps: {best}"
-    if others:
-        text += f", {others[0][0] - best_loss:.4f} below {others[0][1]}"
-        first, second = ([run.end["val_loss"] for run in groups[name]] for name in (best, others[0][1]))
-        if min(len(first), len(second)) > 1:
-            text += f" ({welch_test(first, second)})"
-    fewest = min(len(group) for group in groups.values())
-    if fewest < 3:
-        text += f". n = {fewest} is a lead, not evidence: add seeds with --seeds 0 1 2"
-    return text + "."
-
-
-def welch_test(first: Sequence[float], second: Sequence[float]) -> str:
-    """Two-sided test of equal means that does not assume equal variances, in words."""
-    try:
-        from scipy.stats import ttest_ind
-    except ImportError:
-        return "no test: pip install scipy"
-    p = ttest_ind(first, second, equal_var=False).pvalue
-    return f"Welch's t-test: p = {p:.2g}{', no evidence of a difference' if p > 0.05 else ''}"
+    tasks = verdict.group_runs(runs)
+    text, tables = "", {}
+    for task_hash, groups in tasks.items():
+        first = groups[0].runs[0]
+        track = next((name for name in first.start["sources"] if name.endswith(".toml")), args.config)
+        machines = sorted({f"{run.start['world_size']} x {run.start['env']['device_name']}" for run in runs})
+        text += (
+            f"{track}: {first.start['config']['train']['steps']} steps, "
+            f"target {first.target:g}, {', '.join(machines)}, torch {first.start['env']['torch']}\n\n"
+            f"{verdict.report(groups)}\n"
+        )
+        tables[task_hash] = verdict.as_json(groups)
+    if len(tasks) > 1:
+        text += "Not comparable with each other: runs of different data, model, batch, evaluation or target.\n"
+    text += "".join(f"failed: {title}: exit code {code}\n" for title, code in failures.items())
+    data = json.dumps({"tasks": tables, "failures": failures}, indent=1)
+    if not args.report:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "comparison.md").write_text(text, encoding="utf-8")
+        (args.out / "comparison.json").write_text(data + "\n", encoding="utf-8")
+    return data if args.json else text
 
 
 def main() -> int:
     args = parse_args()
-    plan = [(optimizer, seed) for seed in args.seeds for optimizer in args.optimizers]
+    try:
+        import results.verdict  # noqa: F401  before hours of runs
+    except ImportError as error:
+        print(f"error: {error}; pip install scipy", file=sys.stderr)
+        return 2
+    if args.report:
+        return report_folders(args)
+    progress = sys.stderr if args.json else sys.stdout
+    plan = plan_runs(args)
     try:
         sources = read_sources(ROOT / args.config)
     except OSError as error:
@@ -160,53 +175,53 @@ def main() -> int:
     done: list[Run] = []
     failures: dict[str, int] = {}
     durations_s: list[float] = []
-    for number, (optimizer, seed) in enumerate(plan, start=1):
-        argv = train_argv(args, optimizer, seed)
-        title = f"[{number}/{len(plan)}] {optimizer}, seed {seed}"
+    for number, (title, argv) in enumerate(plan, start=1):
+        place = f"[{number}/{len(plan)}] {title}"
         if found := finished_run(read_folder(args.out)[0], argv, args.nproc, sources):
-            print(f"{title}: finished before, {found.path}", flush=True)
+            print(f"{place}: finished before, {found.path}", file=progress, flush=True)
             done.append(found)
             continue
         left_s = statistics.mean(durations_s) * (len(plan) - number + 1) if durations_s else None
-        print(title + (f" (about {left_s / 60:.0f} min left for all runs)" if left_s else ""), flush=True)
+        left = f" (about {left_s / 60:.0f} min left for all runs)" if left_s else ""
+        print(place + left, file=progress, flush=True)
         begin_s = time.monotonic()
-        exit_code = run_one(argv, args.out.absolute(), args.nproc)
+        exit_code = run_one(argv, args.out.absolute(), args.nproc, progress)
         durations_s.append(time.monotonic() - begin_s)
-        if exit_code == PREEMPTED or was_interrupted(read_folder(args.out)[0], argv):
+        records = read_folder(args.out)[0]
+        if exit_code == PREEMPTED or was_interrupted(records, argv):
             print("stopped; the same command goes on with the runs that are left", file=sys.stderr)
             return PREEMPTED
-        if found := finished_run(read_folder(args.out)[0], argv, args.nproc, sources):
+        if found := finished_run(records, argv, args.nproc, sources):
             done.append(found)
         else:
-            failures[f"{optimizer}, seed {seed}"] = exit_code
-    for name, exit_code in failures.items():
-        print(f"failed: {name}: exit code {exit_code}", file=sys.stderr)
-    if not done:
+            failures[title] = exit_code
+            done += [run for run in records if without_out(run.start["argv"][1:]) == argv][-1:]
+    for title, exit_code in failures.items():
+        print(f"failed: {title}: exit code {exit_code}", file=sys.stderr)
+    if not any(run.is_done for run in done):
         return max(failures.values())
-    if len({run.start["task_hash"] for run in done}) > 1:
-        print("error: the data changed between the runs, so they are not comparable; use a new --out", file=sys.stderr)
-        return 1
 
-    stacks = {tuple(run.start["env"][key] for key in ("device_name", "torch", "torch_threads")) for run in done}
-    first = done[0].start
-    text = (
-        f"{args.config}: {first['config']['train']['steps']} steps, target {done[0].target:g}, "
-        f"{first['world_size']} x {first['env']['device_name']}, torch {first['env']['torch']}\n\n"
-        f"{report(done)}\n\n{verdict(done)}\n"
-    )
-    if len(stacks) > 1:
-        text += f"Times are not comparable: the runs come from {len(stacks)} machines or stacks.\n"
-    print("\n" + text)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "comparison.md").write_text(text, encoding="utf-8")
+    print("\n" + report_runs(args, done, failures))
     try:
         from scripts.plot import plot_loss_curves
 
-        plot_loss_curves(done, args.out / "loss_curves.png")
-        print(f"curves: {args.out / 'loss_curves.png'}")
+        plot_loss_curves([run for run in done if run.is_done], args.out / "loss_curves.png")
+        print(f"curves: {args.out / 'loss_curves.png'}", file=progress)
     except ImportError as error:
         print(f"no curves: {error}; pip install matplotlib", file=sys.stderr)
-    return 1 if failures else 0
+    return 1 if failures or len({run.start["task_hash"] for run in done}) > 1 and not args.grid else 0
+
+
+def report_folders(args: argparse.Namespace) -> int:
+    found = [read_folder(folder) for folder in args.report]
+    for error in (error for _, errors in found for error in errors):
+        print(f"warning: {error}", file=sys.stderr)
+    runs = [run for folder_runs, _ in found for run in folder_runs]
+    if not runs:
+        print(f"error: no record in {', '.join(map(str, args.report))}", file=sys.stderr)
+        return 2
+    print(report_runs(args, runs, {}))
+    return 0
 
 
 if __name__ == "__main__":

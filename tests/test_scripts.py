@@ -5,6 +5,7 @@ import types
 
 import pytest
 
+from results import verdict
 from results.record import RecordError, Validation, read_folder, read_record
 from scripts import compare
 from tests.conftest import start_process
@@ -72,26 +73,105 @@ def test_read_record_names_file_and_line_of_what_is_no_record(tmp_path, lines, m
     assert [str(e) for e in read_folder(tmp_path)[1]] == [str(error.value)]
 
 
+def groups_of(folder):
+    ((_, groups),) = verdict.group_runs(read_folder(folder)[0]).items()
+    return groups
+
+
 def test_report_orders_by_loss_and_never_averages_over_the_seeds_that_made_it(tmp_path):
     write(tmp_path / "m0.jsonl", record_lines())
     write(tmp_path / "m1.jsonl", record_lines(seed=1, losses=((0, 4.0), (10, 3.0), (20, 2.6))))
     write(tmp_path / "a0.jsonl", record_lines("aurora", losses=((0, 4.0), (10, 2.4), (20, 1.9))))
-    table = compare.report(read_folder(tmp_path)[0]).splitlines()
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
-    assert cells[2] == ["aurora", "1", "1.9000", "", "1/1", "10", "5.0", "30.0", "500.0"]
-    assert cells[3] == ["muon", "2", "2.3000", "0.4243", "1/2", "> 20", "> 10.0", "20.0", "500.0"]
-    assert "aurora, 0.4000 below muon. n = 1 is a lead" in compare.verdict(read_folder(tmp_path)[0])
+    groups = groups_of(tmp_path)
+    aurora, muon = map(verdict.group_cells, groups)
+    assert aurora == ("aurora", "1", "1.9000", "-", "-", "-", "1/1", "9.4", "4.7", "500.0", "30.0")
+    assert muon == ("muon", "2", "2.3000", "0.4243", "-", "-", "1/2", "> 17.5", "> 8.8", "500.0", "20.0")
+    text = verdict.report(groups)
+    assert "Lowest validation loss: aurora, 0.4000 below muon." in text and "n = 1 is a lead, not evidence" in text
 
 
-def test_verdict_says_when_the_seeds_cannot_tell_two_optimizers_apart(tmp_path):
-    for seed, (muon, aurora) in enumerate([(2.0, 1.99), (2.1, 2.08), (1.9, 1.92)]):
-        write(tmp_path / f"m{seed}.jsonl", record_lines(seed=seed, losses=((0, 4.0), (20, muon))))
-        write(tmp_path / f"a{seed}.jsonl", record_lines("aurora", seed, losses=((0, 4.0), (20, aurora))))
-        write(tmp_path / f"w{seed}.jsonl", record_lines("adamw", seed, losses=((0, 4.0), (20, muon + 1))))
+def write_seeds(folder, **losses_of):
+    for optimizer, losses in losses_of.items():
+        for seed, loss in enumerate(losses):
+            lines = record_lines(optimizer, seed, losses=((0, 4.0 + seed / 100), (20, loss)))
+            write(folder / f"{optimizer}{seed}.jsonl", lines)
+
+
+def test_verdicts_say_what_the_seeds_can_tell_apart(tmp_path):
+    write_seeds(tmp_path, muon=[2.0, 2.1, 1.9], aurora=[1.99, 2.08, 1.92], adamw=[3.0, 3.1, 2.9])
+    pairs = {(pair.first.label, pair.second.label): pair for pair in verdict.compare_pairs(groups_of(tmp_path))}
+    close = pairs["aurora", "muon"]
+    assert close.difference == pytest.approx(-1 / 300) and close.p == pytest.approx(0.966, abs=1e-3)
+    assert close.verdict.startswith("not supported: about ")
+    clear = pairs["muon", "adamw"]
+    assert clear.p == pytest.approx(0.00026, abs=1e-5) and 2 * clear.p <= clear.p_holm <= 3 * clear.p
+    assert clear.verdict == "supported: muon is lower"
+    assert clear.time_ratio[0] == 1.0
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda runs: runs.pop(), "muon: 2 runs, no test with fewer than 3"),
+        (lambda runs: runs[2].start.update(seed=1), "muon: seeds more than once: 1"),
+        (lambda runs: setattr(runs[2], "validations", runs[1].validations), "muon: 1 run with the losses of another"),
+        (lambda runs: runs[2].end.update(status="diverged"), "muon: without a final loss: seed 2 (diverged)"),
+        (lambda runs: setattr(runs[2], "end", None), "muon: without a final loss: seed 2 (cut short)"),
+        (lambda runs: runs[2].validations.pop(0), "muon: not validated at the same steps"),
+    ],
+)
+def test_what_forbids_a_test_is_named_and_nothing_is_dropped(tmp_path, change, reason):
+    write_seeds(tmp_path, aurora=[1.0, 1.1, 1.2], muon=[2.0, 2.1, 1.9])
     runs, _ = read_folder(tmp_path)
-    assert "aurora, 0.0033 below muon (Welch's t-test: p = 0.97, no evidence of a difference)." in compare.verdict(runs)
-    decided = compare.verdict([run for run in runs if run.start["optimizer"] != "aurora"])
-    assert "muon, 1.0000 below adamw (Welch's t-test: p = 0.00026)." in decided
+    aurora, muon = runs[:3], runs[3:]
+    change(muon)
+    ((_, groups),) = verdict.group_runs([*aurora, *muon]).items()
+    (pair,) = verdict.compare_pairs(groups)
+    assert pair.verdict.startswith("not comparable: ") and reason in pair.verdict
+    assert sum(len(group.runs) for group in groups) == len(aurora) + len(muon)
+    json.dumps(verdict.as_json(groups), allow_nan=False)
+    assert verdict.report(groups)
+
+
+def test_an_attempt_that_was_stopped_and_made_good_counts_once_and_a_diverged_one_stays(tmp_path):
+    write_seeds(tmp_path, muon=[2.0, 2.1, 1.9])
+    write(tmp_path / "cut.jsonl", record_lines(seed=1)[:-1])
+    assert [len(group.runs) for group in groups_of(tmp_path)] == [3]
+    write(tmp_path / "diverged.jsonl", record_lines(seed=1, status="diverged"))
+    (group,) = groups_of(tmp_path)
+    assert len(group.runs) == 4 and "seeds more than once: 1" in group.flaws()
+
+
+def test_groups_are_labelled_by_the_settings_in_which_they_differ(tmp_path):
+    for lr in (0.01, 0.02):
+        lines = record_lines()
+        start = json.loads(lines[0]) | {"hparams": {"lr": lr, "momentum": 0.95}}
+        write(tmp_path / f"{lr}.jsonl", [json.dumps(start), *lines[1:]])
+    assert [group.label for group in groups_of(tmp_path)] == ["muon lr=0.01", "muon lr=0.02"]
+
+
+def test_plan_alternates_optimizers_and_multiplies_grids():
+    arguments = ["--optimizers", "muon", "adamw", "--seeds", "0", "1", "--grid", "optimizer.lr=0.1,0.2"]
+    plan = compare.plan_runs(compare.parse_args(arguments))
+    assert [planned.title for planned in plan[:3]] == [
+        "muon, optimizer.lr 0.1, seed 0",
+        "adamw, optimizer.lr 0.1, seed 0",
+        "muon, optimizer.lr 0.2, seed 0",
+    ]
+    assert plan[1].argv[-2:] == ["--set", "optimizer.adamw.lr=0.1"] and len(plan) == 8
+    one_by_one = compare.plan_runs(compare.parse_args([*arguments, "--no-interleave"]))
+    assert [planned.argv[3] for planned in one_by_one] == ["muon"] * 4 + ["adamw"] * 4
+    assert compare.grid_values("optimizer.aux_betas=[0.8,0.9],[0.9,0.95]")[1][1] == "[0.9,0.95]"
+
+
+def test_report_of_the_committed_runs_as_json():
+    process = start_process("scripts/compare.py", "--report", "results/quick", "--json")
+    output, err = process.communicate(timeout=60)
+    (task,) = json.loads(output)["tasks"].values()
+    assert process.returncode == 0 and err == ""
+    assert {group["optimizer"] for group in task["groups"]} == {"adamw", "muon", "unormuon", "aurora"}
+    process = start_process("scripts/compare.py", "--report", "configs")
+    assert "no record in configs" in process.communicate(timeout=60)[1] and process.returncode == 2
 
 
 def compare_command(tiny_track, out, *args):
@@ -105,7 +185,7 @@ def test_compare_runs_skips_what_is_finished_and_goes_on_after_a_failure(tiny_tr
     code, out, err = compare_command(tiny_track, tmp_path, *arguments)
     assert code == 1
     assert "failed: muon, seed 0: exit code 5" in err
-    assert "| aurora" in out and "| muon" not in out
+    assert "| aurora" in out and "muon: without a final loss: seed 0 (diverged)" in out
     assert "step:10/10 val_loss:" in out
     assert (tmp_path / "comparison.md").read_text() in out
     assert (tmp_path / "loss_curves.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,236 @@
+"""Statistics of runs: gates, tests, intervals and what to do with runs that never arrive. Needs numpy and scipy."""
+
+import itertools
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+# The public benchmark's rule, (target - mean) sqrt(n) >= 0.004: with its standard deviation of 0.0013 between seeds
+# that is 3.08 standard errors, p < 0.001. Where seeds differ more it promises too much: other tests stand beside it.
+GATE_THRESHOLD = 0.004
+GATE_SIGMA = 0.0013
+MIN_RUNS = 3
+CONFIDENCE = 0.95
+RESAMPLES = 10_000
+
+
+class Gate(NamedTuple):
+    margin: float
+    threshold: float
+    passes: bool
+
+
+def gate(losses: Sequence[float], target: float) -> Gate:
+    """The public gate. A run without a finite loss, or fewer than MIN_RUNS runs, cannot pass it."""
+    margin = (target - float(np.mean(losses))) * math.sqrt(len(losses)) if losses else math.nan
+    return Gate(margin, GATE_THRESHOLD, len(losses) >= MIN_RUNS and margin >= GATE_THRESHOLD)
+
+
+def t_below(losses: Sequence[float], target: float) -> float:
+    """p of Student's one-sided test that the mean is below the target; NaN with fewer than MIN_RUNS or equal losses."""
+    if len(losses) < MIN_RUNS or np.ptp(losses) == 0:
+        return math.nan
+    return float(stats.ttest_1samp(losses, target, alternative="less").pvalue)
+
+
+def sd_test(losses: Sequence[float], sigma: float = GATE_SIGMA) -> float:
+    """p of the chi-square test that the standard deviation is at most sigma: small where the gate promises too much."""
+    if len(losses) < 2:
+        return math.nan
+    return float(stats.chi2.sf((len(losses) - 1) * np.var(losses, ddof=1) / sigma**2, len(losses) - 1))
+
+
+class Welch(NamedTuple):
+    """Difference of means a - b with its 95 % interval and two-sided p, variances unequal."""
+
+    difference: float
+    low: float
+    high: float
+    p: float
+
+
+def welch(a: Sequence[float], b: Sequence[float]) -> Welch:
+    """Welch's t-test; NaN limits and p with fewer than MIN_RUNS on a side or no spread at all."""
+    difference = float(np.mean(a) - np.mean(b))
+    if min(len(a), len(b)) < MIN_RUNS or np.ptp(a) == np.ptp(b) == 0:
+        return Welch(difference, math.nan, math.nan, math.nan)
+    test = stats.ttest_ind(a, b, equal_var=False)
+    interval = test.confidence_interval(CONFIDENCE)
+    return Welch(difference, float(interval.low), float(interval.high), float(test.pvalue))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p, in the order given. NaN stays NaN and does not count as a test."""
+    order = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
+    adjusted, largest = [math.nan] * len(p_values), 0.0
+    for rank, (p, i) in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * p))
+        adjusted[i] = largest
+    return adjusted
+
+
+class Interval(NamedTuple):
+    low: float
+    high: float
+    method: str
+
+
+def mean_interval(values: Sequence[float], seed: int = 0) -> Interval:
+    """95 % interval of the mean: BCa bootstrap of 10,000 resamples, Student's t below five values, else nothing.
+
+    seed: of the resampling, so that the same records give the same page.
+    """
+    n = len(values)
+    if n < 2:
+        return Interval(math.nan, math.nan, "one value")
+    if np.ptp(values) == 0:
+        return Interval(values[0], values[0], "equal values")
+    if n < 5:
+        half = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * stats.sem(values)
+        return Interval(float(np.mean(values) - half), float(np.mean(values) + half), "t")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+        found = stats.bootstrap(
+            (np.asarray(values, dtype=float),),
+            np.mean,
+            n_resamples=RESAMPLES,
+            confidence_level=CONFIDENCE,
+            rng=np.random.default_rng(seed),
+        ).confidence_interval
+    return Interval(float(found.low), float(found.high), "BCa bootstrap")
+
+
+def wilson(k: int, n: int) -> Interval:
+    """95 % interval of a proportion k/n."""
+    found = stats.binomtest(k, n).proportion_ci(CONFIDENCE, method="wilson")
+    return Interval(float(found.low), float(found.high), "Wilson")
+
+
+def ratio_interval(a: Sequence[float], b: Sequence[float]) -> tuple[float, Interval]:
+    """Geometric mean of the paired ratios a/b, of interleaved runs, and the 95 % t-interval of it."""
+    logs = np.log(np.asarray(a) / np.asarray(b))
+    if len(logs) < 2:
+        return float(np.exp(logs.mean())), Interval(math.nan, math.nan, "one pair")
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, len(logs) - 1) * stats.sem(logs)
+    low, middle, high = np.exp([logs.mean() - half, logs.mean(), logs.mean() + half])
+    return float(middle), Interval(float(low), float(high), "t of logarithms")
+
+
+def runs_needed(difference: float, sd: float, alpha: float = 0.05, power: float = 0.8) -> int:
+    """Runs a side with which Welch's test at alpha finds such a difference with such a power, by noncentral t."""
+    if difference == 0 or sd == 0 or not math.isfinite(difference * sd):
+        return 0
+    effect = abs(difference) / sd
+
+    def power_of(n: int) -> float:
+        critical = stats.t.ppf(1 - alpha / 2, 2 * n - 2)
+        return float(stats.nct.sf(critical, 2 * n - 2, effect * math.sqrt(n / 2)))
+
+    # The normal approximation lies at most a few runs below.
+    n = max(2, math.floor(2 * ((stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(power)) / effect) ** 2))
+    return n if n > 10_000 else next(m for m in itertools.count(n) if power_of(m) >= power)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reaching a target
+
+
+class Crossing(NamedTuple):
+    """Where one run first met the target, interpolated between two looks; seconds alike."""
+
+    step: float
+    time_s: float
+    bracket: tuple[int, int]
+
+
+def crossing(looks: Sequence[tuple[int, float, float]], target: float) -> Crossing | None:
+    """The first crossing of looks (step, loss, seconds), in order of steps; None where no look is at the target.
+
+    Between the look before and the first at or below the target the loss is taken for a straight line.
+    """
+    before = None
+    for step, loss, time_s in looks:
+        if loss <= target:
+            if before is None or not math.isfinite(before[1]):
+                return Crossing(float(step), time_s, (before[0] if before else step, step))
+            part = (before[1] - target) / (before[1] - loss)
+            return Crossing(
+                before[0] + part * (step - before[0]), before[2] + part * (time_s - before[2]), (before[0], step)
+            )
+        before = (step, loss, time_s)
+    return None
+
+
+class Reached(NamedTuple):
+    """Steps (or seconds) of all runs of a group to the target, censored ones included.
+
+    expected: ERT, the cost of all runs over the number that arrived (Auger & Hansen 2005); infinite if none did.
+    restricted_mean: mean with a run that did not arrive counted at its cap, so a lower bound.
+    median: infinite where fewer than half arrived.
+    """
+
+    count: int
+    runs: int
+    expected: float
+    restricted_mean: float
+    median: float
+    interval: Interval
+
+
+def reached(values: Sequence[float | None], caps: Sequence[float]) -> Reached:
+    """Args: values, None for a run that ended, diverged or was stopped short; caps, where each run ended."""
+    arrived = [value for value in values if value is not None]
+    paid = [cap if value is None else value for value, cap in zip(values, caps, strict=True)]
+    with_inf = sorted(math.inf if value is None else value for value in values)
+    return Reached(
+        len(arrived),
+        len(paid),
+        sum(paid) / len(arrived) if arrived else math.inf,
+        float(np.mean(paid)),
+        with_inf[(len(with_inf) - 1) // 2] if len(with_inf) % 2 else float(np.mean(with_inf[len(paid) // 2 - 1 :][:2])),
+        mean_interval(arrived) if len(arrived) == len(paid) else Interval(math.nan, math.nan, "censored runs"),
+    )
+
+
+def common_step(runs: Sequence[Mapping[int, float]], target: float) -> int | None:
+    """The first step, with a look {step: loss} in every run, at which the gate passes and the t-test gives p < 0.05.
+
+    Looks of one run stand or fall together, so that choosing among steps costs next to nothing.
+    """
+    if not runs:
+        return None
+    for step in sorted(set.intersection(*(set(run) for run in runs))):
+        losses = [run[step] for run in runs]
+        if all(map(math.isfinite, losses)) and gate(losses, target).passes and t_below(losses, target) < 0.05:
+            return step
+    return None
+
+
+def flaws(seeds: Sequence[int | None], losses: Sequence[Sequence[float]]) -> list[str]:
+    """What forbids a test on these runs, in words: too few, equal seeds, duplicates.
+
+    Args:
+        seeds: one a run; None where unknown.
+        losses: each run's losses at its looks.
+    """
+    found = []
+    if len(losses) < MIN_RUNS:
+        found.append(f"{len(losses)} run{'s' * (len(losses) != 1)}, no test with fewer than {MIN_RUNS}")
+    known = sorted(seed for seed in seeds if seed is not None)
+    repeated = sorted({seed for seed in known if known.count(seed) > 1})
+    if repeated:
+        found.append(f"seeds more than once: {', '.join(map(str, repeated))}")
+    sequences = [tuple(run) for run in losses]
+    duplicates = sum(sequence in sequences[:i] for i, sequence in enumerate(sequences) if len(sequence) > 1)
+    if duplicates:
+        found.append(f"{duplicates} run{'s' * (duplicates != 1)} with the losses of another")
+    return found
+
+
+def seed_gaps(seeds: Sequence[int]) -> list[int]:
+    """Seeds that are missing between the first and the last: were they run, and left out?"""
+    return sorted(set(range(min(seeds), max(seeds))) - set(seeds)) if seeds else []
