@@ -58,7 +58,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--timeout-s", type=float, default=60.0, help="seconds after which a rank that stands still ends the run"
     )
     parser.add_argument("--dry-run", action="store_true", help="print parameters, data and memory needed, then stop")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not args.timeout_s > 0:
+        parser.error(f"--timeout-s must be above 0, got {args.timeout_s:g}")
+    return args
 
 
 if __name__ == "__main__":
@@ -383,7 +386,10 @@ def validate(model: nn.Module, data: RunData, run: Training) -> float:
     own_tokens = plan.val_sequences * config.model.seq_len
     window = data.val_tokens[ranks.rank * own_tokens : (ranks.rank + 1) * own_tokens + 1]
     batch = to_device(stage(window, ranks.device), config.model.seq_len, ranks.device)
-    losses = [model(*micro) for micro in zip(*(part.split(plan.micro_batch) for part in batch), strict=True)]
+    losses = []
+    for micro in zip(*(part.split(plan.micro_batch) for part in batch), strict=True):
+        point("measure", run.loader.step)
+        losses.append(model(*micro))
     total = torch.stack(losses).cpu().double().sum().to(ranks.device if ranks.world_size > 1 else "cpu")
     return ranks.all_reduce(total).item() / config.eval.tokens
 

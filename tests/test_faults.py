@@ -99,7 +99,17 @@ def test_world_size_may_change_at_every_resume(twelve_steps, launch, twin, tmp_p
     assert result(tmp_path)[1] == pytest.approx(twin(optimizer, 1)[1], abs=1e-5)
 
 
-STEP_POINTS = ("forward", "backward", "check", "gradient_sum", "update", "updated", "validation", "validated")
+STEP_POINTS = (
+    "forward",
+    "backward",
+    "check",
+    "gradient_sum",
+    "update",
+    "updated",
+    "validation",
+    "measure",
+    "validated",
+)
 SAVE_POINTS = ("checkpoint_gather", "checkpoint_saved")
 FILE_POINTS = ("checkpoint_state", "checkpoint_manifest", "checkpoint_rename", "checkpoint_renamed", "checkpoint_prune")
 
@@ -113,7 +123,7 @@ def kill_cases():
     """(optimizer, world size, rank, point, step)."""
     for number, optimizer in enumerate(OPTIMIZERS):
         for place, name in enumerate((*STEP_POINTS, *SAVE_POINTS, "end", "warm_up")):
-            step = {"end": 12, "warm_up": 0, "validation": 8, "validated": 8}.get(name, 6)
+            step = {"end": 12, "warm_up": 0, "validation": 8, "measure": 8, "validated": 8}.get(name, 6)
             for rank in (0, 1):
                 if FULL or (place + number) % 6 == 0 and rank == place % 2:
                     yield optimizer, 2, rank, name, step
