@@ -856,9 +856,13 @@ def main(argv: list[str] | None = None) -> int:
         elif is_peer_failure(error):
             reason, message = Exit.PEER, f"lost a peer: {watch.who_is_lost() if watch else ''}"
         else:
+            report_exit(1)
             raise
         print(f"error: rank {rank} {message}: {first_line(error)}", file=sys.stderr, flush=True)
         return report_exit(int(reason))
+    except Exception:  # a bug: scripts/launch.sh shall not take it for a lost rank
+        report_exit(1)
+        raise
     finally:
         if watch:
             watch.stop()

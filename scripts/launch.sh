@@ -24,6 +24,7 @@ run() {
     return "${code:-6}"
 }
 
+python train_gpt.py "$@" --dry-run >/dev/null || exit # usage errors are told here, once
 for ((SPEEDRUN_ATTEMPT = 0; ; SPEEDRUN_ATTEMPT++)); do
     export SPEEDRUN_ATTEMPT
     if [ "$SPEEDRUN_ATTEMPT" = 0 ]; then run "$@"; else run "$@" --resume; fi

@@ -450,6 +450,7 @@ def test_launch_script_goes_on_after_a_lost_rank_and_gives_up_on_errors(twelve_s
     run = subprocess.run([*command, "--out", tmp_path / "a"], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0 and run.stderr.count("launch: lost a rank, going on") == 1, run.stderr
     assert result(tmp_path / "a") == twin("aurora", 2) and events(tmp_path / "a")[-1]["segments"] == 2
-    command += ["--out", tmp_path / "b", "--set", "train.batch_tokens=7"]
+    command += ["--out", tmp_path / "b"]
+    environment |= {"SPEEDRUN_FAULT": "nan:check:2:1"}
     run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == Exit.CONFIG and "launch:" not in run.stderr
+    assert run.returncode == Exit.NON_FINITE and "launch:" not in run.stderr
