@@ -356,9 +356,10 @@ def test_a_stop_on_one_rank_stops_all_at_the_same_step(twelve_steps, launch, tmp
 
 
 def test_workers_die_with_their_launcher(twelve_steps, tmp_path):
+    """Even one that is stopped, which only the kernel can kill."""
     command = ["train_gpt.py", *map(str, twelve_steps), "--out", str(tmp_path), "--set", "train.micro_batch=1"]
     command[command.index("2")] = "60"
-    process = start_process(*torchrun(2), *command, env={"SPEEDRUN_FAULT": "hang:forward:3:1"})
+    process = start_process(*torchrun(2), *command, env={"SPEEDRUN_FAULT": "stop:forward:3:1"})
     for line in process.stdout:
         if line.startswith("step:0/"):
             break
