@@ -355,16 +355,17 @@ def test_a_stop_on_one_rank_stops_all_at_the_same_step(twelve_steps, launch, tmp
     assert outcome.codes == [Exit.PREEMPTED] * 2 and load_checkpoint(checkpoints(tmp_path)[-1])["step"] == 8
 
 
-def test_workers_die_with_their_launcher(twelve_steps, tmp_path):
-    """Even one that is stopped, which only the kernel can kill."""
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_workers_die_with_their_launcher(twelve_steps, tmp_path, world_size):
+    """One rank alone has no watch, only the kernel."""
     command = ["train_gpt.py", *map(str, twelve_steps), "--out", str(tmp_path), "--set", "train.micro_batch=1"]
     command[command.index("2")] = "60"
-    process = start_process(*torchrun(2), *command, env={"SPEEDRUN_FAULT": "stop:forward:3:1"})
+    process = start_process(*torchrun(world_size), *command, env={"SPEEDRUN_FAULT": "hang:forward:3"})
     for line in process.stdout:
         if line.startswith("step:0/"):
             break
     workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    assert len(workers) >= 2
+    assert len(workers) >= world_size
     process.kill()
     process.communicate()
     deadline_s = time.monotonic() + 5
