@@ -7,7 +7,7 @@ loss, which forbids tests, and stands at its cap among the steps and seconds to 
 import itertools
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,8 +33,11 @@ from results.statistics import (
     welch,
     wilson,
 )
+from results.text import plain
 
 ALPHA = 0.05
+# Characters of a sentence that names many runs.
+LONG = 1000
 
 
 @dataclass
@@ -280,13 +283,18 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def report(groups: Sequence[Group]) -> str:
-    """Everything about the groups of one task, in Markdown: table, pairs, and what weakens them."""
-    text = markdown_table(HEADER, map(group_cells, groups)) + "\n\n"
+def report(groups: Sequence[Group], write: Callable[..., str] = plain) -> str:
+    """Everything about the groups of one task, in Markdown: table, pairs, and what weakens them.
+
+    write: makes text of records harmless where the report goes: plain for a terminal, cell for a Markdown file.
+    """
+    rows = [(write(label), *numbers) for label, *numbers in map(group_cells, groups)]
+    text = markdown_table(HEADER, rows) + "\n\n"
     pairs = compare_pairs(groups)
     if all(len(group.runs) > 2 for group in groups) and pairs:
-        text += markdown_table(PAIR_HEADER, map(pair_cells, pairs)) + "\n\n"
-    return text + "\n".join(remarks(groups, pairs)) + "\n"
+        rows = [(write(name), *numbers, write(words, LONG)) for name, *numbers, words in map(pair_cells, pairs)]
+        text += markdown_table(PAIR_HEADER, rows) + "\n\n"
+    return text + "\n".join(write(line, LONG) for line in remarks(groups, pairs)) + "\n"
 
 
 def remarks(groups: Sequence[Group], pairs: Sequence[Pair]) -> list[str]:

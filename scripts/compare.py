@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from results.record import Run, read_folder, read_sources
+from results.text import cell, plain
 
 DEFAULT_OPTIMIZERS = ["adamw", "muon", "unormuon", "aurora"]
 PREEMPTED = 75
@@ -134,26 +135,29 @@ def report_runs(args: argparse.Namespace, runs: Sequence[Run], failures: dict[st
     from results import verdict
 
     tasks = verdict.group_runs(runs)
-    text, tables = "", {}
-    for task_hash, groups in tasks.items():
-        first = groups[0].runs[0]
-        track = next((name for name in first.start["sources"] if name.endswith(".toml")), args.config)
-        machines = sorted({f"{run.start['world_size']} x {run.start['env']['device_name']}" for run in runs})
-        text += (
-            f"{track}: {first.start['config']['train']['steps']} steps, "
-            f"target {first.target:g}, {', '.join(machines)}, torch {first.start['env']['torch']}\n\n"
-            f"{verdict.report(groups)}\n"
-        )
-        tables[task_hash] = verdict.as_json(groups)
-    if len(tasks) > 1:
-        text += "Not comparable with each other: runs of different data, model, batch, evaluation or target.\n"
-    text += "".join(f"failed: {title}: exit code {code}\n" for title, code in failures.items())
+    tables = {task_hash: verdict.as_json(groups) for task_hash, groups in tasks.items()}
+
+    def make_text(write: Callable[..., str]) -> str:
+        text = ""
+        for groups in tasks.values():
+            first = groups[0].runs[0]
+            track = next((name for name in first.start["sources"] if name.endswith(".toml")), args.config)
+            machines = sorted({f"{run.start['world_size']} x {run.start['env']['device_name']}" for run in runs})
+            text += (
+                f"{write(track)}: {first.start['config']['train']['steps']} steps, target {first.target:g}, "
+                f"{write(', '.join(machines))}, torch {write(first.start['env']['torch'])}\n\n"
+                f"{verdict.report(groups, write)}\n"
+            )
+        if len(tasks) > 1:
+            text += "Not comparable with each other: runs of different data, model, batch, evaluation or target.\n"
+        return text + "".join(f"failed: {title}: exit code {code}\n" for title, code in failures.items())
+
     data = json.dumps({"tasks": tables, "failures": failures}, indent=1)
     if not args.report:
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "comparison.md").write_text(text, encoding="utf-8")
+        (args.out / "comparison.md").write_text(make_text(cell), encoding="utf-8")
         (args.out / "comparison.json").write_text(data + "\n", encoding="utf-8")
-    return data if args.json else text
+    return data if args.json else make_text(plain)
 
 
 def main() -> int:
@@ -205,8 +209,9 @@ def main() -> int:
     try:
         from scripts.plot import plot_loss_curves
 
-        plot_loss_curves([run for run in done if run.is_done], args.out / "loss_curves.png")
-        print(f"curves: {args.out / 'loss_curves.png'}", file=progress)
+        if len({run.start["task_hash"] for run in done}) == 1:
+            plot_loss_curves(done, args.out / "loss_curves.png")
+            print(f"curves: {args.out / 'loss_curves.png'}", file=progress)
     except ImportError as error:
         print(f"no curves: {error}; pip install matplotlib", file=sys.stderr)
     return 1 if failures or len({run.start["task_hash"] for run in done}) > 1 and not args.grid else 0

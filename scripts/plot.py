@@ -1,66 +1,165 @@
-"""Plots of run records.
+"""Plots of run records: loss against steps and seconds, the neighbourhood of the target, steps to the target.
 
 python scripts/plot.py results/quick --out curves.png
 """
 
 import argparse
+import math
 import statistics
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from results.record import Run, by_optimizer, read_folder
+from results.record import Run, read_folder
+from results.text import plain
+from results.verdict import Group, group_runs
 
-# Okabe and Ito's palette, told apart by colour-blind readers; line styles tell them apart in grey print.
+# Okabe and Ito's palette, told apart by colour-blind readers; line styles and markers tell them apart in grey print.
 STYLES = {
-    "adamw": ("#000000", ":"),
-    "muon": ("#0072B2", "-."),
-    "normuon": ("#CC79A7", (0, (3, 1, 1, 1))),
-    "unormuon": ("#009E73", "--"),
-    "aurora": ("#D55E00", "-"),
+    "adamw": ("#000000", ":", "o"),
+    "muon": ("#0072B2", "-.", "s"),
+    "normuon": ("#CC79A7", (0, (3, 1, 1, 1)), "v"),
+    "unormuon": ("#009E73", "--", "^"),
+    "aurora": ("#D55E00", "-", "D"),
+    "riemannian_aurora": ("#56B4E9", (0, (5, 1)), "P"),
 }
+# For a second setting of the same optimizer, and for optimizers without a style of their own.
+SPARE_STYLES = [("#E69F00", (0, (1, 1)), "X"), ("#56B4E9", (0, (5, 1)), "P"), ("#CC79A7", (0, (3, 1, 1, 1)), "v")]
 # Curves begin here: the fall from the loss of a uniform guess would squeeze everything else.
 SHOWN_FROM_FRAC = 0.2
+# Markers of one curve; every curve begins with another offset, so that they do not cover each other.
+MARKERS = 6
+LABEL_WIDTH = 26
 
 
 def plot_loss_curves(runs: Sequence[Run], path: Path) -> None:
-    """Validation loss against steps and against timed seconds: the seeds' mean, and their range as a band.
+    """Plot the runs of one task, grouped by optimizer and setting; see plot_groups."""
+    (groups,) = group_runs(runs).values()
+    plot_groups(groups, path)
 
-    Seconds are shown at the mean time of each step. Writes PNG or SVG, by the suffix of path.
+
+def plot_groups(groups: Sequence[Group], path: Path, description: str = "") -> None:
+    """Four panels: validation loss against steps and against timed seconds, its end, and steps to the target.
+
+    Curves are the seeds' mean with their range as a band, at the steps that all seeds reached, and seconds the mean
+    time of each step. The same runs give the same bytes.
+
+    Args:
+        groups: of one task; each needs a look at a common step.
+        path: PNG or SVG, by its suffix.
+        description: kept in the file's metadata.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
-    for optimizer, group in by_optimizer(runs).items():
-        looks_by_step = [dict((look.step, look) for look in run.validations) for run in group]
-        steps = sorted(set.intersection(*(set(looks) for looks in looks_by_step)))
-        steps = [step for step in steps if step >= SHOWN_FROM_FRAC * max(steps)]
+    styles = styles_of(groups)
+    # Names come from records: no $mathematics$ in them, and no date or random name in the file.
+    settings = {"text.parse_math": False, "svg.hashsalt": "", "font.size": 9}
+    with matplotlib.rc_context(settings):
+        figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
+        by_steps, by_seconds, near_target, bars = axes.flat
+        for axis in (by_steps, by_seconds, near_target):
+            draw_curves(axis, groups, styles, is_time=axis is by_seconds)
+        target = groups[0].runs[0].target
+        near_target.set_title("near the target")
+        near_target.set(**zoom(groups, target))
+        for axis in (by_steps, by_seconds, near_target):
+            axis.axhline(target, color="0.35", linewidth=1)
+            axis.annotate(f"target {target:g}", (0.01, target), xycoords=("axes fraction", "data"), va="bottom")
+            axis.set_ylabel("validation loss (nats per token)")
+            axis.grid(alpha=0.3)
+        if by_steps.lines[:-1]:  # besides the target
+            by_steps.legend()
+        draw_steps_to_target(bars, groups, styles)
+        first = groups[0].runs[0].start
+        train, machine = first["config"]["train"], f"{first['world_size']} x {printable(first['env']['device_name'])}"
+        figure.suptitle(f"{train['steps']} steps of {train['batch_tokens']:,} tokens on {machine}")
+        metadata = {"Description": description} | ({"Date": None} if path.suffix == ".svg" else {"Software": None})
+        figure.savefig(path, dpi=120, metadata=metadata)
+        plt.close(figure)
+
+
+def styles_of(groups: Sequence[Group]) -> list[tuple]:
+    spare, used, styles = iter(SPARE_STYLES * len(groups)), set(), []
+    for group in groups:
+        own = STYLES.get(group.optimizer)
+        is_free = own is not None and own not in used
+        styles.append(own if is_free else next(style for style in spare if style not in used or len(used) > 8))
+        used.add(styles[-1])
+    return styles
+
+
+def printable(text: object) -> str:
+    """Text of a record without control characters, cut and wrapped."""
+    return "\n".join(textwrap.wrap(plain(text, limit=120), LABEL_WIDTH))
+
+
+def draw_curves(axis, groups: Sequence[Group], styles: Sequence[tuple], is_time: bool) -> None:
+    for index, (group, (color, line, marker)) in enumerate(zip(groups, styles, strict=True)):
+        looks_by_step = [{look.step: look for look in run.validations} for run in group.runs]
+        steps = sorted(set.intersection(*map(set, looks_by_step)))
+        if not steps:
+            continue
+        steps = [step for step in steps if step >= SHOWN_FROM_FRAC * steps[-1]]
         losses = [[looks[step].val_loss for looks in looks_by_step] for step in steps]
         seconds = [statistics.mean(looks[step].train_time_s for looks in looks_by_step) for step in steps]
-        color, style = STYLES.get(optimizer, ("#56B4E9", "-"))
-        for axis, x in zip(axes, (steps, seconds), strict=True):
-            axis.fill_between(x, [min(row) for row in losses], [max(row) for row in losses], color=color, alpha=0.15)
-            label = f"{optimizer} (n = {len(group)})"
-            axis.plot(x, [statistics.mean(row) for row in losses], color=color, linestyle=style, label=label)
-    for axis, label in zip(axes, ("steps", "timed training seconds"), strict=True):
-        axis.axhline(runs[0].target, color="0.5", linewidth=0.8)
-        axis.set_xlabel(label)
-        axis.grid(alpha=0.3)
-    axes[0].annotate(
-        f"target {runs[0].target:g}", (0.01, runs[0].target), xycoords=("axes fraction", "data"), va="bottom"
-    )
-    axes[0].set_ylabel("validation loss (nats per token)")
-    axes[1].legend()
-    first = runs[0].start
-    train, machine = first["config"]["train"], f"{first['world_size']} x {first['env']['device_name']}"
-    figure.suptitle(f"{train['steps']} steps of {train['batch_tokens']:,} tokens on {machine}")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+        x = seconds if is_time else steps
+        every = max(1, len(steps) // MARKERS)
+        axis.fill_between(x, [min(row) for row in losses], [max(row) for row in losses], color=color, alpha=0.15, lw=0)
+        axis.plot(
+            *(x, [statistics.mean(row) for row in losses]),
+            color=color,
+            linestyle=line,
+            marker=marker,
+            markersize=4.5,
+            markevery=(index * every // max(1, len(groups)), every),
+            label=f"{printable(group.label)} (n = {len(group.runs)})",
+        )
+    axis.set_xlabel("timed training seconds" if is_time else "steps")
+
+
+def zoom(groups: Sequence[Group], target: float) -> dict[str, tuple[float, float]]:
+    """Limits that show the curves that come to the target, from the first crossing to the last step."""
+    found = [hit.step for group in groups for hit in group.crossings() if hit]
+    last_step = max((group.last_step for group in groups), default=0)
+    ends = [loss for group in groups for loss in group.losses(group.last_step) if loss < target]
+    if not ends or not found:
+        return {}
+    depth = target - min(ends)
+    return {"xlim": (min(found) - 0.1 * last_step, last_step), "ylim": (min(ends) - 0.1 * depth, target + depth)}
+
+
+def draw_steps_to_target(axis, groups: Sequence[Group], styles: Sequence[tuple]) -> None:
+    """A bar a group with its 95 % interval; an open one with an arrow where not every run arrived."""
+    hatches = ["", "//", "..", "xx", "\\\\", "++", "oo", "--"]
+    longest = max(group.steps_to_target().restricted_mean for group in groups)
+    for position, (group, (color, _, marker)) in enumerate(zip(groups, styles, strict=True)):
+        reached = group.steps_to_target()
+        height, is_whole = reached.restricted_mean, reached.count == reached.runs
+        hatch = hatches[position % len(hatches)]
+        axis.barh(
+            position, height, color=color if is_whole else "none", edgecolor=color if not is_whole else "white",
+            alpha=0.7, hatch=hatch, height=0.6,
+        )  # fmt: skip
+        if is_whole and not math.isnan(reached.interval.low):
+            low, high = reached.interval.low, reached.interval.high
+            axis.errorbar(height, position, xerr=[[height - low], [high - height]], color="black", capsize=4, lw=1.5)
+        axis.plot(height, position, marker=marker if is_whole else ">", color="black", markersize=5)
+        for hit in group.crossings():
+            if hit:
+                axis.plot(hit.step, position + 0.38, marker="|", color="black", markersize=6)
+        text = f"{height:.0f}" if is_whole else f"> {height:.0f}, {reached.count} of {reached.runs} arrived"
+        axis.annotate(text, (0.02 * longest, position), va="center", color="black",
+                      bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})  # fmt: skip
+    axis.set_yticks(range(len(groups)), [printable(group.label) for group in groups])
+    axis.invert_yaxis()
+    axis.set_xlabel("steps to the target: mean, 95 % interval; ticks are seeds")
+    axis.set_xlim(0, longest * 1.08)
 
 
 def main() -> int:
@@ -69,12 +168,12 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="PNG or SVG to write")
     args = parser.parse_args()
     runs, errors = read_folder(args.folder)
-    runs = [run for run in runs if run.is_done]
+    runs = [run for run in runs if run.validations]
     for error in errors:
         print(f"warning: {error}", file=sys.stderr)
     tasks = {run.start["task_hash"] for run in runs}
     if len(tasks) != 1:
-        print(f"error: {args.folder} must hold finished runs of one task, found {len(tasks)} tasks", file=sys.stderr)
+        print(f"error: {args.folder} must hold runs of one task, found {len(tasks)} tasks", file=sys.stderr)
         return 2
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,7 @@ EXCEPTIONS = {
     "results/momentum.py": {"torch", "aurora", "configs"},
     "results/describe.py": {"torch", "numpy", "aurora", "configs", "data", "results"},
     "results/statistics.py": {"numpy", "scipy"},
+    "results/claims.py": {"numpy", "results"},
     "results/verdict.py": {"numpy", "results"},
     # Counts the shards of a run, so it reads the run's config.
     "data/fineweb.py": {"configs", "data"},

@@ -1,10 +1,14 @@
 """What a run writes of itself, to its record and to wandb."""
 
-import sys
-import types
+import contextlib
+import json
+import socket
+import struct
 
 import pytest
 
+import train_gpt
+from results.tracking import Tracker
 from tests.conftest import OPTIMIZERS, ROOT, events, losses, train_here
 
 
@@ -60,26 +64,133 @@ def test_task_hash_tells_tasks_apart_but_not_optimizers_seeds_or_steps(tiny_trac
         assert (events(out)[0]["task_hash"] in hashes) == (override in same)
 
 
-def test_wandb_that_cannot_be_used_costs_one_warning_not_the_run(tiny_track, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    assert train_here(tiny_track, tmp_path, "--wandb", "offline", "--set", "train.steps=2") == 0
-    assert capsys.readouterr().err.count("warning: wandb is off") == 1
+BROKEN_WANDB = {
+    "missing": "raise ImportError('No module named wandb')",
+    "raises at its start": "Settings = dict\ndef init(**kwargs): raise RuntimeError('the server\\nsays no')",
+    "raises later": "def log(metrics): raise ValueError('quota')",
+    "exits": "import os; os._exit(3)",
+    "hangs": "import signal, time; signal.alarm(1); time.sleep(100)",
+    "closes its input": "def log(metrics): import sys; sys.stdin.buffer.raw.close()",
+}
+FAKE_WANDB = """
+import json, os, sys, types
+Settings = dict
+def say(value): open(os.environ["FAKE_WANDB_LOG"], "a").write(json.dumps(value) + chr(10))
+def log(metrics): say(metrics)
+def init(**kwargs):
+    say(kwargs)
+    return types.SimpleNamespace(
+        define_metric=lambda *args, **kwargs: None, log=log, finish=lambda: say("finished"), dir="d/files", url=None
+    )
+"""
 
 
-def test_wandb_gets_the_metrics_of_the_record(tiny_track, tmp_path, monkeypatch):
-    class FakeRun:
-        logged, finished = [], False
+@pytest.fixture
+def fake_wandb(tmp_path, monkeypatch):
+    """Makes the next runs import a wandb that notes its calls; call it with code to break it, and for its notes."""
+    package = tmp_path / "site" / "wandb"
+    package.mkdir(parents=True)
+    monkeypatch.setenv("PYTHONPATH", str(package.parent))
+    monkeypatch.setenv("FAKE_WANDB_LOG", str(tmp_path / "calls"))
 
-        def log(self, metrics):
-            self.logged.append(metrics)
+    def use(breakage=""):
+        (package / "__init__.py").write_text(FAKE_WANDB + breakage)
+        return tmp_path / "calls"
 
-        def finish(self):
-            FakeRun.finished = True
+    return use
 
-    settings = {}
-    fake = types.SimpleNamespace(init=lambda **kwargs: settings.update(kwargs) or FakeRun())
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    assert train_here(tiny_track, tmp_path, "--wandb", "offline", "--set", "train.steps=10") == 0
-    assert settings["project"] == "nanogpt-speedrun" and settings["mode"] == "offline"
-    mirrored = [(m["step"], m["val/val_loss"]) for m in FakeRun.logged if "val/val_loss" in m]
-    assert mirrored == losses(tmp_path) and FakeRun.finished
+
+@pytest.mark.parametrize("breakage", BROKEN_WANDB.values(), ids=BROKEN_WANDB.keys())
+def test_wandb_that_cannot_be_used_costs_one_warning_not_the_run(
+    tiny_track, trained, tmp_path, capfd, fake_wandb, breakage
+):
+    fake_wandb(breakage)
+    out = tmp_path / "out"
+    assert train_here(tiny_track, out, "--optimizer", "muon", "--wandb", "online") == 0
+    warning = capfd.readouterr().err.replace("wandb: None\n", "")  # the fake has no address
+    assert warning.startswith("warning: wandb is off from here: ") and warning.count("\n") == 1
+    assert events(out)[-1]["weights_sha256"] == trained["muon"][-1]["weights_sha256"]
+
+
+def test_wandb_that_reads_nothing_is_left_behind(tmp_path, capfd, fake_wandb):
+    fake_wandb("def log(metrics): import time; time.sleep(100)")
+    tracker = Tracker("online", {"run_id": "r", "task_hash": "t", "optimizer": "muon"}, is_writer=True)
+    for step in range(10_000):
+        tracker.log({"event": "train", "step": step, "loss": 1.0})
+    tracker.finish()
+    assert capfd.readouterr().err.count("warning: wandb is off") == 1
+
+
+def test_wandb_unreachable_costs_one_warning_not_the_run(tiny_track, tmp_path, capfd, monkeypatch):
+    pytest.importorskip("wandb")
+    with socket.create_server(("127.0.0.1", 0)) as server:  # takes connections and never answers
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+        monkeypatch.setenv("WANDB_INIT_TIMEOUT", "1")
+        monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+        assert train_here(tiny_track, tmp_path / "out", "--wandb", "online", "--set", "train.steps=10") == 0
+    assert capfd.readouterr().err.count("warning: wandb is off") == 1
+
+
+def test_wandb_run_keeps_its_id_over_a_resume_and_gets_the_metrics_of_the_record(
+    tiny_track, tmp_path, monkeypatch, fake_wandb
+):
+    calls, out = fake_wandb(), tmp_path / "out"
+    arguments = ["--wandb", "offline", "--set", "train.steps=20", "--set", "train.checkpoint_every=10"]
+    original = train_gpt.train_step
+
+    def die_at_15(run, model, step, *rest):
+        if step == 15:
+            raise KeyboardInterrupt
+        return original(run, model, step, *rest)
+
+    monkeypatch.setattr(train_gpt, "train_step", die_at_15)
+    with contextlib.suppress(KeyboardInterrupt):
+        train_here(tiny_track, out, *arguments)
+    monkeypatch.setattr(train_gpt, "train_step", original)
+    assert train_here(tiny_track, out, *arguments, "--resume") == 0
+    notes = [json.loads(line) for line in calls.read_text().splitlines()]
+    starts = [note for note in notes if "project" in note]
+    start = events(out)[0]
+    assert [call["id"] for call in starts] == [start["run_id"]] * 2 and notes.count("finished") == 2
+    assert starts[0]["project"] == "nanogpt-speedrun" and starts[0]["group"] == start["task_hash"][:12]
+    assert starts[0]["mode"] == "offline" and "sources" not in starts[0]["config"]
+    assert [(note["step"], note["val/val_loss"]) for note in notes if "val/val_loss" in note] == losses(out)
+
+
+def test_wandb_offline_file_holds_the_values_of_the_record(tiny_track, tmp_path, monkeypatch):
+    pb = pytest.importorskip("wandb.proto.wandb_internal_pb2")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    assert train_here(tiny_track, tmp_path / "out", "--wandb", "offline") == 0
+    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    rows, step_metrics = [], {}
+    for content in leveldb_log(path.read_bytes()):
+        record = pb.Record.FromString(content)
+        if record.WhichOneof("record_type") == "history":
+            items = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            rows.append({key: value for key, value in items.items() if not key.startswith("_")})
+        elif record.WhichOneof("record_type") == "metric":
+            step_metrics[record.metric.glob_name or record.metric.name] = record.metric.step_metric
+    mirrored = [event for event in events(tmp_path / "out") if event["event"] in ("train", "val")]
+    expected = [
+        {"step": event["step"]}
+        | {f"{event['event']}/{key}": value for key, value in event.items() if key not in ("event", "step")}
+        for event in mirrored
+    ]
+    assert rows == expected
+    assert step_metrics["*"] == "step", "the x axis of every chart"
+
+
+def leveldb_log(content: bytes):
+    """The records of a file in LevelDB's log format, as wandb writes it: 7 bytes, then blocks of 32 KiB."""
+    position, record = 7, b""
+    while position + 7 <= len(content):
+        if 2**15 - position % 2**15 < 7:  # no chunk begins so late in a block
+            position += 2**15 - position % 2**15
+            continue
+        length, kind = struct.unpack_from("<HB", content, position + 4)  # after 4 bytes of CRC
+        record += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last chunk
+            yield record
+            record = b""

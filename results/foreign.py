@@ -1,0 +1,175 @@
+"""Other people's logs: validation lines of the public text formats, as trials with the same statistics as our records.
+
+Read are, wherever they stand in the text:
+
+    step:125/3250 val_loss:4.61 train_time:19.5s step_avg:156.0ms    modded-nanogpt; time in s or ms, other key:number
+    0/20000 val_loss: 9.0076 val_bpb: 4.1159                         parameter-golf, also behind a time stamp
+    final_int8_roundtrip val_loss:1.99 val_bpb:1.18                  the same; belongs to the last step
+    stopping_early: wallclock_cap train_time:600036ms step:8562/20000    the same; the run is complete
+    s:250 tel:6.4567                                                  llm.c, main.log
+    step 250/19560 | ... and then: val loss 6.4567                    llm.c, standard output
+    step 250: train loss 6.40, val loss 6.45                          nanoGPT
+
+Source code in front of a log holds no such lines, for its numbers are names in braces.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+LAST = -1  # stands for the last step before
+MAX_LINE = 1 << 16  # characters; longer lines are no results
+NUMBER = r"[-+]?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+|nan|inf)"
+_STAMP = r"^\s*(?:\d{9,}\.\d+\s+)?"
+_STEP = re.compile(_STAMP + r"step:(\d{1,9})(?:/(\d{1,9}))?\s")
+_GOLF = re.compile(_STAMP + r"(\d{1,9})/(\d{1,9}) val_loss:\s")
+_GOLF_FINAL = re.compile(_STAMP + r"([a-z]\w{2,60}) (?:stride:\d+ )?val_loss:")
+_GOLF_STOP = re.compile(_STAMP + r"stopping_early: .*step: ?(\d{1,9})/\d+\s*$")
+_LLMC = re.compile(rf"^s:(\d{{1,9}}) tel:({NUMBER})\s*$", re.I)
+_LLMC_STEP = re.compile(r"^step\s+(\d{1,9})/(\d{1,9}) \|")
+_LLMC_LOSS = re.compile(rf"^val loss ({NUMBER})\s*$", re.I)
+_NANOGPT = re.compile(rf"^step (\d{{1,9}}): train loss {NUMBER}, val loss ({NUMBER})\s*$", re.I)
+_METRIC = re.compile(rf"(?<!\S)([A-Za-z_]\w{{0,40}}):\s?({NUMBER})(?=\s|$)", re.I)
+_TIME = re.compile(rf"(?<!\S)train_time:\s?({NUMBER})(ms|s|m)(?=\s|$)", re.I)
+_SECONDS = {"ms": 1e-3, "s": 1.0, "m": 60.0}
+
+
+class LogError(ValueError):
+    """A file without results; the message names the file and the finding."""
+
+
+@dataclass
+class Look:
+    """One validation: metrics by name, val_loss among them; time_s is NaN where the log has none."""
+
+    step: int
+    time_s: float
+    metrics: dict[str, float]
+
+
+@dataclass
+class Trial:
+    """One training run in a log. total_steps: as the log says, None where it does not."""
+
+    path: Path
+    number: int
+    total_steps: int | None
+    looks: list[Look] = field(default_factory=list)
+    is_rewound: bool = False
+
+    @property
+    def status(self) -> str:
+        """complete; diverged, with a loss that is no number; torn, when it ends before its last step; or open."""
+        if any(not math.isfinite(look.metrics.get("val_loss", 0.0)) for look in self.looks):
+            return "diverged"
+        if self.total_steps is None:
+            return "open"
+        return "complete" if self.looks[-1].step >= self.total_steps else "torn"
+
+    def values(self, metric: str) -> dict[int, float]:
+        """By step."""
+        return {look.step: look.metrics[metric] for look in self.looks if metric in look.metrics}
+
+    def __str__(self) -> str:
+        return f"{self.path.name}, trial {self.number}"
+
+
+def read_log(path: Path) -> list[Trial]:
+    """All trials of a log, each with at least one look.
+
+    A trial begins where the step falls to the first step of the one before or below. Where it falls less far the run
+    went back to a checkpoint: later lines count. Of several lines of one step in a row the first counts.
+
+    Raises:
+        LogError: the file cannot be read, or no line of it is a validation.
+    """
+    trials: list[Trial] = []
+    try:
+        for total, look in _looks(path):
+            trial = trials[-1] if trials else None
+            if look is None:  # the run stopped where it was, as planned
+                if trial:
+                    trial.total_steps = trial.looks[-1].step
+                continue
+            if look.step == LAST:
+                if trial:
+                    trial.looks[-1].metrics |= look.metrics
+                continue
+            if (
+                trial is None
+                or look.step <= trial.looks[0].step < trial.looks[-1].step
+                or (look.step == 0 and trial.looks[-1].step > 0)
+            ):
+                trials.append(Trial(path, len(trials) + 1, total, [look]))
+            elif look.step == trial.looks[-1].step:
+                trial.looks[-1].metrics = look.metrics | trial.looks[-1].metrics
+            elif any(look.step == earlier.step and look.metrics == earlier.metrics for earlier in trial.looks):
+                continue  # a summary at the end
+            else:
+                if look.step < trial.looks[-1].step:
+                    trial.is_rewound = True
+                    trial.looks = [earlier for earlier in trial.looks if earlier.step < look.step]
+                trial.looks.append(look)
+                trial.total_steps = total if total is not None else trial.total_steps
+    except OSError as error:
+        raise LogError(f"{path} cannot be read: {error.strerror}") from error
+    if not trials:
+        raise LogError(f"{path} holds no validation line of a format that is known")
+    return trials
+
+
+def _looks(path: Path) -> Iterator[tuple[int | None, Look | None]]:
+    """(steps of the whole run, look) line by line; no look where the run stops short on purpose."""
+    llmc_step: tuple[int, int] | None = None
+    for line in _lines(path):
+        if match := _STEP.match(line) or _GOLF.match(line):
+            metrics = {name: float(value) for name, value in _METRIC.findall(line[match.end(1) :])}
+            for name in ("step_avg", "train_time"):
+                metrics.pop(name, None)
+            if any(name.startswith("val_") for name in metrics):
+                time = _TIME.search(line)
+                time_s = float(time[1]) * _SECONDS[time[2].lower()] if time else math.nan
+                yield (int(match[2]) if match[2] else None), Look(int(match[1]), time_s, metrics)
+        elif match := _GOLF_FINAL.match(line):
+            found = {name: float(value) for name, value in _METRIC.findall(line) if name.startswith("val_")}
+            yield None, Look(LAST, math.nan, {f"{match[1]} {name}": value for name, value in found.items()})
+        elif _GOLF_STOP.match(line):
+            yield None, None
+        elif match := _LLMC.match(line) or _NANOGPT.match(line):
+            yield None, Look(int(match[1]), math.nan, {"val_loss": float(match[2])})
+        elif match := _LLMC_STEP.match(line):
+            llmc_step = int(match[1]), int(match[2])
+        elif match := _LLMC_LOSS.match(line):
+            step, total = llmc_step or (0, None)
+            yield total, Look(step, math.nan, {"val_loss": float(match[1])})
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Lines without their ends, those of more than MAX_LINE characters left out; never more than one in memory."""
+    is_rest = False
+    with open(path, encoding="utf-8-sig", errors="replace", newline=None) as file:
+        while chunk := file.readline(MAX_LINE):
+            is_whole = chunk.endswith("\n") or len(chunk) < MAX_LINE
+            if is_whole and not is_rest:
+                yield chunk.rstrip()
+            is_rest = not is_whole
+
+
+def read_logs(paths: list[Path]) -> tuple[list[Trial], list[LogError]]:
+    """Trials of files and of all .txt and .log files below folders; links are not followed."""
+    files = []
+    for path in paths:
+        if path.is_dir():
+            found = (p for p in path.rglob("*") if p.suffix in (".txt", ".log") and p.is_file() and not p.is_symlink())
+            files += sorted(found)
+        else:
+            files.append(path)
+    trials, errors = [], []
+    for file in files:
+        try:
+            trials += read_log(file)
+        except LogError as error:
+            errors.append(error)
+    return trials, errors

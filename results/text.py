@@ -1,0 +1,19 @@
+"""Text of strangers, made harmless for terminals, Markdown and HTML."""
+
+import re
+
+# Control characters (ANSI escapes begin with one) and those that change the direction or hide text.
+_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
+_MARKUP = re.compile(r"([\\`*_{}\[\]()#+!|~$@-])")
+
+
+def plain(text: object, limit: int = 200) -> str:
+    """One line for a terminal: unseen characters shown as U+FFFD, cut to limit characters."""
+    text = _UNSEEN.sub("\ufffd", str(text).encode("utf-8", "replace").decode())
+    return text if len(text) <= limit else text[: limit - 1] + "\u2026"
+
+
+def cell(text: object, limit: int = 200) -> str:
+    """plain(), with all that Markdown or HTML could read as markup escaped, and no bare address that becomes a link."""
+    text = plain(text, limit).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return _MARKUP.sub(r"\\\1", text).replace("://", ":&#47;&#47;").replace("www.", "www&#46;")

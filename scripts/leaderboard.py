@@ -1,0 +1,393 @@
+"""The page of all results, results/README.md, computed from the records beside it.
+
+    python scripts/leaderboard.py                write the page and its curves
+    python scripts/leaderboard.py --check        exit 1 if they are not what the records give
+    python scripts/leaderboard.py add DIR        check the records in DIR and copy them to results/<name of DIR>
+
+One section for each task_hash: a row for each rule, setting, code, hardware and folder. Records in a folder whose name
+ends with _tuning are no rows, they count as tuning budget. Text by hand comes from notes.md in results/ and its
+folders, public results from reference.toml.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import re
+import shutil
+import statistics
+import sys
+import tomllib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from urllib.parse import quote
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from results.record import RecordError, Run, read_record
+from results.statistics import common_step, gate, t_below
+from results.text import cell
+from results.verdict import (
+    LONG,
+    PAIR_HEADER,
+    Group,
+    Pair,
+    as_p,
+    compare_pairs,
+    label_of,
+    markdown_table,
+    pair_cells,
+    remarks,
+    to_target,
+    without_repeated_attempts,
+)
+
+PAGE, NOTES = "README.md", "notes.md"
+
+
+def link(text: object, path: Path, results: Path) -> str:
+    return f"[{cell(text)}]({quote(path.relative_to(results).as_posix())})"
+
+
+def read_results(results: Path) -> list[Run]:
+    """All records below a folder, in order of their names.
+
+    Raises:
+        RecordError: one cannot be read, or lies outside the folder behind a link.
+    """
+    runs = []
+    for path in sorted(results.rglob("*.jsonl")):
+        if not path.resolve().is_relative_to(results.resolve()):
+            raise RecordError(f"{path} leads out of {results}; copy the file itself")
+        run = read_record(path)
+        run.train_events = run.train_events[-1:]  # the page needs none, and there are thousands
+        runs.append(run)
+    return runs
+
+
+def folder_of(run: Run, results: Path) -> str:
+    """The first folder below results: one experiment, whose runs were made to be compared."""
+    return run.path.relative_to(results).parts[0]
+
+
+def is_tuning(run: Run, results: Path) -> bool:
+    return any(part.endswith("_tuning") for part in run.path.relative_to(results).parts[:-1])
+
+
+def setting_family(run: Run) -> str:
+    """What a tuning trial has in common with the runs that profit from it: model, data, batch, rule and its form."""
+    config, data = run.start["config"], run.start["data"]["stream_id"]
+    return json.dumps([config["model"], config["train"]["batch_tokens"], data, run.start["optimizer"], variant(run)])
+
+
+def variant(run: Run) -> str | None:
+    """The form of a rule that has several. Aurora had one, before the setting existed."""
+    return run.start["hparams"].get("variant", "iterated" if run.start["optimizer"] == "aurora" else None)
+
+
+def make_groups(runs: Iterable[Run], results: Path) -> list[Group]:
+    """Runs of one task by rule, setting, code, hardware and folder; those that arrive first come first."""
+    by_row: dict[tuple, list[Run]] = {}
+    for run in runs:
+        setting = json.dumps(run.start["hparams"], sort_keys=True)
+        key = (run.start["optimizer"], setting), run.start["code_hash"], hardware(run), folder_of(run, results)
+        by_row.setdefault(key, []).append(run)
+    settings = {key[0] for key in by_row}
+    groups = [Group(label_of(key[0], settings), without_repeated_attempts(found)) for key, found in by_row.items()]
+
+    def order(group: Group) -> tuple:
+        found = group.steps_to_target()
+        is_whole = found.count == found.runs
+        return not is_whole, found.restricted_mean if is_whole else mean_loss(group), group.label
+
+    return sorted(groups, key=order)
+
+
+def hardware(run: Run) -> str:
+    env = run.start["env"]
+    threads = f", {env['torch_threads']} threads" if run.start["device"] == "cpu" else ""
+    return f"{run.start['world_size']} x {env['device_name']}{threads}, torch {env['torch']}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The page
+
+HEADER = (
+    *(
+        "rule",
+        "n",
+        "reached",
+        "steps to target [95 %]",
+        "seconds [95 %]",
+        "gate from step",
+        "val loss at the end",
+        "sd",
+    ),
+    *("margin", "p below target", "tuning trials", "date", "commit", "code", "records by seed"),
+)
+
+
+def row(group: Group, trials: Counter, results: Path) -> tuple[str, ...]:
+    """Cells under HEADER, as Markdown."""
+    run, losses = group.runs[0], group.losses(group.last_step)
+    looks = [{look.step: look.val_loss for look in run.validations} for run in group.runs]
+    is_whole, step = len(losses) == len(group.runs), common_step(looks, run.target)
+    mean, reached = mean_loss(group), group.steps_to_target()
+    commits = {(run.start["git"] or {}).get("commit", "")[:8] for run in group.runs}
+    is_dirty = any((run.start["git"] or {}).get("dirty") for run in group.runs)
+    return (
+        cell(group.label),
+        str(len(group.runs)),
+        f"{reached.count}/{reached.runs}",
+        to_target(reached, 1),
+        to_target(group.seconds_to_target(), 1),
+        "-" if step is None else str(step),
+        f"{mean:.4f}",
+        "-" if len(losses) < 2 else f"{statistics.stdev(losses):.4f}",
+        f"{gate(losses, run.target).margin:+.4f}" if is_whole and len(losses) > 2 else "-",
+        cell(as_p(t_below(losses, run.target))) if is_whole else "-",
+        str(trials[setting_family(run)]),
+        cell(max(run.start["utc"] for run in group.runs)[:10]),
+        cell(" ".join(sorted(commits))) + (", changed" if is_dirty else ""),
+        cell(run.start["code_hash"][:8]),
+        " ".join([cell(folder_of(run, results)), *(link(run.start["seed"], run.path, results) for run in group.runs)]),
+    )
+
+
+def by_task(runs: Iterable[Run], results: Path) -> dict[str, list[Run]]:
+    """Runs by task_hash, without tuning trials."""
+    tasks: dict[str, list[Run]] = {}
+    for run in runs:
+        if not is_tuning(run, results):
+            tasks.setdefault(run.start["task_hash"], []).append(run)
+    return tasks
+
+
+def task_section(task: str, runs: Sequence[Run], trials: Counter, results: Path) -> list[str]:
+    """Heading, leaderboard, and for each folder its notes, curves and tests."""
+    groups, config = make_groups(runs, results), runs[0].start["config"]
+    machines = sorted({hardware(group.runs[0]) for group in groups})
+    track = ", ".join(sorted({Path(config_name(run)).stem for run in runs}))
+    lines = [
+        f"## {cell(track)}: target {runs[0].target:g}, {config['train']['batch_tokens']:,} tokens a step",
+        "",
+        f"Task {cell(task[:12])}. Times compare within equal hardware only: {'; '.join(map(cell, machines))}.",
+        "",
+    ]
+    lines += [markdown_table(HEADER, [row(group, trials, results) for group in groups])]
+    sections = by_folder(groups, results)
+    # The widest comparison comes first.
+    for folder in sorted(sections, key=lambda name: (-len({group.optimizer for group in sections[name]}), name)):
+        inside = sections[folder]
+        picture = quote(picture_of(inside, results).relative_to(results).as_posix())
+        lines += ["", f"### {cell(folder)}", "", *notes(results / folder)]
+        lines += [f"![validation loss of {cell(folder)}]({picture})", ""]
+        pairs = compare_pairs(inside)
+        if pairs:
+            lines += [markdown_table(PAIR_HEADER, [escaped_pair(pair) for pair in pairs]), ""]
+        lines += [f"- {cell(remark, LONG)}" for remark in remarks(inside, pairs)]
+    return lines
+
+
+def escaped_pair(pair: Pair) -> list[str]:
+    name, *numbers, words = pair_cells(pair)
+    return [cell(name), *(text.replace("<", "&lt;") for text in numbers), cell(words, LONG)]
+
+
+def by_folder(groups: Iterable[Group], results: Path) -> dict[str, list[Group]]:
+    """Groups of one task by the folder of their runs, lowest mean loss first, with labels that tell them apart."""
+    found: dict[str, list[Group]] = {}
+    for group in groups:
+        found.setdefault(folder_of(group.runs[0], results), []).append(group)
+    for inside in found.values():
+        inside.sort(key=lambda group: (mean_loss(group), group.label))
+        tell_apart(inside)
+    return found
+
+
+def mean_loss(group: Group) -> float:
+    """At the last step that all finished runs have; infinite if none finished."""
+    losses = group.losses(group.last_step)
+    return statistics.mean(losses) if losses else math.inf
+
+
+def tell_apart(groups: Sequence[Group]) -> None:
+    """Groups that differ in code or machine alone get their folder or code into the label."""
+    counts = Counter(group.label for group in groups)
+    for group in groups:
+        if counts[group.label] > 1:
+            group.label += f" ({group.runs[0].path.parent.name}, code {group.runs[0].start['code_hash'][:8]})"
+
+
+def config_name(run: Run) -> str:
+    """The track's file, which is the one source that is no Python."""
+    return next((name for name in run.start["sources"] if name.endswith(".toml")), "unknown track")
+
+
+def notes(folder: Path) -> list[str]:
+    path = folder / NOTES
+    return [path.read_text(encoding="utf-8").strip(), ""] if path.is_file() else []
+
+
+def reference_section(tasks: dict[str, list[Run]], results: Path) -> list[str]:
+    """Public results of the same tasks beside ours."""
+    path = results / "reference.toml"
+    if not path.is_file():
+        return []
+    lines = []
+    for track in tomllib.loads(path.read_text(encoding="utf-8"))["track"]:
+        rows = [
+            (entry["rule"], str(entry["steps"]), f"{entry['mean']:.4f}", str(entry["n"]), f"row {entry['row']}")
+            for entry in track["result"]
+        ]
+        same = ("target", "batch_tokens", "vocab_size")
+        for runs in tasks.values():
+            config = runs[0].start["config"]
+            own = runs[0].target, config["train"]["batch_tokens"], config["model"]["vocab_size"]
+            if own == tuple(track[key] for key in same):
+                for group in make_groups(runs, results):
+                    steps, mean = to_target(group.steps_to_target(), 0), f"{mean_loss(group):.4f}"
+                    rows.append((cell(group.label), steps, mean, str(len(group.runs)), "ours"))
+        lines += [f"## Public results: {track['name']}", "", track["text"].strip(), ""]
+        lines += [markdown_table(("rule", "steps", "mean loss", "n", "source"), rows), ""]
+        if not any(cells[-1] == "ours" for cells in rows):
+            lines += ["No run of ours on this task is recorded yet.", ""]
+    return lines
+
+
+def make_page(results: Path, runs: Sequence[Run]) -> str:
+    trials = Counter(setting_family(run) for run in runs if is_tuning(run, results))
+    tasks = by_task(runs, results)
+    lines = ["<!-- Written by scripts/leaderboard.py from the records and notes.md; edit those. -->", ""]
+    lines += ["# Results", "", *notes(results)]
+    for task in sorted(tasks):
+        lines += [*task_section(task, tasks[task], trials, results), ""]
+    lines += reference_section(tasks, results)
+    for folder in sorted({folder_of(run, results) for run in runs if is_tuning(run, results)}):
+        inside = [run for run in runs if folder_of(run, results) == folder]
+        lines += [f"## {cell(folder)}", "", *notes(results / folder), tuning_table(inside, results), ""]
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def tuning_table(runs: Sequence[Run], results: Path) -> str:
+    """For each rule its number of trials and the best of them."""
+    families: dict[str, list[Run]] = {}
+    for run in runs:
+        families.setdefault(setting_family(run), []).append(run)
+    rows = []
+    for trials in families.values():
+        ranked = sorted((run for run in trials if run.is_done), key=lambda run: run.end["val_loss"])
+        keys = [k for k in ranked[0].start["hparams"] if len({repr(r.start["hparams"].get(k)) for r in trials}) > 1]
+        words = [", ".join(f"{key} {run.start['hparams'].get(key)}" for key in keys) for run in ranked[:2]]
+        name = " ".join([trials[0].start["optimizer"], *filter(None, [trials[0].start["hparams"].get("variant")])])
+        cells = [
+            cell for run, text in zip(ranked, words, strict=False) for cell in (text, f"{run.end['val_loss']:.4f}")
+        ]
+        cells += ["-"] * (4 - len(cells))
+        seeds = " ".join(str(seed) for seed in sorted({run.start["seed"] for run in trials}))
+        rows.append([cell(text) for text in (name, len(trials), seeds, *cells)])
+    return markdown_table(("rule", "trials", "seed", "best", "loss", "next best", "loss"), sorted(rows))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def picture_of(groups: Sequence[Group], results: Path) -> Path:
+    """Path of the curves of one task in one folder."""
+    task = re.sub("[^0-9a-f]", "", groups[0].runs[0].start["task_hash"])[:8]
+    return results / folder_of(groups[0].runs[0], results) / f"curves-{task}.png"
+
+
+def digest(groups: Iterable[Group]) -> str:
+    """Of all values that a picture shows. It is written into the file, whose bytes depend on matplotlib's version."""
+    values = [(group.label, run.target, run.validations) for group in groups for run in group.runs]
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+def pictures(runs: Sequence[Run], results: Path) -> dict[Path, list[Group]]:
+    """Path of every picture of the page, and the groups it shows."""
+    sections = [by_folder(make_groups(inside, results), results) for inside in by_task(runs, results).values()]
+    return {picture_of(groups, results): groups for section in sections for groups in section.values()}
+
+
+def stale_files(results: Path, runs: Sequence[Run]) -> list[Path]:
+    """The page and its pictures, as far as they are not what the records give."""
+    page = results / PAGE
+    stale = [] if page.is_file() and page.read_text(encoding="utf-8") == make_page(results, runs) else [page]
+    for path, groups in pictures(runs, results).items():
+        if not path.is_file() or digest(groups).encode() not in path.read_bytes():
+            stale.append(path)
+    return stale
+
+
+def write(results: Path, runs: Sequence[Run]) -> None:
+    from scripts.plot import plot_groups
+
+    stale = stale_files(results, runs)
+    for path, groups in pictures(runs, results).items():
+        if path in stale:
+            plot_groups(groups, path, description=digest(groups))
+    (results / PAGE).write_text(make_page(results, runs), encoding="utf-8")
+
+
+def add(source: Path, results: Path) -> list[Path]:
+    """Copy the records of a folder to results/<its name>; all of them or, with an error, none.
+
+    Raises:
+        RecordError: one cannot be read, is not whole, is a link, or is there already.
+    """
+    runs = [read_record(path) for path in sorted(source.rglob("*.jsonl")) if not path.is_symlink()]
+    if not runs:
+        raise RecordError(f"{source} holds no record")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", source.resolve().name):
+        raise RecordError(f"{source}: the name of the folder is to be of letters, digits, '.', '_' and '-'")
+    known = {tuple(run.validations): run.path for run in read_results(results)}
+    copies = {}
+    for run in runs:
+        if run.end is None:
+            raise RecordError(f"{run.path} has no end event; end the run, or record why it was cut short")
+        if tuple(run.validations) in known:
+            raise RecordError(f"{run.path} has the losses and times of {known[tuple(run.validations)]}")
+        known[tuple(run.validations)] = run.path
+        target = results / source.resolve().name / run.path.relative_to(source)
+        if target.exists():
+            raise RecordError(f"{target} exists; rename {run.path}")
+        copies[run.path] = target
+    for path, target in copies.items():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    return list(copies.values())
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", nargs="?", choices=("write", "add"), default="write")
+    parser.add_argument("folder", nargs="?", type=Path, metavar="DIR", help="of add: the new records")
+    parser.add_argument("--check", action="store_true", help="write nothing, exit 1 if the page is stale")
+    parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of the records and the page")
+    args = parser.parse_args(argv)
+    if (args.command == "add") != (args.folder is not None):
+        parser.error("add needs the folder of the new records, nothing else takes one")
+    try:
+        if args.command == "add":
+            for path in add(args.folder, args.results):
+                print(path)
+        runs = read_results(args.results)
+        if args.check:
+            stale = stale_files(args.results, runs)
+            for path in stale:
+                print(f"error: {path} is not what the records give: python scripts/leaderboard.py", file=sys.stderr)
+            return 1 if stale else 0
+        write(args.results, runs)
+    except (RecordError, OSError, tomllib.TOMLDecodeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(args.results / PAGE)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""Read public training logs, and say whether what is claimed of them follows from them.
+
+    python scripts/logs.py FOLDER...                                          what they hold
+    python scripts/logs.py FOLDER --steps 3250 --mean 3.2787 --runs 10        does the claim follow?
+    python scripts/logs.py --claims claims.json                               many: [{"row", "steps", "mean", "n"}, ...]
+    python scripts/logs.py FOLDER_A --against FOLDER_B --steps 3250           whose loss is lower?
+    python scripts/logs.py --export runs/quick/RUN.jsonl --out log.txt        one of our records as such a log
+
+A FOLDER of --claims is rowNN beside claims.json. Formats: see results/foreign.py. Exit code 0, 1 when a claim does not
+follow, 2 when there is nothing to read.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from results.text import plain
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("logs", nargs="*", type=Path, metavar="FOLDER")
+    parser.add_argument("--target", type=float, default=3.28, help="loss to reach (default 3.28)")
+    parser.add_argument("--metric", help="instead of val_loss")
+    parser.add_argument("--steps", type=int, help="step of the claim")
+    parser.add_argument("--mean", help="mean loss at that step, to as many digits as are claimed")
+    parser.add_argument("--runs", type=int, help="number of runs that are claimed")
+    parser.add_argument("--claims", type=Path)
+    parser.add_argument("--against", type=Path, metavar="FOLDER")
+    parser.add_argument("--export", type=Path, metavar="RECORD")
+    parser.add_argument("--out", type=Path, help="of --export")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    if not (args.logs or args.claims or args.export):
+        parser.error("name logs, --claims or --export")
+    if args.export and not args.out:
+        parser.error("--export needs --out")
+    if args.against and args.steps is None:
+        parser.error("--against needs --steps")
+    try:
+        from results import claims
+    except ImportError as error:
+        print(f"error: {error}; pip install scipy", file=sys.stderr)
+        return 2
+    try:
+        if args.export:
+            from results.export import export_record
+
+            export_record(args.export, args.out)
+            print(args.out)
+            return 0
+        if args.claims:
+            findings = claims.check_file(args.claims, args.target, args.metric)
+        elif args.against:
+            findings = [claims.compare(args.logs, [args.against], args.steps, args.metric or "val_loss")]
+        else:
+            claim = claims.Claim(", ".join(map(str, args.logs)), args.steps, args.mean, args.runs)
+            findings = [claims.check(args.logs, claim, args.target, args.metric)]
+    except (ValueError, OSError) as error:
+        print(f"error: {plain(error, 500)}", file=sys.stderr)
+        return 2
+    if args.json:
+        print(json.dumps(findings, indent=1, default=str))
+    else:
+        print("\n\n".join(claims.as_text(finding) for finding in findings))
+    return 0 if all(finding.get("follows", True) for finding in findings) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

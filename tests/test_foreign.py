@@ -1,0 +1,240 @@
+"""Logs of other people: formats, trials, claims, and what hostile or broken files do."""
+
+import json
+import math
+import random
+import subprocess
+import sys
+
+import pytest
+
+from results import claims
+from results.export import export_record, is_inside
+from results.foreign import LogError, read_log
+from results.text import cell, plain
+from tests.conftest import ROOT, losses, start_process
+
+
+def log(folder, text, name="log.txt"):
+    path = folder / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def trial_text(losses=(10.8, 4.6, 3.3), unit="s", steps=(0, 125, 250), total=250):
+    scale = {"s": 1, "ms": 1000}[unit]
+    lines = [
+        f"step:{step}/{total} val_loss:{loss:.5f} train_time:{0.15 * step * scale:.3f}{unit} step_avg:150.00ms"
+        for step, loss in zip(steps, losses, strict=True)
+    ]
+    return "\n".join(lines) + "\n"
+
+
+SOURCE = 'print0(f"step:{step}/{steps} val_loss:{val_loss:.5f} train_time:{t:.3f}s")\n' + "=" * 100 + "\n"
+
+
+@pytest.mark.parametrize("unit", ["s", "ms"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_modded_nanogpt_in_seconds_and_milliseconds(tmp_path, unit, end):
+    text = (SOURCE + trial_text(unit=unit)).replace("\n", end)
+    (trial,) = read_log(log(tmp_path, b"\xef\xbb\xbf" + text.encode()))
+    assert trial.status == "complete" and trial.total_steps == 250
+    assert [look.step for look in trial.looks] == [0, 125, 250]
+    assert trial.looks[1].time_s == pytest.approx(18.75) and trial.values("val_loss")[250] == 3.3
+
+
+def test_several_trials_in_a_file_and_more_metrics(tmp_path):
+    text = (
+        trial_text() + "noise\n" + trial_text((10.8, 4.5, 3.2)).replace(" train_time", " val_ema_loss:3.1 train_time")
+    )
+    first, second = read_log(log(tmp_path, text))
+    assert (first.number, second.number) == (1, 2)
+    assert second.values("val_ema_loss") == {0: 3.1, 125: 3.1, 250: 3.1} and not first.values("val_ema_loss")
+
+
+def test_trials_that_do_not_begin_at_zero(tmp_path):
+    text = trial_text((4.6, 3.3), steps=(125, 250)) * 2
+    assert [trial.status for trial in read_log(log(tmp_path, text))] == ["complete"] * 2
+
+
+def test_torn_diverged_restarted_and_summarised_trials(tmp_path):
+    (torn,) = read_log(log(tmp_path, trial_text(total=500)))
+    assert torn.status == "torn"
+    (diverged,) = read_log(log(tmp_path, trial_text((10.8, 4.6, math.nan))))
+    assert diverged.status == "diverged"
+    again = trial_text((10.8, 4.6, 4.0), steps=(0, 100, 200)) + trial_text((3.9, 3.2), steps=(150, 250))
+    (restarted,) = read_log(log(tmp_path, again))
+    assert restarted.is_rewound and restarted.values("val_loss") == {0: 10.8, 100: 4.6, 150: 3.9, 250: 3.2}
+    (whole,) = read_log(log(tmp_path, trial_text() + trial_text((4.6, 3.3), steps=(125, 250))))
+    assert not whole.is_rewound and len(whole.looks) == 3
+
+
+def test_parameter_golf_llm_c_and_nanogpt(tmp_path):
+    golf = (
+        "0/20000 val_loss: 9.0076 val_bpb: 4.1159\n"
+        "1776142723.115 8000/20000 val_loss: 2.9 val_bpb: 1.3 train_time: 2.0m tok/s: 5\n"
+        "stopping_early: wallclock_cap train_time: 600036ms step: 8000/20000\n"
+        "final_int8_zlib_roundtrip val_loss:1.9918 val_bpb:1.1797 eval_time:10291ms\n"
+    )
+    (trial,) = read_log(log(tmp_path, golf))
+    assert trial.status == "complete" and trial.looks[-1].time_s == 120.0
+    assert trial.values("final_int8_zlib_roundtrip val_bpb") == {8000: 1.1797}
+    (trial,) = read_log(log(tmp_path, "s:0 tel:11.0\ns:0 trl:11.0 lr:1e-4\ns:250 tel:6.4567\n", "main.log"))
+    assert trial.values("val_loss") == {0: 11.0, 250: 6.4567} and trial.status == "open"
+    text = "val loss 11.0\nstep    1/500 | loss 10.9\nstep  500/500 | loss 4.0\nval loss 3.9\n"
+    (trial,) = read_log(log(tmp_path, text))
+    assert trial.values("val_loss") == {0: 11.0, 500: 3.9}
+    (trial,) = read_log(log(tmp_path, "step 0: train loss 4.2, val loss 4.3\nstep 250: train loss 2.0, val loss 2.1\n"))
+    assert trial.values("val_loss") == {0: 4.3, 250: 2.1}
+
+
+def test_what_is_no_log_is_named(tmp_path):
+    with pytest.raises(LogError, match="notes.txt holds no validation line"):
+        read_log(log(tmp_path, SOURCE, "notes.txt"))
+    with pytest.raises(LogError, match="gone.txt cannot be read"):
+        read_log(tmp_path / "gone.txt")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Claims
+
+
+def rows(folder, last_losses, total=250):
+    for i, loss in enumerate(last_losses):
+        log(folder, trial_text((10.8 + i / 1000, 4.6, loss), total=total), f"{i}.txt")
+    return folder
+
+
+GOOD = [3.2781, 3.2779, 3.2777, 3.2783]
+
+
+def test_a_claim_that_follows(tmp_path):
+    finding = claims.check([rows(tmp_path, GOOD)], claims.Claim("row", 250, "3.2780", 4), 3.28)
+    assert finding["follows"] and finding["mean"] == pytest.approx(3.278)
+    assert finding["gate"] == pytest.approx(0.004) and finding["first_step_that_passes"] == 250
+    assert "the claim follows" in claims.as_text(finding)
+
+
+@pytest.mark.parametrize(
+    "last_losses, claim, problem",
+    [
+        (GOOD, (250, "3.2780", 10), "10 runs are claimed, the logs hold 4"),
+        (GOOD, (250, "3.2770", 4), "is 3.27800, not 3.2770"),
+        (GOOD, (250, "3.2779", 4), None),  # the last digit
+        (GOOD, (250, "4.6000", 4), "that is the mean at step 125"),
+        (GOOD, (250, "3.2777", 4), "that is the mean of the best 1"),
+        (GOOD, (200, "3.2780", 4), "4 of 4 runs have no val_loss at step 200"),
+        (GOOD[:1], (250, "3.2781", 1), "1 run: no test of significance is possible; the gate is missed"),
+        ([3.2771, 3.2772], (250, "3.27715", 2), "2 runs: no test of significance is possible; the gate is met, taking"),
+        ([3.2795, 3.2799, 3.2790], (250, "3.2795", 3), "the gate is missed"),
+        ([3.277, 3.276, math.nan], (250, "3.2765", 3), "1 of 3 runs have no val_loss"),
+    ],
+)
+def test_claims_that_do_not_follow_say_why(tmp_path, last_losses, claim, problem):
+    finding = claims.check([rows(tmp_path, last_losses)], claims.Claim("row", *claim), 3.28)
+    if problem is None:
+        assert finding["follows"] and "the last digit" in finding["remarks"][0]
+    else:
+        assert not finding["follows"] and problem in " ".join(finding["problems"])
+
+
+def test_a_run_that_is_there_twice_is_found_and_so_is_another_metric(tmp_path):
+    rows(tmp_path, GOOD)
+    log(tmp_path, (tmp_path / "0.txt").read_text().replace("10.80000", "10.80001") + "\n", "again.txt")
+    finding = claims.check([tmp_path], claims.Claim("row", 250, "3.2780", 5), 3.28)
+    assert "1 run with the losses of another" in finding["problems"]
+    folder = tmp_path / "ema"
+    folder.mkdir()
+    for i in range(3):
+        text = trial_text((10.8, 4.6, 3.29 + i / 1e4)).replace(" train_time", f" val_ema_loss:3.27{i} train_time")
+        log(folder, text, f"{i}.txt")
+    finding = claims.check([folder], claims.Claim("row", 250, "3.2710", 3), 3.28)
+    assert "that is the mean of val_ema_loss, whose gate is" in finding["problems"][0]
+
+
+def test_command_line(tmp_path):
+    (tmp_path / "row07").mkdir()
+    rows(tmp_path / "row07", GOOD)
+    (tmp_path / "claims.json").write_text('[{"row": 7, "steps": 250, "mean": 3.2780, "n": 4}]')
+    command = [sys.executable, "scripts/logs.py"]
+
+    def run(*args):
+        done = subprocess.run([*command, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert "Traceback" not in done.stderr
+        return done.returncode, done.stdout, done.stderr
+
+    code, out, _ = run("--claims", tmp_path / "claims.json", "--json")
+    assert code == 0 and json.loads(out)[0]["follows"]
+    code, out, _ = run(tmp_path / "row07", "--steps", 250, "--mean", "3.2900", "--runs", 4)
+    assert code == 1 and "does not follow" in out
+    code, out, _ = run(tmp_path / "row07", "--against", tmp_path / "row07", "--steps", 250)
+    assert code == 0 and "Welch p = 1" in out
+    assert run(tmp_path / "nothing")[0] == 2
+    (tmp_path / "claims.json").write_text("[" * 100_000)
+    assert run("--claims", tmp_path / "claims.json")[0] == 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Broken and hostile files
+
+MUTATIONS = [
+    lambda text, r: text[: r.randrange(len(text))],
+    lambda text, r: text[: (i := r.randrange(len(text)))] + bytes([text[i] ^ (1 << r.randrange(8))]) + text[i + 1 :],
+    lambda text, r: text * 2,
+    lambda text, r: b"\n".join(r.sample(text.split(b"\n"), text.count(b"\n"))),
+    lambda text, r: text.replace(b"4.6", r.choice([b"nan", b"1e999", b"-0", b"1" + b"0" * 400, b"4.6.6", b"--4"])),
+    lambda text, r: text.replace(b"step:", b"step:9" * r.randrange(1, 30)),
+    lambda text, r: text.replace(b"\n", b"\r\n"),
+    lambda text, r: text.replace(b" ", bytes([r.randrange(128, 256)]), 3),
+    lambda text, r: text + b"step:" + b"x" * 1_000_000 + b"\n",
+    lambda text, r: text.replace(b"val_loss", b"\x1b[31mval_loss<script>"),
+]
+
+
+def test_five_hundred_mutated_logs_give_trials_or_a_typed_error(tmp_path):
+    generator = random.Random(0)
+    good = (SOURCE + trial_text() * 3).encode()
+    for number in range(500):
+        text = good
+        for mutate in generator.choices(MUTATIONS, k=generator.randrange(1, 4)):
+            text = mutate(text or b"x", generator)
+        path = log(tmp_path, text)
+        try:
+            finding = claims.check([path], claims.Claim(f"case {number}", 250, "3.3", 3), 3.28)
+        except ValueError:
+            continue
+        assert "\x1b" not in claims.as_text(finding)
+        json.dumps(finding)
+
+
+def test_text_of_strangers_is_harmless():
+    assert plain("a\x1b[31mb\r\nc\u202ed") == "a\ufffd[31mb\ufffd\ufffdc\ufffdd"
+    assert len(plain("x" * 1000)) == 200
+    assert cell("<b>|`x`[a](http://b)") == r"&lt;b&gt;\|\`x\`\[a\]\(http:&#47;&#47;b\)"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Export
+
+
+def test_exported_record_reads_back_and_its_source_part_trains_to_the_same_losses(tiny_track, tmp_path):
+    arguments = ("--config", str(tiny_track), "--optimizer", "muon", "--set", "train.steps=10")
+    process = start_process("train_gpt.py", *arguments, "--out", str(tmp_path / "run"))
+    process.communicate(timeout=120)
+    (record,) = (tmp_path / "run").glob("*.jsonl")
+    text = tmp_path / "log.txt"
+    export_record(record, text)
+    (trial,) = read_log(text)
+    assert trial.status == "complete"
+    assert list(trial.values("val_loss").items()) == losses(tmp_path / "run")
+
+    (tmp_path / "again.py").write_text(text.read_text().split("=" * 100)[0])
+    command = [sys.executable, "again.py", "--out", "again"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "again") == losses(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["../x.py", "/etc/x", "a/../../x", "a\\b", "C:x", ""])
+def test_names_that_lead_out_of_the_folder_are_refused(name):
+    assert not is_inside(name) and is_inside("aurora/aurora.py")

@@ -1,0 +1,168 @@
+"""The page of results and its plots, from records made up here and from the committed ones."""
+
+import json
+import re
+import shutil
+
+import pytest
+
+from results import verdict
+from results.record import read_folder
+from results.text import cell
+from scripts import compare, leaderboard, plot
+from tests.conftest import ROOT
+
+HOSTILE = "<script>alert(1)</script>|](http://evil)\n# x\x1b[31m![i](javascript:a) $\\frac$ `c` =1+1"
+
+
+def record(optimizer="muon", seed=0, losses=(4.0, 3.0, 1.5), text="plain", **changes):
+    """Lines of a record, with a text of one's choice in every field that can hold one."""
+    start = {
+        "event": "run", "schema": 1, "run_id": text, "utc": text, "argv": [text], "optimizer": optimizer, "seed": seed,
+        "task_hash": "0123abcd" + text, "world_size": 1, "device": "cpu", "compiled": False, "code_hash": text,
+        "hparams": {"lr": 0.1, "note": text}, "git": {"commit": text, "dirty": True}, "sources": {f"{text}.toml": ""},
+        "config": {
+            "model": {"vocab_size": 64}, "eval": {"target": 2.0}, "train": {"steps": 20, "batch_tokens": 512},
+        },
+        "data": {"stream_id": text},
+        "env": {"device_name": text, "cpu": text, "torch": text, "torch_threads": 1},
+    }  # fmt: skip
+    looks = [
+        {"event": "val", "step": 10 * i, "val_loss": loss + seed / 1000, "train_time_s": 5.0 * i}
+        for i, loss in enumerate(losses)
+    ]
+    end = {"event": "end", "status": "done", "step": 20, "val_loss": losses[-1] + seed / 1000, "train_time_s": 10.0}
+    return "".join(json.dumps(event) + "\n" for event in (start | changes, *looks, end))
+
+
+@pytest.fixture
+def results(tmp_path):
+    """A folder with two rules of three seeds each, and two tuning trials of one of them."""
+    for folder, optimizer, seeds, losses in (
+        ("quick", "muon", (0, 1, 2), (4.0, 3.0, 1.5)),
+        ("quick", "adamw", (0, 1, 2), (4.0, 3.5, 2.5)),
+        ("quick_tuning", "muon", (7, 8), (4.0, 3.0, 1.6)),
+    ):
+        (tmp_path / "results" / folder).mkdir(parents=True, exist_ok=True)
+        for seed in seeds:
+            path = tmp_path / "results" / folder / f"{optimizer}-{seed}.jsonl"
+            path.write_text(record(optimizer, seed, losses))
+    return tmp_path / "results"
+
+
+def run(*arguments):
+    return leaderboard.main([str(argument) for argument in arguments])
+
+
+def cells(page, rule):
+    line = next(line for line in page.splitlines() if line.startswith(f"| {rule} "))
+    return [cell.strip() for cell in line.strip("|").split(" | ")]
+
+
+def test_the_committed_page_is_what_the_records_give(capsys):
+    assert run("--check") == 0, capsys.readouterr().err
+
+
+def test_page_is_stale_after_every_change_of_what_it_shows(results, capsys):
+    assert run("--results", results, "--check") == 1
+    assert run("--results", results) == 0 and run("--results", results, "--check") == 0
+    (results / "quick" / "notes.md").write_text("What it shows.\n")
+    assert run("--results", results, "--check") == 1
+    assert run("--results", results) == 0 and "What it shows." in (results / "README.md").read_text()
+    path = results / "quick" / "muon-1.jsonl"
+    path.write_text(path.read_text().replace("3.001", "3.0011"))
+    capsys.readouterr()
+    assert run("--results", results, "--check") == 1
+    assert "curves-0123abcd.png is not what the records give" in capsys.readouterr().err
+
+
+def test_row_counts_seeds_arrivals_and_tuning_trials(results):
+    run("--results", results)
+    page = (results / "README.md").read_text()
+    # Straight line from 3 at step 10 to 1.5 at step 20: the target of 2 is met at 16.67.
+    assert cells(page, "muon")[:6] == ["muon", "3", "3/3", "16.7 [16.7, 16.7]", "8.3 [8.3, 8.3]", "20"]
+    assert cells(page, "muon")[10] == "2" and cells(page, "adamw")[10] == "0"
+    assert cells(page, "adamw")[2:6] == ["0/3", "> 20.0", "> 10.0", "-"]
+    assert "[2](quick/muon-2.jsonl)" in page and "quick_tuning/muon-7.jsonl" not in page
+    assert "supported: muon is lower" in page
+
+
+def test_failed_run_stays_in_its_row(results):
+    path = results / "quick" / "muon-1.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-2]))
+    run("--results", results)
+    page = (results / "README.md").read_text()
+    assert cells(page, "muon")[1:4] == ["3", "2/3", "> 14.4"]
+    assert "without a final loss: seed 1 \\(cut short\\)" in page or "without a final loss: seed 1 (cut short)" in page
+
+
+def test_text_of_a_record_is_text_on_the_page_and_in_the_plot(results):
+    for seed in range(3):
+        (results / "quick" / f"evil-{seed}.jsonl").write_text(record(HOSTILE, seed, (4.0, 3.0, 1.4), HOSTILE))
+    assert run("--results", results) == 0
+    page = (results / "README.md").read_text()
+    outside_comment = page.replace(page.splitlines()[0], "")
+    assert "<" not in outside_comment and "\x1b" not in page
+    assert not re.search(r"(?<!\\)\]\((http|javascript)", page) and "\n# x" not in page
+    for target in re.findall(r"(?<!\\)\]\(([^)]*)\)", page):
+        assert (results / target).resolve().is_relative_to(results.resolve())
+    for line in page.splitlines():
+        if line.startswith("|"):
+            assert len(re.findall(r"(?<!\\)\|", line)) in (7, 8, 16), "a cell ran into the next"
+    task = [found for found in read_folder(results / "quick")[0] if found.start["optimizer"] == HOSTILE]
+    plot.plot_loss_curves(task, results / "evil.svg")
+    assert "<script" not in (results / "evil.svg").read_text()
+
+
+def test_text_of_a_record_is_text_in_the_report(results, capsys, monkeypatch):
+    for seed in range(3):
+        (results / "quick" / f"evil-{seed}.jsonl").write_text(record(HOSTILE, seed, (4.0, 3.0, 1.4), HOSTILE))
+    monkeypatch.setattr("sys.argv", ["compare.py", "--report", str(results / "quick")])
+    assert compare.main() == 0
+    said = capsys.readouterr().out
+    assert "\x1b" not in said and "\n# x" not in said and "supported" in said
+    groups = next(
+        groups for task, groups in verdict.group_runs(read_folder(results / "quick")[0]).items() if "<" in task
+    )
+    text = verdict.report(groups, cell)
+    assert "<script" not in text and "](http" not in text and "://" not in text
+
+
+def test_records_behind_links_are_refused(results, tmp_path, capsys):
+    (tmp_path / "secret.jsonl").write_text(record())
+    (results / "quick" / "link.jsonl").symlink_to(tmp_path / "secret.jsonl")
+    assert run("--results", results) == 2
+    assert "leads out of" in capsys.readouterr().err
+
+
+def test_add_copies_new_records_once(results, tmp_path, capsys):
+    new = tmp_path / "mine"
+    new.mkdir()
+    (new / "a.jsonl").write_text(record(seed=5))
+    assert run("add", new, "--results", results) == 0
+    assert (results / "mine" / "a.jsonl").read_text() == record(seed=5)
+    assert "mine" in (results / "README.md").read_text() and run("--results", results, "--check") == 0
+    capsys.readouterr()
+    assert run("add", new, "--results", results) == 2
+    assert "has the losses and times of" in capsys.readouterr().err
+    shutil.rmtree(new)
+    new.mkdir()
+    (new / "b.jsonl").write_text(record(seed=6)[:-200])
+    assert run("add", new, "--results", results) == 2
+    assert "no end event" in capsys.readouterr().err and not (results / "mine" / "b.jsonl").exists()
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_plot_of_the_same_runs_has_the_same_bytes(tmp_path, suffix):
+    runs, _ = read_folder(ROOT / "results" / "quick")
+    for name in "ab":
+        plot.plot_loss_curves(runs, tmp_path / f"{name}.{suffix}")
+    assert (tmp_path / f"a.{suffix}").read_bytes() == (tmp_path / f"b.{suffix}").read_bytes()
+
+
+def test_plot_of_runs_without_a_common_look(results):
+    """One that fell before its first validation, one that never came near the target."""
+    (results / "quick" / "adamw-9.jsonl").write_text(record("adamw", 9).splitlines()[0] + "\n")
+    runs, _ = read_folder(results / "quick")
+    plot.plot_loss_curves([run for run in runs if run.start["optimizer"] == "adamw"], results / "a.png")
+    assert run("--results", results) == 0
