@@ -4,19 +4,17 @@
     torchrun --standalone --nproc_per_node=8 train_gpt.py --config configs/gpt2_small.toml --optimizer muon
     python train_gpt.py --config configs/gpt2_small.toml --dry-run      what a run would train, read and need
 
-One file, in the order in which the data flows: command line, config, data, model, ranks and clock, schedule, guard,
-validation, warm-up, checkpoint, record, run. Shape legend: B batch, T time, D model, H heads, K head dim, V vocabulary.
-Losses are nats per token. Exit codes: 0 done, 2 usage or config, 3 data, 4 checkpoint, 5 non-finite loss or gradient,
-6 peer lost, 7 disk, 8 ranks disagree, 75 stopped on request with a checkpoint saved.
+One file, in the order in which the data flows: command line, config, data, model, schedule, gradients, validation,
+warm-up, checkpoint, record, run. What surrounds it, ranks, clock, guard and watch, is in aurora/runtime/. Shape legend:
+B batch, T time, D model, H heads, K head dim, V vocabulary. Losses are nats per token. Exit codes: 0 done,
+2 usage or config, 3 data, 4 checkpoint, 5 non-finite number, 6 peer lost, 7 disk, 8 ranks disagree,
+75 stopped on request with a checkpoint saved.
 """
 
 import argparse
 import contextlib
 import copy
-import ctypes
 import dataclasses
-import datetime
-import hashlib
 import math
 import os
 import signal
@@ -56,8 +54,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar=("PATTERN", "FIRST", "LAST"),
         help="write the momentum of the matrices of that name at those steps to <run_id>.momentum/ beside the record",
     )
+    parser.add_argument(
+        "--timeout-s", type=float, default=60.0, help="seconds after which a rank that stands still ends the run"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print parameters, data and memory needed, then stop")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not args.timeout_s > 0:
+        parser.error(f"--timeout-s must be above 0, got {args.timeout_s:g}")
+    return args
 
 
 if __name__ == "__main__":
@@ -70,12 +74,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import aurora
+from aurora.runtime.clock import Clock, elapsed_ms, time_mark
+from aurora.runtime.faults import point
+from aurora.runtime.guard import Guard
+from aurora.runtime.process import die_with_launcher, lock_folder, report_exit, stop_signals
+from aurora.runtime.ranks import Ranks, digest, is_out_of_memory, is_peer_failure, join_ranks, leave_ranks
+from aurora.runtime.watch import Watch
 from configs.schema import Config, Exit, HarnessError, ModelConfig, load_config, typed_table
 from data.loader import RunData, TokenLoader, open_run_data
 from data.shards import ShardError
 from results.checkpoint import first_line, newest_checkpoint, save_checkpoint
 from results.describe import dry_run_report, peak_memory_mib, run_event
-from results.momentum import record_momentum
+from results.momentum import Dump, checked_dump, record_momentum
 from results.record import RecordWriter, Validation, first_at_target
 from results.tracking import Tracker
 
@@ -252,150 +262,7 @@ class GPT(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Ranks and clock
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """This process among the processes of the run, and its device."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-    def say(self, line: str) -> None:
-        if self.is_main:
-            print(line, flush=True)
-
-    def all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-        if self.world_size > 1:
-            dist.all_reduce(tensor, op=op)
-        return tensor
-
-    def all_gather_object(self, value: Any) -> list[Any]:
-        values = [value] * self.world_size
-        if self.world_size > 1:
-            dist.all_gather_object(values, value)
-        return values
-
-    def together(self, task: Callable[[], Any]) -> Any:
-        """The result of a task that may fail on any rank; where one fails, all raise its error. Collective."""
-        result, failure = None, None
-        try:
-            result = task()
-        except HarnessError as error:
-            failure = error.reason, str(error)
-        failures = {rank: failure for rank, failure in enumerate(self.all_gather_object(failure)) if failure}
-        if failures:
-            rank, (reason, message) = next(iter(failures.items()))
-            raise HarnessError(reason, message if rank == 0 else f"on rank {rank}: {message}")
-        return result
-
-    def align(self) -> None:
-        """Wait until every rank's device has done all its work: both the sync and the barrier are needed."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        elif self.device.type == "mps":
-            torch.mps.synchronize()
-        if self.world_size > 1:
-            dist.barrier()
-
-
-def join_ranks() -> Ranks:
-    """Join the process group that torchrun announces in the environment, if any, and choose the device.
-
-    The environment variable SPEEDRUN_DEVICE=cpu keeps a machine's GPU out of it.
-    """
-    world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    wants_cpu = os.environ.get("SPEEDRUN_DEVICE") == "cpu"
-    if torch.cuda.is_available() and not wants_cpu:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        if device.index >= torch.cuda.device_count():
-            available = torch.cuda.device_count()
-            message = f"rank {rank} wants GPU {device.index}, but this node has {available}: start at most {available}"
-            raise HarnessError(Exit.CONFIG, message)
-        torch.cuda.set_device(device)
-    elif torch.backends.mps.is_available() and world_size == 1 and not wants_cpu:
-        device = torch.device("mps")
-    else:
-        device = torch.device("cpu")
-        keep_freed_memory()
-    if world_size > 1:
-        is_cuda = device.type == "cuda"
-        # Long enough for the slowest rank to compile.
-        timeout = datetime.timedelta(minutes=10)
-        dist.init_process_group("nccl" if is_cuda else "gloo", timeout=timeout, device_id=device if is_cuda else None)
-    return Ranks(rank, world_size, device)
-
-
-def leave_ranks() -> None:
-    """Leave the process group, if any. Not after a peer was lost: this waits for the others."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep the memory of freed activations: giving it back costs a page fault a page in the next step."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # not glibc
-        mallopt = ctypes.CDLL(None).mallopt
-        if mallopt(-3, 1 << 30):  # M_MMAP_THRESHOLD, refused by old versions
-            mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
-
-
-class Clock:
-    """Charges all wall time from begin_ns on to one account or another, so that the accounts add up to the whole.
-
-    Only "train" is timed for the comparison. Ranks align before every reading, so the slowest one counts. After a
-    resume the accounts hold the sums over all segments.
-    """
-
-    ACCOUNTS = ("import", "setup", "warmup", "train", "val", "checkpoint")
-
-    def __init__(self, ranks: Ranks, begin_ns: int, import_ns: int = 0):
-        self.ranks, self.last_ns = ranks, begin_ns
-        self.spent_ns = dict.fromkeys(self.ACCOUNTS, 0) | {"import": import_ns}
-
-    def charge(self, account: str) -> None:
-        """Charge the time since the last reading to account."""
-        self.ranks.align()
-        now_ns = time.perf_counter_ns()
-        self.spent_ns[account] += now_ns - self.last_ns
-        self.last_ns = now_ns
-
-    def add(self, spent_ns: dict[str, int]) -> None:
-        """Take over the accounts of the segments before."""
-        for account, value_ns in spent_ns.items():
-            self.spent_ns[account] += value_ns
-
-    def spent_s(self, account: str) -> float:
-        return self.spent_ns[account] / 1e9
-
-    def running_train_s(self) -> float:
-        """Train time up to now as this rank sees it, without waiting for the device: for progress lines only."""
-        return self.spent_s("train") + (time.perf_counter_ns() - self.last_ns) / 1e9
-
-    def slowest_train_s(self) -> float:
-        """Train time of the slowest rank. Collective."""
-        spent = torch.tensor([self.spent_ns["train"]], dtype=torch.int64, device=self.ranks.device)
-        return self.ranks.all_reduce(spent, dist.ReduceOp.MAX).item() / 1e9
-
-
-def time_mark(device: torch.device) -> torch.cuda.Event | int:
-    """A point in time that costs no sync, see elapsed_ms: the GPU's on CUDA, else the host's."""
-    if device.type != "cuda":
-        return time.perf_counter_ns()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def elapsed_ms(start: torch.cuda.Event | int, end: torch.cuda.Event | int) -> float:
-    """Milliseconds between two marks; on CUDA, only once the device has passed both."""
-    return (end - start) / 1e6 if isinstance(start, int) else start.elapsed_time(end)
+# Training state, schedule, gradients
 
 
 class StepLog:
@@ -433,10 +300,6 @@ class StepLog:
         return events
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Training state, schedule, gradients
-
-
 @dataclass
 class Training:
     """All that a step reads and writes."""
@@ -449,7 +312,7 @@ class Training:
     loader: TokenLoader
 
     def state_dict(self) -> dict[str, Any]:
-        """The whole state, the same on every rank. Collective: sharded optimizer state is gathered."""
+        """The whole state, the same on every rank and for any number of them. Collective: sharded state is gathered."""
         return {
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -489,6 +352,7 @@ def forward_backward(model: nn.Module, batch: tuple[Tensor, Tensor], run: Traini
         loss = model(inputs, targets) / run.config.train.batch_tokens
         loss.backward()
         losses.append(loss.detach())
+        point("backward", run.loader.step - 1, [losses[-1]])
     return torch.stack(losses).sum()
 
 
@@ -511,52 +375,6 @@ def reduce_gradients(run: Training) -> None:
         torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads, strict=True)])
 
 
-class Guard:
-    """Each step, on all ranks at once: are loss and gradients finite, and was the run asked to stop?
-
-    The answer is found on the device and, on CUDA, read one step later, so that the host never waits for it; a
-    non-finite step is reported before anything more is measured or saved.
-    """
-
-    def __init__(self, model: nn.Module, ranks: Ranks):
-        self.names, self.params = zip(*model.named_parameters(), strict=True)
-        self.ranks = ranks
-        self.stop_requested = False  # set by a signal, on some rank
-        self.must_stop = False  # agreed upon by all ranks
-        self.indices = torch.arange(len(self.params), device=ranks.device)
-        self.pending: list[tuple[int, Tensor, torch.cuda.Event | None]] = []
-
-    def check(self, step: int, loss: Tensor) -> None:
-        """Call between backward and update. Raises HarnessError naming step and parameter; on CUDA one step late."""
-        norms = torch.stack(torch._foreach_norm([p.grad for p in self.params]))
-        first_bad = torch.where(norms.isfinite(), len(self.params), self.indices).min()
-        # torch.full fills on the device; torch.tensor would copy from the host and wait for it.
-        go_on = torch.full((), not self.stop_requested, device=self.ranks.device, dtype=torch.int64)
-        status = self.ranks.all_reduce(torch.stack([first_bad, loss.isfinite().long(), go_on]), dist.ReduceOp.MIN)
-        event = None
-        if self.ranks.device.type == "cuda":
-            status = status.to("cpu", non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        self.pending.append((step, status, event))
-        self.read(keep=0 if event is None else 1)
-
-    def read(self, keep: int = 0) -> None:
-        """Act on all but the newest keep answers."""
-        while len(self.pending) > keep:
-            step, status, event = self.pending.pop(0)
-            if event is not None:
-                event.synchronize()
-            first_bad, loss_is_finite, go_on = status.tolist()
-            self.must_stop |= not go_on
-            if first_bad < len(self.names) or not loss_is_finite:
-                is_bad_gradient = first_bad < len(self.names)
-                where = f"first bad gradient: {self.names[first_bad]}" if is_bad_gradient else "gradients are finite"
-                loss_text = "loss is finite" if loss_is_finite else "loss is not finite"
-                message = f"step {step + 1}: {loss_text}, {where}; lower the learning rate"
-                raise HarnessError(Exit.NON_FINITE, message)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Validation and warm-up
 
@@ -568,31 +386,12 @@ def validate(model: nn.Module, data: RunData, run: Training) -> float:
     own_tokens = plan.val_sequences * config.model.seq_len
     window = data.val_tokens[ranks.rank * own_tokens : (ranks.rank + 1) * own_tokens + 1]
     batch = to_device(stage(window, ranks.device), config.model.seq_len, ranks.device)
-    losses = [model(*micro) for micro in zip(*(part.split(plan.micro_batch) for part in batch), strict=True)]
+    losses = []
+    for micro in zip(*(part.split(plan.micro_batch) for part in batch), strict=True):
+        point("measure", run.loader.step)
+        losses.append(model(*micro))
     total = torch.stack(losses).cpu().double().sum().to(ranks.device if ranks.world_size > 1 else "cpu")
     return ranks.all_reduce(total).item() / config.eval.tokens
-
-
-def digest(value: Any) -> str:
-    """sha256 over all keys, numbers and tensor bytes of nested dicts and lists."""
-    sha = hashlib.sha256()
-
-    def add(item: Any) -> None:
-        if isinstance(item, dict):
-            for key, entry in item.items():
-                sha.update(f"{key}:".encode())
-                add(entry)
-        elif isinstance(item, list | tuple):
-            for entry in item:
-                add(entry)
-        elif isinstance(item, Tensor):
-            sha.update(f"{item.dtype}{tuple(item.shape)}".encode())
-            sha.update(item.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        else:
-            sha.update(repr(item).encode())
-
-    add(value)
-    return sha.hexdigest()
 
 
 WARMUP_STEPS = 2
@@ -621,6 +420,8 @@ def warm_up(model: nn.Module, run: Training) -> None:
     finally:
         run.model.zero_grad()
         run.load_state_dict(before)
+        for optimizer in run.optimizers:
+            optimizer.found_non_finite = None  # of the made-up steps
     if digest(run.state_dict()) != digest(before):
         raise RuntimeError("warm-up left a trace in weights, optimizer state, RNG or loader")
 
@@ -669,69 +470,87 @@ def train(args: argparse.Namespace, ranks: Ranks, begin_ns: int) -> None:
         raise HarnessError(Exit.CONFIG, f"--seed must be in [0, 2^63), got {args.seed}")
     config = load_config(args.config, args.optimizer, args.overrides)
     config = dataclasses.replace(config, hparams=checked_hparams(config))
+    check_schedule(config)
     plan = plan_batch(config, ranks.world_size)
+    with torch.device("meta"):
+        shapes = GPT(config.model)
+    optimizers = build_optimizers(config, shapes)
+    dump = args.dump_momentum and checked_dump(optimizers[-1], *args.dump_momentum, config.train.steps)
     if args.dry_run:
-        with torch.device("meta"):
-            model = GPT(config.model)
-        optimizers = build_optimizers(config, model)
         ranks.say(
-            dry_run_report(config, model.roles(), optimizers, ranks.world_size, plan.micro_steps, plan.micro_batch)
+            dry_run_report(config, shapes.roles(), optimizers, ranks.world_size, plan.micro_steps, plan.micro_batch)
         )
         return
     ranks.together(lambda: check_writable(args.out))
+    lock = ranks.together(lambda: lock_folder(args.out) if ranks.is_main else None)
+    with lock or contextlib.nullcontext():
+        train_in_folder(args, config, plan, dump, ranks, clock)
+
+
+def train_in_folder(
+    args: argparse.Namespace, config: Config, plan: BatchPlan, dump: Dump | None, ranks: Ranks, clock: Clock
+) -> None:
+    """The run proper, in a folder that no other process uses."""
     data = ranks.together(lambda: open_data(config))
+    torch.manual_seed(args.seed)  # nothing draws from it; if ever something does, all ranks and segments agree
     model = GPT(config.model)
     model.init_weights(args.seed)
     model.to(ranks.device)
     optimizers = build_optimizers(config, model)
+    fix_polar_dtype(optimizers, ranks)
     run = Training(config, plan, ranks, model, optimizers, make_loader(config, data, ranks))
     start = run_event(config, args.config, args.seed, ranks.world_size, ranks.device, model.roles(), optimizers, data)
-    identity = {key: start[key] for key in ("config", "seed", "code_hash")} | {"data": start["data"]["fingerprint"]}
-    check_ranks_agree(ranks, **identity, torch=torch.__version__, weights=digest(model.state_dict()))
+    identity = {key: start[key] for key in ("config", "seed", "code_hash")}
+    identity |= {"data": start["data"]["fingerprint"], "val": start["data"]["val_sha256"]}
+    stack = {key: start["env"][key] for key in ("torch", "numpy", "python", "torch_threads")}
+    ranks.check_agree(**identity, **stack, env=shared_variables(start["env"]), weights=digest(model.state_dict()))
     checkpoint = ranks.together(lambda: newest_checkpoint(args.out, identity, ranks.say)) if args.resume else None
-    check_ranks_agree(ranks, checkpoint_step=checkpoint["step"] if checkpoint else None)
+    ranks.check_agree(checkpoint_step=checkpoint["step"] if checkpoint else None)
     run_id = ranks.all_gather_object(checkpoint["run_id"] if checkpoint else start["run_id"])[0]
     start["run_id"] = run_id
-    record = RecordWriter(args.out / f"{run_id}.jsonl", ranks.is_main)
+    record = RecordWriter(args.out / f"{run_id}.jsonl", ranks)
     ranks.say(
         f"{run_id}: {config.optimizer} on {ranks.world_size} x {start['env']['device_name']}, "
         f"{sum(start['params_by_role'].values()):,} parameters, target {config.eval.target}"
     )
     clock.charge("setup")
 
+    point("warm_up", 0)
     callable_model = compile_and_warm_up(run)
     start["compiled"] = callable_model is not model
     progress = Progress()
     if checkpoint:
-        run.load_state_dict(checkpoint["training"])
+        ranks.together(lambda: go_on_from(checkpoint["training"], run))
         looks = [Validation(*look) for look in checkpoint["validations"]]
         progress = Progress(checkpoint["step"], looks, checkpoint["segments"] + 1)
         clock.add(checkpoint["spent_ns"])
-        ranks.say(f"resume: from step {progress.step}")
+        ranks.say(f"resume: from step {progress.step} of {run_id}, segment {progress.segments}")
     elif args.resume:
         ranks.say(f"resume: no unfinished run with a checkpoint in {args.out}, starting at step 0")
-    if args.dump_momentum:
-        record_momentum(optimizers[-1], *args.dump_momentum, progress.step, args.out / f"{run_id}.momentum")
-    record.drop_torn_line()
-    if not record.path.exists():
+    if dump:
+        record_momentum(optimizers[-1], dump, progress.step, args.out / f"{run_id}.momentum")
+    if ranks.all_gather_object(record.is_new())[0]:
         record.write(start)
     if checkpoint:
         here = {key: start[key] for key in ("utc", "world_size", "device", "compiled", "git", "env")}
-        record.write({"event": "resume", "step": progress.step} | here)
+        record.write({"event": "resume", "step": progress.step, "segment": progress.segments} | here)
     tracker = Tracker(args.wandb, start, ranks.is_main)
     if ranks.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     clock.charge("warmup")
 
     def save() -> None:
+        """On all ranks or none. Collective."""
+        point("checkpoint_gather", progress.step)
         state = {"training": run.state_dict(), "identity": identity, "run_id": run_id, "spent_ns": clock.spent_ns}
         state |= vars(progress) | {"validations": [tuple(look) for look in progress.validations]}
-        if ranks.is_main:
-            save_checkpoint(args.out / f"{run_id}.checkpoints", progress.step, state)
+        folder = args.out / f"{run_id}.checkpoints"
+        ranks.together(lambda: save_checkpoint(folder, progress.step, state) if ranks.is_main else None)
+        point("checkpoint_saved", progress.step)
 
     try:
         train_steps(run, callable_model, data, progress, clock, record, tracker, save)
-        check_ranks_agree(ranks, weights=digest(model.state_dict()))
+        point("end", progress.step)
         record.write(end_event("done", run, progress, clock))
     except HarnessError as error:
         if error.reason in (Exit.NON_FINITE, Exit.PREEMPTED):
@@ -763,24 +582,26 @@ def train_steps(
     first_step, steps = progress.step, config.train.steps
     guard, log, console = Guard(run.model, ranks), StepLog(config.train.log_every, ranks), Console(config, ranks, clock)
     due = validation_steps(config) - {look.step for look in progress.validations}
-    with stop_signals(guard), last_words(clock, log, record):
+    with stop_signals(guard.request_stop), last_words(clock, log, record):
         for step in range(first_step, steps + 1):
             progress.step = step
             every = config.train.checkpoint_every
-            is_checkpoint_step = every > 0 and step > first_step and step % every == 0
+            is_checkpoint_step = every > 0 and step > first_step and (step % every == 0 or step == steps)
             if step in due or is_checkpoint_step or guard.must_stop:
                 guard.read()
                 clock.charge("train")
                 events = log.flush()
                 record.write(*events)
+                point("validation", step)
+                check_weights(step, run)
                 if step in due:
                     look = Validation(step, validate(model, data, run), clock.slowest_train_s())
-                    if not math.isfinite(look.val_loss):
-                        raise HarnessError(Exit.NON_FINITE, non_finite_validation(look, run.model))
+                    check_validation(look, config.model.vocab_size)
                     progress.validations.append(look)
                     console.show(look)
                     events.append({"event": "val", "tokens": step * config.train.batch_tokens} | look._asdict())
                     record.write(events[-1])
+                    point("validated", step)
                 tracker.log(*events)
                 clock.charge("val")
                 if is_checkpoint_step or guard.must_stop:
@@ -794,11 +615,26 @@ def train_steps(
             console.tick(step + 1, sum(later > step for later in due))
 
 
-def non_finite_validation(look: Validation, model: GPT) -> str:
-    """The message for a validation loss that is no number. Weights are equal on all ranks, and so is this."""
-    bad = next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
-    where = f"first bad parameter: {bad}" if bad else "weights are finite"
-    return f"step {look.step}: validation loss is {look.val_loss}, {where}; lower the learning rate"
+def check_weights(step: int, run: Training) -> None:
+    """Before weights are measured or saved: equal on all ranks, and finite, which the last update was not asked."""
+    if run.ranks.world_size > 1:
+        run.ranks.check_agree(weights=digest(run.model.state_dict()))
+    bad = next((name for name, p in run.model.named_parameters() if not p.isfinite().all()), None)
+    if bad:
+        raise HarnessError(
+            Exit.NON_FINITE, f"step {step}: after the update {bad} is not finite; lower the learning rate"
+        )
+
+
+def check_validation(look: Validation, vocab_size: int) -> None:
+    """Raise HarnessError for a loss that cannot be. Equal on all ranks, and so is this."""
+    if not math.isfinite(look.val_loss):
+        message = f"step {look.step}: validation loss is {look.val_loss}, weights are finite; lower the learning rate"
+        raise HarnessError(Exit.NON_FINITE, message)
+    uniform = math.log(vocab_size)
+    if look.step == 0 and abs(look.val_loss - uniform) > 1e-3:
+        message = f"before training the loss is {look.val_loss}, but a head of zeros gives ln V = {uniform:.6f}"
+        raise HarnessError(Exit.CONFIG, f"{message}; the model or the validation is broken")
 
 
 @contextlib.contextmanager
@@ -817,15 +653,20 @@ def train_step(run: Training, model: nn.Module, step: int, guard: Guard, log: St
     """One update, from tokens to weights: all that the clock sees."""
     device = run.ranks.device
     begin = time_mark(device)
+    point("forward", step)
     batch = to_device(run.loader.next_batch(), run.config.model.seq_len, device)
     loss = forward_backward(model, batch, run)
-    guard.check(step, loss)
+    point("check", step, [p.grad for p in run.model.parameters()])
+    guard.check(step, loss, getattr(run.optimizers[-1], "found_non_finite", None))
     optimizer_begin = time_mark(device)
+    point("gradient_sum", step)
     reduce_gradients(run)
+    point("update", step, [p.grad for p in run.optimizers[-1].param_groups[0]["params"] if p.grad is not None])
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_scale(step, run.config)
         optimizer.step()
+    point("updated", step, list(run.model.parameters()))
     run.model.zero_grad()
     lr = run.optimizers[-1].param_groups[0]["lr"]
     log.add(step + 1, loss, lr, [begin, optimizer_begin, time_mark(device)])
@@ -847,6 +688,7 @@ def end_event(status: str, run: Training, progress: Progress, clock: Clock) -> d
         "reached_target": hit is not None,
         "steps_to_target": hit.step if hit else None,
         "time_to_target_s": hit.train_time_s if hit else None,
+        "wall_s": clock.wall_s(),
         "untimed": {f"{account}_s": clock.spent_s(account) for account in Clock.ACCOUNTS if account != "train"},
         "segments": progress.segments,
         "data_wait_s": data_wait_s,  # in this process, of the rank that waited longest
@@ -888,24 +730,6 @@ class Console:
         )
 
 
-@contextlib.contextmanager
-def stop_signals(guard: Guard) -> Iterator[None]:
-    """SIGTERM, SIGUSR1 and Ctrl-C ask the run to stop with a checkpoint; a second Ctrl-C means now."""
-
-    def request_stop(signum: int, frame: Any) -> None:
-        if signum == signal.SIGINT and guard.stop_requested:
-            raise KeyboardInterrupt
-        guard.stop_requested = True
-
-    names = [name for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
-    previous = {name: signal.signal(getattr(signal, name), request_stop) for name in names}
-    try:
-        yield
-    finally:
-        for name, handler in previous.items():
-            signal.signal(getattr(signal, name), handler)
-
-
 def checked_hparams(config: Config) -> dict[str, Any]:
     """The optimizer's table, with keys and types checked against its signature."""
     name = config.optimizer
@@ -921,6 +745,54 @@ def build_optimizers(config: Config, model: GPT) -> list[torch.optim.Optimizer]:
         return aurora.build(config.optimizer, model.roles(), config.hparams)
     except ValueError as error:
         raise HarnessError(Exit.CONFIG, f"optimizer.{config.optimizer}: {error}") from error
+
+
+def fix_polar_dtype(optimizers: list[torch.optim.Optimizer], ranks: Ranks) -> None:
+    """Let all ranks compute in the dtype that "auto" means on rank 0; a checkpoint holds it, and so fixes it too."""
+    for group in optimizers[-1].param_groups:
+        if group.get("polar_dtype") == "auto":
+            dtype = str(aurora.compute_dtype("auto", ranks.device)).removeprefix("torch.")
+            group["polar_dtype"] = ranks.all_gather_object(dtype)[0]
+
+
+def go_on_from(state: dict[str, Any], run: Training) -> None:
+    """Take over the training state of a checkpoint, all of it or HarnessError. Collective."""
+    try:
+        for optimizer, saved in zip(run.optimizers, state["optimizers"], strict=True):
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            if state["loader"]["step"] > 0 and len(saved["state"]) != len(params):
+                kept = f"{len(saved['state'])} of {len(params)} parameters"
+                raise ValueError(f"it holds the state of {kept} of {type(optimizer).__name__}")
+            if isinstance(optimizer, torch.optim.AdamW):  # whose loader takes any shape
+                for index, entry in saved["state"].items():
+                    found = {key: (tuple(value.shape), value.dtype) for key, value in entry.items() if key != "step"}
+                    wanted = dict.fromkeys(("exp_avg", "exp_avg_sq"), (tuple(params[index].shape), params[index].dtype))
+                    if found != wanted or "step" not in entry:
+                        raise ValueError(f"AdamW's state {index} is {found}, not {wanted}")
+        run.load_state_dict(state)
+        if digest(run.state_dict()) != digest(state):
+            raise ValueError("what was loaded is not what was saved")
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        message = f"--resume: the checkpoint does not fit this run: {first_line(error)}; start over in another --out"
+        raise HarnessError(Exit.CHECKPOINT, message) from error
+
+
+def check_schedule(config: Config) -> None:
+    """Raise HarnessError for a learning rate that never gets to its peak, or a run of which nothing is measured."""
+    scales = [lr_scale(step, config) for step in range(config.train.steps)]
+    if not all(0 <= scale <= 1 for scale in scales) or max(scales) < 1:
+        raise HarnessError(
+            Exit.CONFIG,
+            f"the learning rate goes up to {max(scales):.3g} of its peak: optimizer.{config.optimizer}.warmup_steps = "
+            f"{config.warmup_steps} and schedule.cooldown_frac = {config.schedule.cooldown_frac} leave no step for it "
+            f"in train.steps = {config.train.steps}",
+        )
+
+
+def shared_variables(env: dict[str, Any]) -> dict[str, str]:
+    """The environment variables that all ranks should have alike; launchers set some for each."""
+    own = ("TORCHELASTIC_", "CUDA_VISIBLE_DEVICES")
+    return {key: value for key, value in env["variables"].items() if not key.startswith(own)}
 
 
 def check_writable(out: Path) -> None:
@@ -953,25 +825,6 @@ def make_loader(config: Config, data: RunData, ranks: Ranks) -> TokenLoader:
     )
 
 
-def check_ranks_agree(ranks: Ranks, **fields: Any) -> None:
-    """Raise HarnessError naming the first rank and field (or key of a table) that differ from rank 0's. Collective."""
-    everyone = ranks.all_gather_object(fields)
-    for rank, theirs in enumerate(everyone):
-        difference = first_difference(everyone[0], theirs)
-        if difference:
-            key, ours, other = difference
-            raise HarnessError(Exit.RANKS_DISAGREE, f"rank {rank} has {key} = {other!r}, rank 0 has {ours!r}")
-
-
-def first_difference(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:
-    for key in ours:
-        if ours[key] != theirs[key]:
-            if isinstance(ours[key], dict) and ours[key].keys() == theirs[key].keys():
-                return first_difference(ours[key], theirs[key], f"{prefix}{key}.")
-            return prefix + key, ours[key], theirs[key]
-    return None
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Main
 
@@ -980,39 +833,39 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     begin_ns = time.perf_counter_ns()
     args = parse_args(argv)
-    rank = os.environ.get("RANK", "0")
+    rank, watch = os.environ.get("RANK", "0"), None
     try:
-        ranks = join_ranks()
+        die_with_launcher()
+        ranks = join_ranks(args.timeout_s)
+        watch = Watch(ranks, args.timeout_s)
+        watch.start()
         train(args, ranks, begin_ns)
         ranks.align()  # a process that leaves early can break a peer's last collective
         leave_ranks()
-        return 0
-    except HarnessError as error:  # raised by all ranks alike, but for a full disk
+        return report_exit(0)
+    except HarnessError as error:  # raised by all ranks alike
         if rank == "0":
             print(f"{'stopped' if error.reason == Exit.PREEMPTED else 'error'}: {error}", file=sys.stderr, flush=True)
         leave_ranks()
-        return int(error.reason)
+        return report_exit(int(error.reason))
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except (dist.DistError, RuntimeError) as error:
         if is_out_of_memory(error):
             reason, message = Exit.CONFIG, "is out of memory, lower train.micro_batch"
         elif is_peer_failure(error):
-            reason, message = Exit.PEER, "lost a peer"
+            reason, message = Exit.PEER, f"lost a peer: {watch.who_is_lost() if watch else ''}"
         else:
+            report_exit(1)
             raise
         print(f"error: rank {rank} {message}: {first_line(error)}", file=sys.stderr, flush=True)
-        return int(reason)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def is_peer_failure(error: Exception) -> bool:
-    """Whether a collective failed because another rank is gone; gloo reports that as a plain RuntimeError."""
-    words = ("gloo", "Gloo", "NCCL", "Connection")
-    return isinstance(error, dist.DistError) or ("RANK" in os.environ and any(word in str(error) for word in words))
+        return report_exit(int(reason))
+    except Exception:  # a bug: scripts/launch.sh shall not take it for a lost rank
+        report_exit(1)
+        raise
+    finally:
+        if watch:
+            watch.stop()
 
 
 if __name__ == "__main__":

@@ -243,6 +243,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         state_dict["rule"] = type(self).__name__
         if self._is_sharded:
             state_dict["state"] = self._gather_state(state_dict["state"])
+        state_dict["state"] = dict(sorted(state_dict["state"].items()))
+        state_dict["params_with_state"] = [self._named_params()[index][0] for index in state_dict["state"]]
         return state_dict
 
     def _gather_state(self, own_state: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
@@ -265,7 +267,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         torch's own loader matches by position and casts to the weights' dtype, silently; this one refuses.
 
         Raises:
-            ValueError: another rule, other parameters, or state of other keys, shape or dtype; names what differs.
+            ValueError: another rule, other parameters, state lost or of other keys, shape or dtype; names what differs.
         """
         named = self._named_params()
         if state_dict.get("rule") != type(self).__name__:
@@ -286,9 +288,13 @@ class MatrixOptimizer(torch.optim.Optimizer):
             for ours, theirs in zip(self.param_groups, state_dict["param_groups"], strict=True)
             for _ in ours["params"]
         ]
-        for index, state in state_dict["state"].items():
+        for index in state_dict["state"]:
             if index not in range(len(named)):
                 raise ValueError(f"state of parameter number {index}, but there are {len(named)}")
+        lost = set(state_dict["params_with_state"]) ^ {named[index][0] for index in state_dict["state"]}
+        if lost:
+            raise ValueError(f"the state of {', '.join(sorted(lost))} is lost, or of a parameter that had none")
+        for index, state in state_dict["state"].items():
             name, p = named[index]
             found = {key: (tuple(value.shape), value.dtype) for key, value in state.items()}
             for group in settings[index]:  # what this optimizer keeps, and what the state's own settings keep

@@ -1,17 +1,19 @@
 """Checkpoints: written whole or not at all, and checked against a hash before anything in them is used."""
 
+import contextlib
 import hashlib
 import json
 import os
-import pickle
+import re
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
+from aurora.runtime.faults import point
 from configs.schema import Exit, HarnessError
 from results.record import RecordError, read_record
 
@@ -23,42 +25,88 @@ def first_line(error: Exception) -> str:
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
-    """Write state under folder/step-N: hashed, synced, then renamed, so that the name means a whole checkpoint."""
+    """Write state under folder/step-N: hashed, synced, then renamed, so that the name means a whole checkpoint.
+
+    The two newest are kept; what a killed process left unfinished is removed. One process a folder.
+
+    Raises:
+        HarnessError: DISK; the checkpoints before are then untouched.
+    """
     final = folder / f"step-{step:06d}"
     temporary = folder / f".{final.name}-{secrets.token_hex(4)}"
     try:
-        temporary.mkdir(parents=True)
-        with open(temporary / "state.pt", "wb") as file:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".step-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        temporary.mkdir()
+        with synced(temporary / "state.pt") as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        manifest = {"sha256": hashlib.sha256((temporary / "state.pt").read_bytes()).hexdigest(), "step": step}
-        with open(temporary / "manifest.json", "w") as file:
-            json.dump(manifest, file)
-            file.flush()
-            os.fsync(file.fileno())
+            point("checkpoint_state", step)
+        content = {"sha256": sha256(temporary / "state.pt"), "bytes": (temporary / "state.pt").stat().st_size}
+        with synced(temporary / "manifest.json") as file:
+            file.write(json.dumps(content | {"step": step}).encode())
+            point("checkpoint_manifest", step)
+        sync_folder(temporary)
         if final.exists():
             shutil.rmtree(final)
+        point("checkpoint_rename", step)
         os.rename(temporary, final)
-        parent = os.open(folder, os.O_RDONLY)
-        os.fsync(parent)
-        os.close(parent)
+        point("checkpoint_renamed", step)
+        sync_folder(folder)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         shutil.rmtree(temporary, ignore_errors=True)
         message = f"checkpoint {final} cannot be written: {first_line(error)}; the one before is kept"
         raise HarnessError(Exit.DISK, message) from error
-    for old in sorted(folder.glob("step-*"), key=step_of)[:-KEPT_CHECKPOINTS]:
+    for old in list_checkpoints(folder)[:-KEPT_CHECKPOINTS]:
+        point("checkpoint_prune", step)
         shutil.rmtree(old, ignore_errors=True)
 
 
-def step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
+@contextlib.contextmanager
+def synced(path: Path) -> Iterator[BinaryIO]:
+    """A new file to write, on the disk when the block ends."""
+    with open(path, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first, by their names alone."""
+    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-[0-9]{6,}", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def load_checkpoint(folder: Path) -> dict[str, Any]:
+    """One checkpoint, once its bytes match its manifest. Nothing in it is executed. Raises whatever is wrong."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    if sorted(manifest) != ["bytes", "sha256", "step"]:
+        raise ValueError("its manifest is not one")
+    file = folder / "state.pt"
+    if file.stat().st_size != manifest["bytes"] or sha256(file) != manifest["sha256"]:
+        raise ValueError("its bytes do not match its manifest")
+    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    missing = {"training", "identity", "run_id", "step", "validations", "segments", "spent_ns"} - set(state)
+    if missing:
+        raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+    if not state["step"] == manifest["step"] == int(folder.name.removeprefix("step-")):
+        raise ValueError("it is of another step than its name says")
+    return state
 
 
 def newest_checkpoint(out: Path, identity: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any] | None:
     """The newest whole checkpoint of the newest unfinished run below out that has this identity; None if there is none.
-
-    Nothing in a checkpoint is executed.
 
     Raises:
         HarnessError: CHECKPOINT, when all there are were damaged or made by a run that differs.
@@ -67,14 +115,11 @@ def newest_checkpoint(out: Path, identity: dict[str, Any], say: Callable[[str], 
     for run_folder in sorted(out.glob("*.checkpoints"), reverse=True):  # run ids of equal identity end in their time
         if is_finished(run_folder):
             continue
-        for folder in sorted(run_folder.glob("step-*"), key=step_of, reverse=True):
+        for folder in reversed(list_checkpoints(run_folder)):
             try:
-                manifest = json.loads((folder / "manifest.json").read_text())
-                if hashlib.sha256((folder / "state.pt").read_bytes()).hexdigest() != manifest["sha256"]:
-                    raise ValueError("its bytes do not match its manifest")
-                state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+                state = load_checkpoint(folder)
                 differing = [key for key, value in identity.items() if state["identity"][key] != value]
-            except (OSError, ValueError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
+            except Exception as error:  # a hostile file may raise anything
                 obstacle = obstacle or f"all checkpoints in {run_folder} are damaged"
                 say(f"resume: {folder} is damaged ({first_line(error)}), trying an older one")
                 continue

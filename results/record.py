@@ -23,15 +23,21 @@ SCHEMA = 1
 
 
 class RecordWriter:
-    """The run's JSONL file, one write a line. Does nothing unless is_writer: ranks other than 0 share the code."""
+    """The run's JSONL file, one write a line. Rank 0 writes; where it cannot, all ranks raise."""
 
-    def __init__(self, path: Path, is_writer: bool):
-        self.path, self.is_writer = path, is_writer
+    def __init__(self, path: Path, ranks: Any):
+        self.path, self.ranks = path, ranks
 
     def write(self, *events: dict[str, Any]) -> None:
-        """Append events and force them to disk; only call in untimed time."""
-        if not self.is_writer or not events:
-            return
+        """Append events and force them to disk; only call in untimed time. Collective.
+
+        Raises:
+            HarnessError: DISK. Lines before are whole; what is left of this one is dropped by readers and by resume.
+        """
+        if events:
+            self.ranks.together(lambda: self._append(events) if self.ranks.is_main else None)
+
+    def _append(self, events: Iterable[dict[str, Any]]) -> None:
         try:
             handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             try:
@@ -45,12 +51,14 @@ class RecordWriter:
         except OSError as error:
             raise HarnessError(Exit.DISK, f"record {self.path} cannot be written: {error.strerror}") from error
 
-    def drop_torn_line(self) -> None:
-        """Cut off a last line that a crash left without its end."""
-        if self.is_writer and self.path.exists():
-            content = self.path.read_bytes()
-            if not content.endswith(b"\n"):
-                os.truncate(self.path, content.rfind(b"\n") + 1)
+    def is_new(self) -> bool:
+        """Whether the record has no line yet; a last line that a crash left without its end is cut off."""
+        if not self.ranks.is_main or not self.path.exists():
+            return True
+        content = self.path.read_bytes()
+        if not content.endswith(b"\n"):
+            os.truncate(self.path, content.rfind(b"\n") + 1)
+        return b"\n" not in content
 
 
 SOURCE_MODULES = [
@@ -63,7 +71,7 @@ SOURCE_MODULES = [
 def read_sources(config_path: Path) -> dict[str, str]:
     """The text of every file that decides what the run computes."""
     names = ["train_gpt.py", *SOURCE_MODULES]
-    paths = [*(ROOT / name for name in names), *ROOT.glob("aurora/*.py")]
+    paths = [*(ROOT / name for name in names), *ROOT.glob("aurora/**/*.py")]
     sources = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in sorted(paths)}
     is_ours = config_path.resolve().is_relative_to(ROOT)
     config_name = config_path.resolve().relative_to(ROOT).as_posix() if is_ours else config_path.name

@@ -1,6 +1,7 @@
 """Speed, always as a ratio against a peer in the same run.
 
 python scripts/benchmark.py harness     a training step of train_gpt.py against bare loops over the same model
+python scripts/benchmark.py guards      a training step with its guards against one without
 python scripts/benchmark.py optim       whole steps on the matrices of a track, and how good the updates are
 """
 
@@ -25,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import aurora
 import train_gpt
 from aurora.polar import COMPUTE_DTYPES, SCHEDULES, PolarSchedule
+from aurora.runtime.ranks import keep_freed_memory
 from configs.schema import Exit, HarnessError, load_config
 from results.record import describe_machine
 
@@ -59,8 +61,8 @@ class PlainMuon(torch.optim.Optimizer):
                 p.add_(X, alpha=-group["lr"] * math.sqrt(max(1, p.shape[0] / p.shape[1])))
 
 
-def harness_step(hparams: dict[str, str], num_steps: int) -> Callable[[], None]:
-    """One call is one step of the trainer, everything that its clock sees included."""
+def harness_step(hparams: dict[str, str], num_steps: int, is_guarded: bool = True) -> Callable[[], None]:
+    """One call is one step of the trainer, everything that its clock sees included; the guards only if wanted."""
     overrides = [f"optimizer.muon.{key}={value}" for key, value in hparams.items()]
     overrides.append(f"train.steps={num_steps}")
     config = load_config(ROOT / "configs" / "quick.toml", "muon", overrides)
@@ -72,8 +74,15 @@ def harness_step(hparams: dict[str, str], num_steps: int) -> Callable[[], None]:
     optimizers = train_gpt.build_optimizers(config, model)
     run = train_gpt.Training(config, train_gpt.plan_batch(config, 1), ranks, model, optimizers, loader)
     guard, log = train_gpt.Guard(model, ranks), train_gpt.StepLog(config.train.log_every, ranks)
-    steps = iter(range(config.train.steps))
-    return lambda: train_gpt.train_step(run, model, next(steps), guard, log)
+    steps, point = iter(range(config.train.steps)), train_gpt.point
+    if not is_guarded:
+        guard.check, point = (lambda step, loss, bad_update=None: None), (lambda name, step, tensors=(): None)
+
+    def step() -> None:
+        train_gpt.point = point
+        train_gpt.train_step(run, model, next(steps), guard, log)
+
+    return step
 
 
 def bare_step(make_muon: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]) -> Callable[[], None]:
@@ -136,7 +145,7 @@ def interleaved_ms(first: Callable[[], None], second: Callable[[], None], rounds
 
 def harness(rounds: int) -> str:
     """A Markdown table of the trainer's step against bare loops."""
-    train_gpt.keep_freed_memory()
+    keep_freed_memory()
     lines = [
         f"quick track, Muon, torch {torch.__version__}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, "
         f"{rounds} interleaved rounds",
@@ -150,6 +159,19 @@ def harness(rounds: int) -> str:
         ratio = statistics.median(a / b for a, b in pairs)
         lines.append(f"| {name} | {ours:.1f} | {theirs:.1f} | {ratio:.3f} |")
     return "\n".join(lines)
+
+
+def guards(rounds: int) -> str:
+    """One line: what the guards of a step cost. Of a process alone; with several, ranks also exchange four numbers."""
+    keep_freed_memory()
+    on, off = (harness_step({}, UNTIMED_ROUNDS + rounds, is_guarded) for is_guarded in (True, False))
+    pairs = interleaved_ms(on, off, rounds)
+    on_ms, off_ms = (statistics.median(column) for column in zip(*pairs, strict=True))
+    ratio = statistics.median(a / b for a, b in pairs)
+    return (
+        f"quick track, Muon, torch {torch.__version__}, {torch.get_num_threads()} threads, {rounds} rounds in turn: "
+        f"{on_ms:.1f} ms/step with guards, {off_ms:.1f} without, median ratio {ratio:.4f}"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -297,7 +319,7 @@ def replay(label: str, streams: dict[str, list[torch.Tensor]], args: argparse.Na
 
 def optim(args: argparse.Namespace) -> str:
     """Whole optimizer steps on a track's shapes, and the quality of the updates; writes OUT.md and OUT.json."""
-    train_gpt.keep_freed_memory()
+    keep_freed_memory()
     shapes = track_shapes(args.config)
     aurora.compute_dtype(args.polar_dtype, torch.device(args.device))  # its measurement is no part of a step
     times, flops = time_contenders(make_contenders(args, shapes), args.rounds, args.device)
@@ -390,6 +412,9 @@ def main() -> int:
     command = commands.add_parser("harness", help="the trainer's step against bare loops, on CPU")
     command.add_argument("--rounds", type=int, default=60)
     command.set_defaults(run=lambda args: harness(args.rounds))
+    command = commands.add_parser("guards", help="the trainer's step with and without its guards, on CPU")
+    command.add_argument("--rounds", type=int, default=60)
+    command.set_defaults(run=lambda args: guards(args.rounds))
     command = commands.add_parser("optim", help="optimizer steps on a track's shapes, and the quality of the updates")
     command.add_argument("--config", type=Path, default=ROOT / "configs" / "quick.toml", help="track (TOML)")
     command.add_argument("--rules", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="RULE")

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ["SPEEDRUN_DEVICE"] = "cpu"  # before the trainer is imported, and for the processes that tests start
 
@@ -124,12 +125,45 @@ def train_here(config: Path, out: Path, *args: str) -> int:
     return train_gpt.main(["--config", str(config), "--out", str(out), *args])
 
 
-def start_process(*command: str) -> subprocess.Popen:
+def start_process(*command: str, **options) -> subprocess.Popen:
     """Start a Python command of this project in a process of its own, with one thread a process."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, *command], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | options.pop("env", {})
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, text=True, **pipes | options)
+
+
+class Outcome(NamedTuple):
+    codes: list[int]  # of each rank; negative: the signal that killed it
+    seconds: list[float]
+    out: list[str]
+    err: list[str]
+
+
+class Launcher:
+    """Runs of the trainer, each rank a process of its own, without waiting for torch to import: see fault_driver.py."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.process = folder, start_process("tests/fault_driver.py", stdin=subprocess.PIPE, stderr=None)
+
+    def __call__(
+        self, *argv: str, world_size: int = 1, fault: str = "", patch: str = "", env=None, timeout_s: float = 30
+    ) -> Outcome:
+        """fault: for SPEEDRUN_FAULT; patch: code that every rank runs before, with its rank."""
+        env = {"SPEEDRUN_FAULT": fault} | (env or {})
+        job = {"argv": list(map(str, argv)), "world_size": world_size, "env": env, "patch": patch}
+        job |= {"timeout_s": timeout_s, "logs": str(self.folder)}
+        print(json.dumps(job), file=self.process.stdin, flush=True)
+        answer = json.loads(self.process.stdout.readline())
+        texts = [[(self.folder / f"{kind}{rank}").read_text() for rank in range(world_size)] for kind in ("out", "err")]
+        return Outcome(answer["codes"], answer["seconds"], *texts)
+
+
+@pytest.fixture(scope="session")
+def launch(tmp_path_factory):
+    launcher = Launcher(tmp_path_factory.mktemp("launcher"))
+    yield launcher
+    launcher.process.stdin.close()
+    launcher.process.wait(timeout=30)
 
 
 def torchrun(num_processes: int) -> list[str]:
@@ -144,6 +178,29 @@ def events(out: Path) -> list[dict]:
 
 def losses(out: Path) -> list[tuple[int, float]]:
     return [(event["step"], event["val_loss"]) for event in events(out) if event["event"] == "val"]
+
+
+@pytest.fixture(scope="session")
+def twelve_steps(tmp_path_factory):
+    """The arguments of a run of twelve steps: a shard ends at 5, validation at 4 and 8, checkpoints every 3."""
+    folder = tmp_path_factory.mktemp("faults")
+    write_shard(folder / "tiny_train_000001.bin", markov_tokens(5 * 512 + 100, seed=1))
+    write_shard(folder / "tiny_train_000002.bin", markov_tokens(10 * 512 + 2, seed=2))
+    write_shard(folder / "tiny_val_000000.bin", markov_tokens(1000, seed=3))
+    changes = {
+        "steps = 30": "steps = 12",
+        "every = 10": "every = 4",
+        "late_every = 5": "late_every = 4",
+    }
+    changes |= {
+        "checkpoint_every = 0": "checkpoint_every = 3",
+        "cooldown_frac = 0.4": "cooldown_frac = 1",
+    }
+    text = TINY_TRACK.format(folder=folder)
+    for old, new in changes.items():
+        text = text.replace(old, new)
+    (folder / "tiny.toml").write_text(text + "".join(map(tiny_table, OPTIMIZERS)))
+    return ["--config", folder / "tiny.toml", "--timeout-s", "2"]
 
 
 @pytest.fixture(scope="session")

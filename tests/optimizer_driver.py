@@ -1,14 +1,11 @@
-"""Run under torchrun: twenty steps of every rule over a few matrices, and what each rank then holds.
+"""What a rank of test_distributed.py does: twenty steps of every rule over a few matrices; saves what it then holds."""
 
-torchrun ... optimizer_driver.py OUT [STATE]      STATE: a file of an earlier run, loaded afterwards
-"""
-
-import sys
-from pathlib import Path
+import os
 
 import torch
 import torch.distributed as dist
 
+from aurora.runtime.ranks import join_ranks
 from tests.test_rules import RULES, make
 
 SHAPES = {"up": (48, 16), "down": (16, 48), "q": (24, 24), "k": (24, 24), "gate": (48, 16)}
@@ -35,8 +32,12 @@ def held(optimizer, params):
     return {"weights": weights, "own": own, "state": optimizer.state_dict()}
 
 
-def main(out: Path, state_file: Path | None) -> None:
-    dist.init_process_group("gloo")
+def main(out: str, state_file: str | None) -> None:
+    """state_file: of an earlier call, loaded afterwards."""
+    if "RANK" in os.environ:
+        join_ranks(timeout_s=60)
+    else:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     found, loaded = {}, {}
     for rule in RULES:
         params = new_params()
@@ -51,10 +52,6 @@ def main(out: Path, state_file: Path | None) -> None:
             optimizer = make(rule, list(params.items()), lr=0.02)
             optimizer.load_state_dict(torch.load(state_file)["found"][rule]["state"])
             loaded[rule] = held(optimizer, params)
-    torch.save({"found": found, "loaded": loaded}, out / f"rank{dist.get_rank()}.pt")
+    torch.save({"found": found, "loaded": loaded}, f"{out}/rank{dist.get_rank()}.pt")
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None)

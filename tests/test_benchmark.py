@@ -46,14 +46,16 @@ def test_quality_of_an_orthogonal_matrix_with_even_rows_is_perfect():
     [
         ("adamw", ["*", "1", "2"], "needs a matrix optimizer, not AdamW"),
         ("muon", ["mlp", "1", "2"], "no matrix matches 'mlp'; there are blocks.0.attention.q.weight"),
-        ("muon", ["*", "0", "2"], "no steps from 0 to 2; they begin at 1"),
+        ("muon", ["*", "0", "2"], "no steps from 0 to 2; they go from 1 to 30"),
+        ("muon", ["*", "1", "31"], "no steps from 1 to 31"),
         ("muon", ["*", "one", "2"], "no steps from one to 2"),
     ],
 )
 def test_momentum_that_cannot_be_dumped_exits_2(tiny_track, tmp_path, capsys, optimizer, arguments, message):
     assert train_here(tiny_track, tmp_path, "--optimizer", optimizer, "--dump-momentum", *arguments) == Exit.CONFIG
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count("\n") == 1
+    assert captured.out == "" and not list(tmp_path.iterdir())  # told before any work
 
 
 def test_replay_of_a_folder_without_momentum_is_told(tmp_path):

@@ -137,17 +137,17 @@ def test_wandb_run_keeps_its_id_over_a_resume_and_gets_the_metrics_of_the_record
 ):
     calls, out = fake_wandb(), tmp_path / "out"
     arguments = ["--wandb", "offline", "--set", "train.steps=20", "--set", "train.checkpoint_every=10"]
-    original = train_gpt.lr_scale
+    original = train_gpt.train_step
 
-    def die_at_15(step, config):
+    def die_at_15(run, model, step, *rest):
         if step == 15:
             raise KeyboardInterrupt
-        return original(step, config)
+        return original(run, model, step, *rest)
 
-    monkeypatch.setattr(train_gpt, "lr_scale", die_at_15)
+    monkeypatch.setattr(train_gpt, "train_step", die_at_15)
     with contextlib.suppress(KeyboardInterrupt):
         train_here(tiny_track, out, *arguments)
-    monkeypatch.setattr(train_gpt, "lr_scale", original)
+    monkeypatch.setattr(train_gpt, "train_step", original)
     assert train_here(tiny_track, out, *arguments, "--resume") == 0
     notes = [json.loads(line) for line in calls.read_text().splitlines()]
     starts = [note for note in notes if "project" in note]

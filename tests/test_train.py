@@ -114,17 +114,35 @@ def test_clock_charges_every_nanosecond_to_one_account(monkeypatch):
     assert clock.slowest_train_s() == 38 and clock.spent_s("checkpoint") == 2
 
 
-def test_validation_time_does_not_leak_into_train_time(tiny_track, tmp_path, monkeypatch):
-    original = train_gpt.validate
+def test_only_steps_are_timed_and_the_wall_clock_may_jump(tiny_track, tmp_path, monkeypatch):
+    """On a clock that only these functions move, so that a leak of a nanosecond shows."""
+    now_ns, jumps = [0], iter(range(0, 10**9, 3600))
 
-    def slow_validate(*args):
-        time.sleep(0.5)
-        return original(*args)
+    def taking(seconds, original):
+        def slow(*args, **kwargs):
+            now_ns[0] += round(seconds * 1e9)
+            return original(*args, **kwargs)
 
-    monkeypatch.setattr(train_gpt, "validate", slow_validate)
-    assert train_here(tiny_track, tmp_path, "--optimizer", "adamw", "--set", "train.steps=2") == 0
-    end = events(tmp_path)[-1]
-    assert end["untimed"]["val_s"] >= 1.0 and end["train_time_s"] < 0.5
+        return slow
+
+    monkeypatch.setattr(time, "perf_counter_ns", lambda: now_ns[0])
+    monkeypatch.setattr(time, "time", lambda: next(jumps))
+    durations_s = {
+        "validate": 0.5,
+        "save_checkpoint": 2.0,
+        "compile_and_warm_up": 30.0,
+        "train_step": 0.25,
+        "digest": 1.0,
+    }
+    for name, seconds in durations_s.items():
+        monkeypatch.setattr(train_gpt, name, taking(seconds, getattr(train_gpt, name)))
+    arguments = ["--optimizer", "adamw", "--set", "train.steps=8", "--set", "train.checkpoint_every=4"]
+    assert train_here(tiny_track, tmp_path, *arguments, "--set", "eval.every=4") == 0
+    *_, end = record = events(tmp_path)
+    assert [e["train_time_s"] for e in record if e["event"] == "val"][-1] == end["train_time_s"] == 8 * 0.25
+    untimed = end["untimed"]
+    assert (untimed["checkpoint_s"], untimed["warmup_s"]) == (2 * 2.0, 30.0 + 2 * 1.0) and untimed["val_s"] >= 4 * 0.5
+    assert sum(untimed.values()) + end["train_time_s"] == pytest.approx(end["wall_s"])
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "aurora"])

@@ -1,0 +1,464 @@
+"""Runs that are killed, stopped, starved and corrupted: nothing lost, nothing silently wrong. Real processes.
+
+FULL_SWEEP=1 takes every combination instead of a choice: some twenty minutes on two cores.
+"""
+
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_gpt
+from configs.schema import Exit, HarnessError
+from results.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint, sha256
+from results.record import SOURCE_MODULES, read_record
+from tests.conftest import (
+    OPTIMIZERS,
+    ROOT,
+    events,
+    losses,
+    start_process,
+    torchrun,
+    train_here,
+)
+
+FULL = os.environ.get("FULL_SWEEP") == "1"
+STEPS = 12
+
+
+@pytest.fixture(scope="session")
+def twin(twelve_steps, launch, tmp_path_factory):
+    """What a run that nothing happens to ends with, by optimizer and number of ranks."""
+    found = {}
+
+    def get(optimizer, world_size):
+        if (optimizer, world_size) not in found:
+            out = tmp_path_factory.mktemp("twin")
+            outcome = launch(*twelve_steps, "--optimizer", optimizer, "--out", out, world_size=world_size)
+            assert outcome.codes == [0] * world_size, outcome.err
+            found[optimizer, world_size] = result(out)
+        return found[optimizer, world_size]
+
+    return get
+
+
+def checkpoints(out):
+    return list_checkpoints(next(out.glob("*.checkpoints")))
+
+
+def result(out):
+    """Every byte of the state after the last step, every loss, and how the record says it ended."""
+    state = load_checkpoint(checkpoints(out)[-1])
+    assert state["step"] == STEPS and events(out)[-1]["status"] == "done"
+    by_step = dict(losses(out))
+    assert {(step, loss) for step, loss in losses(out)} == set(by_step.items())  # a step that was repeated was the same
+    return train_gpt.digest(state["training"]), by_step
+
+
+def cut_and_resume(launch, arguments, cuts, world_sizes):
+    """A run stopped by SIGTERM so that it ends segments at these steps, gone on with by so many ranks."""
+    for segment, world_size in enumerate(world_sizes):
+        fault = f"term:forward:{cuts[segment] - 1}:{world_size - 1}" if segment < len(cuts) else ""
+        outcome = launch(*arguments, *(["--resume"] if segment else []), world_size=world_size, fault=fault)
+        assert outcome.codes == [Exit.PREEMPTED if fault else 0] * world_size, outcome.err
+        assert not segment or f"resume: from step {cuts[segment - 1]} of" in outcome.out[0]
+
+
+CUTS = {"first step": [1], "mid-shard": [3], "validation": [4], "shard edge": [5], "after a resume": [6, 7]}
+CHAIN = {"all in one run": [1, 3, 4, 5, 6]}
+CELLS = [(optimizer, world_size, cut) for optimizer in OPTIMIZERS for world_size in (1, 2, 4) for cut in CUTS]
+CHOSEN = [(optimizer, 2, cut) for optimizer in OPTIMIZERS for cut in CHAIN]
+CHOSEN += [("aurora", world_size, cut) for world_size in (1, 4) for cut in CHAIN]
+
+
+@pytest.mark.parametrize("optimizer,world_size,cut", CELLS if FULL else CHOSEN)
+def test_resume_is_bit_exact(twelve_steps, launch, twin, tmp_path, optimizer, world_size, cut):
+    steps = (CUTS | CHAIN)[cut]
+    arguments = [*twelve_steps, "--optimizer", optimizer, "--out", tmp_path]
+    cut_and_resume(launch, arguments, steps, [world_size] * (len(steps) + 1))
+    assert result(tmp_path) == twin(optimizer, world_size)
+    assert [e["segment"] for e in events(tmp_path) if e["event"] == "resume"] == list(range(2, len(steps) + 2))
+    assert events(tmp_path)[-1]["segments"] == len(steps) + 1
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS if FULL else ["aurora"])
+def test_world_size_may_change_at_every_resume(twelve_steps, launch, twin, tmp_path, optimizer):
+    """All six changes in one run; that what is loaded is what was saved, bit for bit, is checked by each resume."""
+    arguments = [*twelve_steps, "--optimizer", optimizer, "--out", tmp_path]
+    cut_and_resume(launch, arguments, [1, 3, 4, 6, 8, 10], [1, 2, 4, 1, 4, 2, 1])
+    tolerance = 1e-4 if optimizer == "riemannian_aurora" else 1e-5  # its conjugate gradients amplify summation order
+    assert result(tmp_path)[1] == pytest.approx(twin(optimizer, 1)[1], abs=tolerance)
+
+
+STEP_POINTS = (
+    "forward",
+    "backward",
+    "check",
+    "gradient_sum",
+    "update",
+    "updated",
+    "validation",
+    "measure",
+    "validated",
+)
+SAVE_POINTS = ("checkpoint_gather", "checkpoint_saved")
+FILE_POINTS = ("checkpoint_state", "checkpoint_manifest", "checkpoint_rename", "checkpoint_renamed", "checkpoint_prune")
+
+
+def test_the_sweep_takes_every_point_of_the_source():
+    text = "".join((ROOT / name).read_text() for name in ("train_gpt.py", *SOURCE_MODULES))
+    assert {*STEP_POINTS, *SAVE_POINTS, *FILE_POINTS, "end", "warm_up"} == set(re.findall(r'\bpoint\("(\w+)"', text))
+
+
+def kill_cases():
+    """(optimizer, world size, rank, point, step)."""
+    for number, optimizer in enumerate(OPTIMIZERS):
+        for place, name in enumerate((*STEP_POINTS, *SAVE_POINTS, "end", "warm_up")):
+            step = {"end": 12, "warm_up": 0, "validation": 8, "measure": 8, "validated": 8}.get(name, 6)
+            for rank in (0, 1):
+                if FULL or (place + number) % 6 == 0 and rank == place % 2:
+                    yield optimizer, 2, rank, name, step
+        for place, name in enumerate(FILE_POINTS):
+            if FULL or place == number:
+                yield optimizer, 1 + FULL, 0, name, 9
+
+
+@pytest.mark.parametrize("optimizer,world_size,rank,name,step", list(kill_cases()))
+def test_kill_9_loses_no_checkpoint_and_resumes_right(
+    twelve_steps, launch, twin, tmp_path, optimizer, world_size, rank, name, step
+):
+    arguments = [*twelve_steps, "--optimizer", optimizer, "--out", tmp_path]
+    outcome = launch(*arguments, world_size=world_size, fault=f"kill:{name}:{step}:{rank}")
+    others = [code for peer, code in enumerate(outcome.codes) if peer != rank]
+    assert outcome.codes[rank] == -signal.SIGKILL and others == [Exit.PEER] * (world_size - 1), outcome.err
+    assert world_size == 1 or f"rank {rank} (process " in outcome.err[1 - rank]
+    kept = [load_checkpoint(path)["step"] for path in (checkpoints(tmp_path) if name != "warm_up" else [])]
+    committed = [s for s in (3, 6, 9, 12) if s < step or (s == step and name in ("checkpoint_saved", "end"))]
+    committed += [step] * (name in ("checkpoint_renamed", "checkpoint_prune"))
+    assert kept[-2:] == committed[-2:] or name in (
+        "checkpoint_gather",
+        "checkpoint_renamed",
+        "checkpoint_prune",
+        *STEP_POINTS,
+    )
+    assert not committed or kept[-1] >= committed[-1]
+    outcome = launch(*arguments, "--resume", world_size=world_size)
+    assert outcome.codes == [0] * world_size, outcome.err
+    assert (f"from step {kept[-1]} of" if kept else "starting at step 0") in outcome.out[0]
+    if kept:
+        assert result(tmp_path) == twin(optimizer, world_size)
+    assert not list(tmp_path.glob("*.checkpoints/.step-*"))
+
+
+@pytest.fixture(scope="session")
+def saved(twelve_steps, tmp_path_factory):
+    """Folder of an unfinished run with checkpoints of steps 9 and 12, and its identity."""
+    out = tmp_path_factory.mktemp("saved")
+    assert train_here(twelve_steps[1], out, "--optimizer", "aurora") == 0
+    next(out.glob("*.jsonl")).unlink()
+    return out, load_checkpoint(checkpoints(out)[-1])["identity"]
+
+
+def corruptions(folder):
+    """(description, function that does it) over the files of a checkpoint."""
+    generator = random.Random(0)
+    for number in range(200):
+        file = folder / ("manifest.json" if number % 10 == 0 else "state.pt")
+        place, bit = generator.randrange(file.stat().st_size), generator.randrange(8)
+        yield f"bit {bit} of byte {place} of {file.name}", lambda f=file, p=place, b=bit: flip(f, p, b)
+    for number in range(20):
+        file = folder / ("manifest.json" if number % 10 == 0 else "state.pt")
+        size = generator.randrange(file.stat().st_size)
+        yield f"{file.name} cut at {size}", lambda f=file, s=size: os.truncate(f, s)
+    for name in ("state.pt", "manifest.json"):
+        yield f"no {name}", lambda f=folder / name: f.unlink()
+    yield "no file", lambda: [path.unlink() for path in folder.iterdir()]
+
+
+def flip(file, place, bit):
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1 << bit
+    file.write_bytes(content)
+
+
+def test_every_corruption_is_found_and_the_one_before_taken(saved, tmp_path):
+    out, identity = saved
+    shutil.copytree(out, tmp_path / "out")
+    newest = checkpoints(tmp_path / "out")[-1]
+    originals = {path: path.read_bytes() for path in newest.iterdir()}
+    count = 0
+    for description, corrupt in corruptions(newest):
+        said = []
+        corrupt()
+        state = newest_checkpoint(tmp_path / "out", identity, said.append)
+        assert state["step"] == 9 and f"{newest.name} is damaged" in said[0], description
+        for path, content in originals.items():
+            path.write_bytes(content)
+        count += 1
+    assert count == 223 and newest_checkpoint(tmp_path / "out", identity, print)["step"] == 12
+
+
+def hostile_contents(tmp_path, state):
+    class Bomb:
+        def __reduce__(self):
+            return (exec, (f"open({str(tmp_path / 'executed')!r}, 'w')",))
+
+    def saved_by_torch(value, **options):
+        torch.save(value, tmp_path / "made", **options)
+        return (tmp_path / "made").read_bytes()
+
+    return {
+        "pickle": pickle.dumps(Bomb()),
+        "torch.save": saved_by_torch({"training": Bomb()}),
+        "old torch.save": saved_by_torch([Bomb()], _use_new_zipfile_serialization=False),
+        "one key": saved_by_torch(state | {"run_id": Bomb()}),
+        "whole module": saved_by_torch(torch.nn.Linear(2, 2)),
+        "protocol 0": pickle.dumps(Bomb(), protocol=0),
+        "text": b"hello",
+        "nothing": b"",
+        "list": saved_by_torch([1, 2]),
+        "missing keys": saved_by_torch({"step": 12}),
+        "absolute step": saved_by_torch(state | {"step": 10**9}),
+    }
+
+
+def test_hostile_checkpoints_are_refused_and_nothing_is_executed(saved, tmp_path):
+    out, identity = saved
+    for name, content in hostile_contents(tmp_path, load_checkpoint(checkpoints(out)[-1])).items():
+        folder = tmp_path / name / "x.checkpoints" / "step-000012"
+        folder.mkdir(parents=True)
+        (folder / "state.pt").write_bytes(content)
+        manifest = {"sha256": sha256(folder / "state.pt"), "bytes": len(content), "step": 12}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        (folder.parent / "step-x").mkdir()
+        with pytest.raises(HarnessError, match="are damaged; restore it, or start over"):
+            newest_checkpoint(tmp_path / name, identity, lambda line: None)
+    assert not (tmp_path / "executed").exists()
+
+
+def rewrite(folder, change):
+    """Change what is in a checkpoint, and make its manifest fit."""
+    state = torch.load(folder / "state.pt", weights_only=True)
+    change(state)
+    torch.save(state, folder / "state.pt")
+    size, step = (folder / "state.pt").stat().st_size, state["step"]
+    manifest = {"sha256": sha256(folder / "state.pt"), "bytes": size, "step": step}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: s["training"]["optimizers"][1]["state"].pop(3),
+        lambda s: s["training"]["optimizers"][0]["state"].pop(3),
+        lambda s: [o["state"].clear() for o in s["training"]["optimizers"]],
+        lambda s: s["training"]["optimizers"][1].update(rule="Muon"),
+        lambda s: s["training"]["model"].pop("embed.weight"),
+        lambda s: s["training"]["model"].update({"embed.weight": s["training"]["model"]["embed.weight"].bfloat16()}),
+        lambda s: s["training"]["optimizers"][0]["state"][0].update(exp_avg=torch.zeros(2)),
+    ],
+)
+def test_whole_checkpoints_with_wrong_content_are_refused(saved, twelve_steps, tmp_path, capsys, change):
+    shutil.copytree(saved[0], tmp_path / "out")
+    rewrite(checkpoints(tmp_path / "out")[-1], change)
+    assert train_here(twelve_steps[1], tmp_path / "out", "--optimizer", "aurora", "--resume") == Exit.CHECKPOINT
+    assert "the checkpoint does not fit this run" in capsys.readouterr().err
+
+
+def test_resume_takes_over_the_dtype_that_auto_meant(twelve_steps, tmp_path, monkeypatch):
+    arguments = ["--optimizer", "muon", "--set", "optimizer.muon.polar_dtype=auto"]
+    monkeypatch.setattr(train_gpt.aurora, "compute_dtype", lambda name, device: torch.bfloat16)
+    assert train_here(twelve_steps[1], tmp_path, *arguments) == 0
+    monkeypatch.undo()
+    end = losses(tmp_path)
+    next(tmp_path.glob("*.jsonl")).unlink()
+    shutil.rmtree(checkpoints(tmp_path)[-1])
+    monkeypatch.setattr(train_gpt.aurora, "compute_dtype", lambda name, device: torch.float32)
+    assert train_here(twelve_steps[1], tmp_path, *arguments, "--resume") == 0
+    (group,) = load_checkpoint(checkpoints(tmp_path)[-1])["training"]["optimizers"][1]["param_groups"]
+    assert group["polar_dtype"] == "bfloat16" and losses(tmp_path)[-1] == end[-1]
+
+
+BAD = [(kind, name, rank, size) for size in (1, 2, 4) for rank in {0, size - 1} for kind in ("nan", "inf")
+       for name in ("backward", "check", "update")]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kind,name,rank,world_size", [c for c in BAD if FULL or (c[3] == 2 and c[2] == (c[0] == "nan"))]
+)
+def test_non_finite_numbers_stop_all_ranks(twelve_steps, launch, tmp_path, kind, name, rank, world_size):
+    """In the loss, in a gradient: before the update. In an update: before weights are measured or saved."""
+    fault = f"{kind}:{name}:6:{rank}"
+    outcome = launch(*twelve_steps, "--optimizer", "aurora", "--out", tmp_path, world_size=world_size, fault=fault)
+    assert outcome.codes == [Exit.NON_FINITE] * world_size, outcome.err
+    newest, end = load_checkpoint(checkpoints(tmp_path)[-1]), events(tmp_path)[-1]
+    assert newest["step"] == 6 and end["status"] == "diverged"
+    assert all(p.isfinite().all() for p in newest["training"]["model"].values())
+    if name != "update":
+        assert "step 7: " in outcome.err[0]
+        assert end["weights_sha256"] == train_gpt.digest(newest["training"]["model"])
+    if name == "check":
+        assert "first bad gradient: embed.weight" in outcome.err[0]
+        assert world_size == 1 or f"on rank {rank};" in outcome.err[0]
+
+
+FIELDS = {
+    "code_hash": "{'code_hash': 'other'}",
+    "config": "{'config': {**event['config'], 'warmup_steps': 7}}",
+    "data": "{'data': {**event['data'], 'fingerprint': 'other'}}",
+    "val": "{'data': {**event['data'], 'val_sha256': 'other'}}",
+    "seed": "{'seed': 7}",
+    "torch": "{'env': {**event['env'], 'torch': '2.0'}}",
+    "env": "{'env': {**event['env'], 'variables': {'NCCL_ALGO': 'Tree'}}}",
+}
+
+
+@pytest.mark.parametrize("field", FIELDS if FULL else ["code_hash", "val", "torch", "env"])
+def test_ranks_that_differ_are_named_before_the_first_step(twelve_steps, launch, tmp_path, field):
+    patch = (
+        "original = train_gpt.run_event\n"
+        f"def other(*args):\n    event = original(*args)\n    return event | {FIELDS[field]}\n"
+        "if rank == 1: train_gpt.run_event = other"
+    )
+    outcome = launch(*twelve_steps, "--out", tmp_path, world_size=2, patch=patch)
+    assert outcome.codes == [Exit.RANKS_DISAGREE] * 2
+    assert f"error: rank 1 has {field}" in outcome.err[0] and not list(tmp_path.glob("*.jsonl"))
+
+
+def test_one_ulp_of_drift_is_found_at_the_next_validation(twelve_steps, launch, tmp_path):
+    outcome = launch(*twelve_steps, "--out", tmp_path, world_size=2, fault="ulp:updated:5:1")
+    assert outcome.codes == [Exit.RANKS_DISAGREE] * 2 and "error: rank 1 has weights = " in outcome.err[0]
+    assert [step for step, _ in losses(tmp_path)] == [0, 4] and load_checkpoint(checkpoints(tmp_path)[-1])["step"] == 3
+
+
+HANGS = [(kind, name, rank, size) for kind in ("stop", "hang") for name in ("backward", "update", "validated")
+         for size in (2, 4) for rank in (0, 1)]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kind,name,rank,world_size", HANGS if FULL else [("stop", "update", 0, 2), ("hang", "backward", 1, 2)]
+)
+def test_a_rank_that_hangs_is_named_and_the_job_ends(twelve_steps, launch, tmp_path, kind, name, rank, world_size):
+    outcome = launch(*twelve_steps, "--out", tmp_path, world_size=world_size, fault=f"{kind}:{name}:4:{rank}")
+    assert set(outcome.codes) <= {Exit.PEER, -signal.SIGKILL} and Exit.PEER in outcome.codes
+    said = "".join(outcome.err)
+    assert f"rank {rank} (process " in said and (kind == "stop" or f"at step 5, {name}" in said)
+    assert max(outcome.seconds) < 20  # of the default timeout, or none, nothing is left
+
+
+def test_a_stop_on_one_rank_stops_all_at_the_same_step(twelve_steps, launch, tmp_path):
+    outcome = launch(*twelve_steps, "--out", tmp_path, world_size=2, fault="term:gradient_sum:6:1")
+    assert outcome.codes == [Exit.PREEMPTED] * 2 and load_checkpoint(checkpoints(tmp_path)[-1])["step"] == 8
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_workers_die_with_their_launcher(twelve_steps, tmp_path, world_size):
+    """One rank alone has no watch, only the kernel."""
+    command = ["train_gpt.py", *map(str, twelve_steps), "--out", str(tmp_path), "--set", "train.micro_batch=1"]
+    command[command.index("2")] = "60"
+    process = start_process(*torchrun(world_size), *command, env={"SPEEDRUN_FAULT": "hang:forward:3"})
+    for line in process.stdout:
+        if line.startswith("step:0/"):
+            break
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    assert len(workers) >= world_size
+    process.kill()
+    process.wait()
+    deadline_s = time.monotonic() + 5
+    while any(is_alive(pid) for pid in workers) and time.monotonic() < deadline_s:
+        time.sleep(0.1)
+    assert not any(is_alive(pid) for pid in workers)
+
+
+def is_alive(pid):
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+LIMIT = "import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+SMALL_FILES = LIMIT + "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, -1))"
+SHORT_WRITES = (
+    "import results.record\n"
+    "original = os.write\n"
+    "def write(handle, line):\n"
+    "    full = rank == 0 and b'\"step\": 8' in line\n"
+    "    return original(handle, line[:20] if full else line)\n"
+    "os.write = write"
+)
+FULL_DISKS = [(size, f"full:{name}:6", "") for size in (1, 2) for name in FILE_POINTS[:4]]
+FULL_DISKS += [(1, "", SHORT_WRITES), (2, "", SHORT_WRITES)]
+
+
+@pytest.mark.parametrize("world_size,fault,patch", FULL_DISKS if FULL else FULL_DISKS[1:8:2] + FULL_DISKS[9:])
+def test_a_full_disk_leaves_the_last_good_state(twelve_steps, launch, twin, tmp_path, world_size, fault, patch):
+    arguments = [*twelve_steps, "--optimizer", "aurora", "--out", tmp_path]
+    outcome = launch(*arguments, world_size=world_size, fault=fault, patch=patch)
+    assert outcome.codes == [Exit.DISK] * world_size and "cannot be written" in outcome.err[0]
+    assert load_checkpoint(checkpoints(tmp_path)[-1])["step"] == (6 if patch or "renamed" in fault else 3)
+    assert read_record(next(tmp_path.glob("*.jsonl"))).end is None
+    outcome = launch(*arguments, "--resume", world_size=world_size)
+    assert outcome.codes == [0] * world_size and result(tmp_path) == twin("aurora", world_size)
+
+
+def test_a_file_that_may_not_grow_is_a_full_disk(twelve_steps, launch, tmp_path):
+    """torch.save then raises a RuntimeError, not an OSError."""
+    outcome = launch(*twelve_steps, "--out", tmp_path, patch=SMALL_FILES)
+    assert outcome.codes == [Exit.DISK] and "cannot be written" in outcome.err[0]
+    assert not list(tmp_path.glob("*.checkpoints/*"))
+
+
+def test_of_eight_runs_in_one_folder_one_wins(twelve_steps, launch, tmp_path):
+    """The winner trains when seven have been refused."""
+    patch = (
+        "import glob, time\n"
+        "os.environ.update(RANK='0', WORLD_SIZE='1')\n"
+        "original = train_gpt.train_steps\n"
+        "def wait(*args):\n"
+        "    deadline_s = time.monotonic() + 20\n"
+        f"    while sum('is in use' in open(f).read() for f in glob.glob({str(launch.folder)!r} + '/err*')) < 7:\n"
+        "        assert time.monotonic() < deadline_s\n"
+        "        time.sleep(0.05)\n"
+        "    return original(*args)\n"
+        "train_gpt.train_steps = wait"
+    )
+    for old in launch.folder.glob("err*"):
+        old.unlink()
+    outcome = launch(*twelve_steps, "--out", tmp_path, world_size=8, patch=patch)
+    assert sorted(outcome.codes) == [0] + [Exit.CONFIG] * 7
+    refusals = [text for text in outcome.err if re.search(r"is in use by process \d+ on ", text)]
+    assert len(refusals) == 7 and read_record(next(tmp_path.glob("*.jsonl"))).is_done
+    assert train_here(twelve_steps[1], tmp_path) == 0  # one after the other they may
+
+
+def test_a_slow_rank_counts_and_the_accounts_add_up_to_the_wall(twelve_steps, launch, tmp_path):
+    outcome = launch(*twelve_steps, "--out", tmp_path, world_size=2, fault="sleep:forward:6:1")
+    assert outcome.codes == [0, 0]
+    end = events(tmp_path)[-1]
+    assert end["train_time_s"] >= 0.5
+    assert end["train_time_s"] + sum(end["untimed"].values()) == pytest.approx(end["wall_s"], rel=0.005)
+    assert end["wall_s"] == pytest.approx(outcome.seconds[0], abs=0.5 + end["untimed"]["import_s"])
+
+
+def test_launch_script_goes_on_after_a_lost_rank_and_gives_up_on_errors(twelve_steps, twin, tmp_path):
+    environment = os.environ | {"NPROC": "2", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment |= {"OMP_NUM_THREADS": "1", "SPEEDRUN_FAULT": "kill:update:7:1", "RETRIES": "1"}
+    command = ["bash", "scripts/launch.sh", *map(str, twelve_steps), "--optimizer", "aurora"]
+    run = subprocess.run([*command, "--out", tmp_path / "a"], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0 and run.stderr.count("launch: lost a rank, going on") == 1, run.stderr
+    assert result(tmp_path / "a") == twin("aurora", 2) and events(tmp_path / "a")[-1]["segments"] == 2
+    command += ["--out", tmp_path / "b"]
+    environment |= {"SPEEDRUN_FAULT": "nan:check:2:1"}
+    run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == Exit.NON_FINITE and "launch:" not in run.stderr
