@@ -155,8 +155,43 @@ class RMSNorm(nn.Module):
 class Linear(nn.Linear):
     """A linear layer with bias that computes in the dtype of its input."""
 
+    held: tuple[Tensor, Tensor] | None = None  # copies of weight and bias, see GPT.weights_at_rest()
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.type_as(x), self.bias.type_as(x))
+        return side_by_side(x, self)
+
+
+def side_by_side(x: Tensor, first: Linear, *others: Linear) -> Tensor:
+    """The outputs of layers that share their input, one after the other along the last dimension: one matmul."""
+    parts = parts_of((first, *others))
+    if first.held:
+        weight, bias = (Held.apply(copy, *tensors) for copy, tensors in zip(first.held, parts, strict=True))
+    else:
+        weight, bias = ((torch.cat(tensors) if others else tensors[0]).type_as(x) for tensors in parts)
+    return F.linear(x, weight, bias)
+
+
+def parts_of(layers: tuple[Linear, ...]) -> tuple[list[Tensor], list[Tensor]]:
+    return [layer.weight for layer in layers], [layer.bias for layer in layers]
+
+
+def copies_of(layers: tuple[Linear, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Room for the weights of these layers one below the other, and for their biases."""
+    rows, like = sum(layer.out_features for layer in layers), layers[0].weight
+    return like.new_empty((rows, layers[0].in_features), dtype=dtype), like.new_empty(rows, dtype=dtype)
+
+
+class Held(torch.autograd.Function):
+    """A copy that holds parameters one below the other, in another dtype, in their place; gradients go to them."""
+
+    @staticmethod
+    def forward(ctx: Any, copy: Tensor, *parts: Tensor) -> Tensor:
+        ctx.rows, ctx.dtype = [part.size(0) for part in parts], parts[0].dtype
+        return copy.view_as(copy)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *grad.to(ctx.dtype).split(ctx.rows)
 
 
 class Rotary(nn.Module):
@@ -166,14 +201,15 @@ class Rotary(nn.Module):
         super().__init__()
         frequencies = (1 / base) ** torch.linspace(0, 1, head_dim // 4)
         frequencies = torch.cat([frequencies, torch.zeros(head_dim // 4)])
-        angles_T1K = torch.outer(torch.arange(seq_len, dtype=torch.float32), frequencies)[:, None, :]
-        self.register_buffer("cos_T1K", angles_T1K.cos(), persistent=False)
-        self.register_buffer("sin_T1K", angles_T1K.sin(), persistent=False)
+        angles_T11K = torch.outer(torch.arange(seq_len, dtype=torch.float32), frequencies)[:, None, None, :]
+        self.register_buffer("cos_T11K", angles_T11K.cos(), persistent=False)
+        self.register_buffer("sin_T11K", angles_T11K.sin(), persistent=False)
 
-    def forward(self, x_BTHK: Tensor) -> Tensor:
-        cos, sin = self.cos_T1K[: x_BTHK.size(1)], self.sin_T1K[: x_BTHK.size(1)]
-        x1, x2 = x_BTHK.float().chunk(2, dim=-1)
-        return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1).type_as(x_BTHK)
+    def forward(self, x_BT2HK: Tensor) -> Tensor:
+        """Queries and keys at once: each operation that a CPU or an eager GPU starts is one for both."""
+        cos, sin = self.cos_T11K[: x_BT2HK.size(1)], self.sin_T11K[: x_BT2HK.size(1)]
+        x1, x2 = x_BT2HK.float().chunk(2, dim=-1)
+        return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1).type_as(x_BT2HK)
 
 
 class Attention(nn.Module):
@@ -187,9 +223,10 @@ class Attention(nn.Module):
         self.rotary = Rotary(config.model_dim // config.num_heads, config.seq_len, config.rope_base)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        q, k, v = (layer(x_BTD).unflatten(-1, (self.num_heads, -1)) for layer in (self.q, self.k, self.v))
-        q, k = (self.rotary(F.rms_norm(x_BTHK, x_BTHK.shape[-1:])) for x_BTHK in (q, k))
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        qkv_BT3HK = side_by_side(x_BTD, self.q, self.k, self.v).unflatten(-1, (3, self.num_heads, -1))
+        qk_BT2HK, v_BTHK = qkv_BT3HK[:, :, :2], qkv_BT3HK[:, :, 2]
+        q_BTHK, k_BTHK = self.rotary(F.rms_norm(qk_BT2HK, qk_BT2HK.shape[-1:])).unbind(2)
+        q, k, v = (x_BTHK.transpose(1, 2) for x_BTHK in (q_BTHK, k_BTHK, v_BTHK))
         y_BHTK = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
         return self.out(y_BHTK.transpose(1, 2).flatten(-2))
 
@@ -215,6 +252,45 @@ class Block(nn.Module):
         return x_BTD + self.mlp(self.mlp_norm(x_BTD))
 
 
+def soft_cap(z: Tensor, cap: float) -> Tensor:
+    """cap z / sqrt(z^2 + cap^2), within (-cap, cap)."""
+    return cap * z * (z.square() + cap**2).rsqrt()
+
+
+class SoftCapCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of soft-capped logits, summed, in float32. Keeps the logits as they came and overwrites them
+    with their gradient: float32 copies of all of them would be most of a step's memory, so there are only parts."""
+
+    PART_ELEMENTS = 2**25  # compiled, no part exists in memory, so there is one
+
+    @classmethod
+    def parts(cls, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Tensors of N rows, the first (N, V), in the same parts."""
+        rows = max(1, cls.PART_ELEMENTS // tensors[0].size(1))
+        return [tensors] if torch.compiler.is_compiling() else zip(*(t.split(rows) for t in tensors), strict=True)
+
+    @staticmethod
+    def forward(ctx: Any, z_NV: Tensor, targets_N: Tensor, cap: float) -> Tensor:
+        log_sums, losses = [], []
+        for z, targets in SoftCapCrossEntropy.parts(z_NV, targets_N):
+            logits = soft_cap(z.float(), cap)
+            log_sums.append(logits.logsumexp(dim=1))
+            losses.append((log_sums[-1] - logits.gather(1, targets[:, None])[:, 0]).sum())
+        ctx.save_for_backward(z_NV, targets_N, torch.cat(log_sums))
+        ctx.cap = cap
+        return torch.stack(losses).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        z_NV, targets_N, log_sums_N = ctx.saved_tensors
+        columns = torch.arange(z_NV.size(1), device=z_NV.device)
+        for z, targets, log_sums in SoftCapCrossEntropy.parts(z_NV, targets_N, log_sums_N):
+            root = ctx.cap * (z.float().square() + ctx.cap**2).rsqrt()
+            error = (root * z - log_sums[:, None]).exp() - (columns == targets[:, None]).float()
+            z.copy_(error * root.pow(3) * grad)  # root^3 is the soft-cap's derivative
+        return z_NV, None, None
+
+
 class GPT(nn.Module):
     """The public optimization benchmark's model: pre-norm blocks, QK norm, squared ReLU, soft-capped logits."""
 
@@ -226,6 +302,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
         self.head_norm = RMSNorm(config.model_dim)
         self.head = Linear(config.model_dim, config.vocab_size)
+        self.held: list[tuple[tuple[Linear, ...], tuple[Tensor, Tensor]]] | None = None
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -248,17 +325,42 @@ class GPT(nn.Module):
         by_id = {id(self.embed.weight): "embed", id(self.head.weight): "head", **dict.fromkeys(matrices, "matrix")}
         return [aurora.Param(name, p, by_id.get(id(p), "vector")) for name, p in self.named_parameters()]
 
-    def logits(self, inputs_BT: Tensor) -> Tensor:
-        """(B, T) tokens to (B, T, V) float32 logits, soft-capped: 15 z / sqrt(z^2 + 15^2) with softcap 15."""
+    @contextlib.contextmanager
+    def weights_at_rest(self) -> Iterator[None]:
+        """While weights do not change, have matmuls take them from copies made here, once: q, k and v as one matrix,
+        and all of them in the dtype of the activations."""
+        if self.held is None:
+            packs = [(module.q, module.k, module.v) for module in self.modules() if isinstance(module, Attention)]
+            if self.activation_dtype != self.head.weight.dtype:
+                packed = {layer for pack in packs for layer in pack}
+                packs += [(m,) for m in self.modules() if isinstance(m, Linear) and m not in packed]
+            self.held = [(pack, copies_of(pack, self.activation_dtype)) for pack in packs]
+        parts = [(part, copy) for pack, held in self.held for part, copy in zip(parts_of(pack), held, strict=True)]
+        sources = [source.detach() for sources, _ in parts for source in sources]
+        torch._foreach_copy_([t for sources, copy in parts for t in copy.split([s.size(0) for s in sources])], sources)
+        for pack, held in self.held:
+            pack[0].held = held
+        try:
+            yield
+        finally:
+            for pack, _ in self.held:
+                pack[0].held = None
+
+    def uncapped_logits(self, inputs_BT: Tensor) -> Tensor:
+        """(B, T) tokens to (B, T, V) logits in the dtype of activations."""
         x_BTD = self.embed_norm(self.embed(inputs_BT).to(self.activation_dtype))
         for block in self.blocks:
             x_BTD = block(x_BTD)
-        z_BTV = self.head(self.head_norm(x_BTD)).float()
-        return self.softcap * z_BTV * (z_BTV.square() + self.softcap**2).rsqrt()
+        return self.head(self.head_norm(x_BTD))
+
+    def logits(self, inputs_BT: Tensor) -> Tensor:
+        """(B, T) tokens to (B, T, V) float32 logits, soft-capped."""
+        return soft_cap(self.uncapped_logits(inputs_BT).float(), self.softcap)
 
     def forward(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Cross-entropy summed over the targets."""
-        return F.cross_entropy(self.logits(inputs_BT).flatten(0, 1), targets_BT.flatten(), reduction="sum")
+        z_NV = self.uncapped_logits(inputs_BT).flatten(0, 1)
+        return SoftCapCrossEntropy.apply(z_NV, targets_BT.flatten(), self.softcap)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -348,11 +450,12 @@ def validation_steps(config: Config) -> set[int]:
 def forward_backward(model: nn.Module, batch: tuple[Tensor, Tensor], run: Training) -> Tensor:
     """Accumulate this rank's gradients of the mean loss over the global batch; returns its share of that loss."""
     losses = []
-    for inputs, targets in zip(*(part.split(run.plan.micro_batch) for part in batch), strict=True):
-        loss = model(inputs, targets) / run.config.train.batch_tokens
-        loss.backward()
-        losses.append(loss.detach())
-        point("backward", run.loader.step - 1, [losses[-1]])
+    with run.model.weights_at_rest():
+        for inputs, targets in zip(*(part.split(run.plan.micro_batch) for part in batch), strict=True):
+            loss = model(inputs, targets) / run.config.train.batch_tokens
+            loss.backward()
+            losses.append(loss.detach())
+            point("backward", run.loader.step - 1, [losses[-1]])
     return torch.stack(losses).sum()
 
 
@@ -387,9 +490,10 @@ def validate(model: nn.Module, data: RunData, run: Training) -> float:
     window = data.val_tokens[ranks.rank * own_tokens : (ranks.rank + 1) * own_tokens + 1]
     batch = to_device(stage(window, ranks.device), config.model.seq_len, ranks.device)
     losses = []
-    for micro in zip(*(part.split(plan.micro_batch) for part in batch), strict=True):
-        point("measure", run.loader.step)
-        losses.append(model(*micro))
+    with run.model.weights_at_rest():
+        for micro in zip(*(part.split(plan.micro_batch) for part in batch), strict=True):
+            point("measure", run.loader.step)
+            losses.append(model(*micro))
     total = torch.stack(losses).cpu().double().sum().to(ranks.device if ranks.world_size > 1 else "cpu")
     return ranks.all_reduce(total).item() / config.eval.tokens
 
@@ -414,7 +518,7 @@ def warm_up(model: nn.Module, run: Training) -> None:
             for optimizer in run.optimizers:
                 optimizer.step()
             run.model.zero_grad()
-        with torch.no_grad():
+        with torch.no_grad(), run.model.weights_at_rest():
             for sequences in {min(plan.micro_batch, plan.val_sequences), plan.val_sequences % plan.micro_batch} - {0}:
                 model(*made_up_batch(sequences))
     finally:
