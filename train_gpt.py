@@ -257,22 +257,23 @@ def soft_cap(z: Tensor, cap: float) -> Tensor:
     return cap * z * (z.square() + cap**2).rsqrt()
 
 
+LOSS_PART_ELEMENTS = 2**25
+
+
+def loss_parts(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Tensors of N rows, the first (N, V), in the same parts. Compiled code needs but one."""
+    rows = max(1, LOSS_PART_ELEMENTS // tensors[0].size(1))
+    return [tensors] if torch.compiler.is_compiling() else list(zip(*(t.split(rows) for t in tensors), strict=True))
+
+
 class SoftCapCrossEntropy(torch.autograd.Function):
-    """Cross-entropy of soft-capped logits, summed, in float32. Keeps the logits as they came and overwrites them
-    with their gradient: float32 copies of all of them would be most of a step's memory, so there are only parts."""
-
-    PART_ELEMENTS = 2**25  # compiled, no part exists in memory, so there is one
-
-    @classmethod
-    def parts(cls, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Tensors of N rows, the first (N, V), in the same parts."""
-        rows = max(1, cls.PART_ELEMENTS // tensors[0].size(1))
-        return [tensors] if torch.compiler.is_compiling() else zip(*(t.split(rows) for t in tensors), strict=True)
+    """Cross-entropy of soft-capped logits, summed, in float32. Keeps the logits as they came and overwrites them with
+    their gradient: float32 copies of all of them would be most of a step's memory."""
 
     @staticmethod
     def forward(ctx: Any, z_NV: Tensor, targets_N: Tensor, cap: float) -> Tensor:
         log_sums, losses = [], []
-        for z, targets in SoftCapCrossEntropy.parts(z_NV, targets_N):
+        for z, targets in loss_parts(z_NV, targets_N):
             logits = soft_cap(z.float(), cap)
             log_sums.append(logits.logsumexp(dim=1))
             losses.append((log_sums[-1] - logits.gather(1, targets[:, None])[:, 0]).sum())
@@ -284,7 +285,7 @@ class SoftCapCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         z_NV, targets_N, log_sums_N = ctx.saved_tensors
         columns = torch.arange(z_NV.size(1), device=z_NV.device)
-        for z, targets, log_sums in SoftCapCrossEntropy.parts(z_NV, targets_N, log_sums_N):
+        for z, targets, log_sums in loss_parts(z_NV, targets_N, log_sums_N):
             root = ctx.cap * (z.float().square() + ctx.cap**2).rsqrt()
             error = (root * z - log_sums[:, None]).exp() - (columns == targets[:, None]).float()
             z.copy_(error * root.pow(3) * grad)  # root^3 is the soft-cap's derivative
