@@ -76,6 +76,7 @@ from torch import Tensor, nn
 import aurora
 from aurora.runtime.clock import Clock, elapsed_ms, time_mark
 from aurora.runtime.faults import point
+from aurora.runtime.gradients import GradientSum
 from aurora.runtime.guard import Guard
 from aurora.runtime.process import die_with_launcher, lock_folder, report_exit, stop_signals
 from aurora.runtime.ranks import Ranks, digest, is_out_of_memory, is_peer_failure, join_ranks, leave_ranks
@@ -414,6 +415,12 @@ class Training:
     optimizers: list[torch.optim.Optimizer]
     loader: TokenLoader
 
+    def __post_init__(self) -> None:
+        """Sums are prepared here: with several ranks, parameters get hooks."""
+        params = reversed(list(self.model.parameters()))
+        wire_dtype = self.model.activation_dtype  # to which autograd has rounded the gradients of a pass anyway
+        self.sum = GradientSum(params, self.optimizers, wire_dtype) if self.ranks.world_size > 1 else None
+
     def state_dict(self) -> dict[str, Any]:
         """The whole state, the same on every rank and for any number of them. Collective: sharded state is gathered."""
         return {
@@ -449,34 +456,20 @@ def validation_steps(config: Config) -> set[int]:
 
 
 def forward_backward(model: nn.Module, batch: tuple[Tensor, Tensor], run: Training) -> Tensor:
-    """Accumulate this rank's gradients of the mean loss over the global batch; returns its share of that loss."""
+    """Accumulate this rank's gradients of the mean loss over the global batch; returns its share of that loss.
+
+    Their sum over ranks begins with the last pass and ends with run.sum.finish().
+    """
     losses = []
     with run.model.weights_at_rest():
         for inputs, targets in zip(*(part.split(run.plan.micro_batch) for part in batch), strict=True):
+            if run.sum and len(losses) == run.plan.micro_steps - 1:
+                run.sum.overlap()
             loss = model(inputs, targets) / run.config.train.batch_tokens
             loss.backward()
             losses.append(loss.detach())
             point("backward", run.loader.step - 1, [losses[-1]])
     return torch.stack(losses).sum()
-
-
-def reduce_gradients(run: Training) -> None:
-    """Sum gradients over ranks: a matrix's into its owner, all others into everyone.
-
-    Each rank's are rounded to the dtype of the activations, travel so, and are summed in float32.
-    """
-    if run.ranks.world_size == 1:
-        return
-    wire_dtype = run.model.activation_dtype
-    for optimizer in run.optimizers:
-        if isinstance(optimizer, aurora.MatrixOptimizer):
-            optimizer.reduce_gradients(wire_dtype)
-            continue
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
-        flat = torch.cat([grad.flatten() for grad in grads])  # one collective instead of a hundred
-        aurora.all_reduce(flat, wire_dtype)
-        parts = flat.split([grad.numel() for grad in grads])
-        torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads, strict=True)])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -515,7 +508,8 @@ def warm_up(model: nn.Module, run: Training) -> None:
     try:
         for _ in range(WARMUP_STEPS):
             forward_backward(model, made_up_batch(plan.micro_steps * plan.micro_batch), run)
-            reduce_gradients(run)
+            if run.sum:
+                run.sum.finish()
             for optimizer in run.optimizers:
                 optimizer.step()
             run.model.zero_grad()
@@ -765,7 +759,8 @@ def train_step(run: Training, model: nn.Module, step: int, guard: Guard, log: St
     guard.check(step, loss, getattr(run.optimizers[-1], "found_non_finite", None))
     optimizer_begin = time_mark(device)
     point("gradient_sum", step)
-    reduce_gradients(run)
+    if run.sum:
+        run.sum.finish()
     point("update", step, [p.grad for p in run.optimizers[-1].param_groups[0]["params"] if p.grad is not None])
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
