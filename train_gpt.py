@@ -20,12 +20,12 @@ import os
 import signal
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent
 IMPORT_BEGIN_NS = time.perf_counter_ns()
@@ -74,18 +74,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import aurora
+from aurora.runtime.attention import choose_attention
+from aurora.runtime.batch import BatchPlan, halvings, plan_batch
 from aurora.runtime.clock import Clock, elapsed_ms, time_mark
+from aurora.runtime.compiled import Model, compiled_where_possible
+from aurora.runtime.console import Console
 from aurora.runtime.faults import point
+from aurora.runtime.functions import Held, HeldWeights, SoftCapCrossEntropy, soft_cap
 from aurora.runtime.gradients import GradientSum
 from aurora.runtime.guard import Guard
-from aurora.runtime.process import die_with_launcher, lock_folder, report_exit, stop_signals
-from aurora.runtime.ranks import Ranks, digest, is_out_of_memory, is_peer_failure, join_ranks, leave_ranks
+from aurora.runtime.memory import available_gib, first_that_fits
+from aurora.runtime.process import check_writable, die_with_launcher, lock_folder, report_exit, stop_signals
+from aurora.runtime.ranks import (
+    Ranks,
+    digest,
+    is_out_of_memory,
+    is_peer_failure,
+    join_ranks,
+    leave_ranks,
+    shared_variables,
+)
 from aurora.runtime.watch import Watch
 from configs.schema import Config, Exit, HarnessError, ModelConfig, load_config, typed_table
 from data.loader import RunData, TokenLoader, open_run_data
 from data.shards import ShardError
 from results.checkpoint import first_line, newest_checkpoint, save_checkpoint
-from results.describe import dry_run_report, peak_memory_mib, run_event
+from results.describe import dry_run_report, memory_estimate_gib, peak_memory_mib, run_event
 from results.momentum import Dump, checked_dump, record_momentum
 from results.record import RecordWriter, Validation, first_at_target
 from results.tracking import Tracker
@@ -93,39 +107,7 @@ from results.tracking import Tracker
 IMPORT_NS = time.perf_counter_ns() - IMPORT_BEGIN_NS
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Batch and data
-
-
-class BatchPlan(NamedTuple):
-    """How one rank works off its share of a batch: micro_steps forward passes of micro_batch sequences."""
-
-    micro_steps: int
-    micro_batch: int
-    val_sequences: int
-
-
-def plan_batch(config: Config, world_size: int) -> BatchPlan:
-    """Split batch and validation set over ranks, so that the global batch never depends on their number."""
-    sequences, val_sequences = (
-        config.train.batch_tokens // config.model.seq_len,
-        config.eval.tokens // config.model.seq_len,
-    )
-    for key, count in (("train.batch_tokens", sequences), ("eval.tokens", val_sequences)):
-        if count % world_size:
-            raise HarnessError(
-                Exit.CONFIG,
-                f"{world_size} ranks do not divide the {count} sequences of {key}; "
-                f"use a number of ranks that divides {math.gcd(sequences, val_sequences)}",
-            )
-    own_sequences = sequences // world_size
-    micro_batch = min(config.train.micro_batch, own_sequences)
-    if own_sequences % micro_batch:
-        raise HarnessError(
-            Exit.CONFIG,
-            f"train.micro_batch = {micro_batch} does not divide the {own_sequences} sequences "
-            f"of a rank; set it to a divisor of {own_sequences}",
-        )
-    return BatchPlan(own_sequences // micro_batch, micro_batch, val_sequences // world_size)
+# Data
 
 
 def stage(window: np.ndarray, device: torch.device) -> Tensor:
@@ -156,7 +138,7 @@ class RMSNorm(nn.Module):
 class Linear(nn.Linear):
     """A linear layer with bias that computes in the dtype of its input."""
 
-    held: tuple[Tensor, Tensor] | None = None  # copies of weight and bias, see GPT.weights_at_rest()
+    held: tuple[Tensor, Tensor] | None = None  # see GPT.weights_at_rest()
 
     def forward(self, x: Tensor) -> Tensor:
         return side_by_side(x, self)
@@ -164,35 +146,12 @@ class Linear(nn.Linear):
 
 def side_by_side(x: Tensor, first: Linear, *others: Linear) -> Tensor:
     """The outputs of layers that share their input, one after the other along the last dimension: one matmul."""
-    parts = parts_of((first, *others))
+    parts = zip(*((layer.weight, layer.bias) for layer in (first, *others)), strict=True)
     if first.held:
         weight, bias = (Held.apply(copy, *tensors) for copy, tensors in zip(first.held, parts, strict=True))
     else:
         weight, bias = ((torch.cat(tensors) if others else tensors[0]).type_as(x) for tensors in parts)
     return F.linear(x, weight, bias)
-
-
-def parts_of(layers: tuple[Linear, ...]) -> tuple[list[Tensor], list[Tensor]]:
-    return [layer.weight for layer in layers], [layer.bias for layer in layers]
-
-
-def copies_of(layers: tuple[Linear, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Room for the weights of these layers one below the other, and for their biases."""
-    rows, like = sum(layer.out_features for layer in layers), layers[0].weight
-    return like.new_empty((rows, layers[0].in_features), dtype=dtype), like.new_empty(rows, dtype=dtype)
-
-
-class Held(torch.autograd.Function):
-    """A copy that holds parameters one below the other, in another dtype, in their place; gradients go to them."""
-
-    @staticmethod
-    def forward(ctx: Any, copy: Tensor, *parts: Tensor) -> Tensor:
-        ctx.rows, ctx.dtype = [part.size(0) for part in parts], parts[0].dtype
-        return copy.view_as(copy)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *grad.to(ctx.dtype).split(ctx.rows)
 
 
 class Rotary(nn.Module):
@@ -253,46 +212,6 @@ class Block(nn.Module):
         return x_BTD + self.mlp(self.mlp_norm(x_BTD))
 
 
-def soft_cap(z: Tensor, cap: float) -> Tensor:
-    """cap z / sqrt(z^2 + cap^2), within (-cap, cap)."""
-    return cap * z * (z.square() + cap**2).rsqrt()
-
-
-LOSS_PART_ELEMENTS = 2**25
-
-
-def loss_parts(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """Tensors of N rows, the first (N, V), in the same parts. Compiled code needs but one."""
-    rows = max(1, LOSS_PART_ELEMENTS // tensors[0].size(1))
-    return [tensors] if torch.compiler.is_compiling() else list(zip(*(t.split(rows) for t in tensors), strict=True))
-
-
-class SoftCapCrossEntropy(torch.autograd.Function):
-    """Cross-entropy of soft-capped logits, summed, in float32. Keeps the logits as they came and overwrites them with
-    their gradient: float32 copies of all of them would be most of a step's memory."""
-
-    @staticmethod
-    def forward(ctx: Any, z_NV: Tensor, targets_N: Tensor, cap: float) -> Tensor:
-        log_sums, losses = [], []
-        for z, targets in loss_parts(z_NV, targets_N):
-            logits = soft_cap(z.float(), cap)
-            log_sums.append(logits.logsumexp(dim=1))
-            losses.append((log_sums[-1] - logits.gather(1, targets[:, None])[:, 0]).sum())
-        ctx.save_for_backward(z_NV, targets_N, torch.cat(log_sums))
-        ctx.cap = cap
-        return torch.stack(losses).sum()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        z_NV, targets_N, log_sums_N = ctx.saved_tensors
-        columns = torch.arange(z_NV.size(1), device=z_NV.device)
-        for z, targets, log_sums in loss_parts(z_NV, targets_N, log_sums_N):
-            root = ctx.cap * (z.float().square() + ctx.cap**2).rsqrt()
-            error = (root * z - log_sums[:, None]).exp() - (columns == targets[:, None]).float()
-            z.copy_(error * root.pow(3) * grad)  # root^3 is the soft-cap's derivative
-        return z_NV, None, None
-
-
 class GPT(nn.Module):
     """The public optimization benchmark's model: pre-norm blocks, QK norm, squared ReLU, soft-capped logits."""
 
@@ -304,7 +223,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
         self.head_norm = RMSNorm(config.model_dim)
         self.head = Linear(config.model_dim, config.vocab_size)
-        self.held: list[tuple[tuple[Linear, ...], tuple[Tensor, Tensor]]] | None = None
+        self.held: HeldWeights | None = None
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -327,42 +246,36 @@ class GPT(nn.Module):
         by_id = {id(self.embed.weight): "embed", id(self.head.weight): "head", **dict.fromkeys(matrices, "matrix")}
         return [aurora.Param(name, p, by_id.get(id(p), "vector")) for name, p in self.named_parameters()]
 
-    @contextlib.contextmanager
-    def weights_at_rest(self) -> Iterator[None]:
-        """While weights do not change, have matmuls take them from copies made here, once: q, k and v as one matrix,
-        and all of them in the dtype of the activations."""
+    def weights_at_rest(self) -> AbstractContextManager[None]:
+        """While weights do not change, matmuls can use copies made once: in the activations' dtype, q, k, v as one."""
         if self.held is None:
             packs = [(module.q, module.k, module.v) for module in self.modules() if isinstance(module, Attention)]
             if self.activation_dtype != self.head.weight.dtype:
                 packed = {layer for pack in packs for layer in pack}
                 packs += [(m,) for m in self.modules() if isinstance(m, Linear) and m not in packed]
-            self.held = [(pack, copies_of(pack, self.activation_dtype)) for pack in packs]
-        parts = [(part, copy) for pack, held in self.held for part, copy in zip(parts_of(pack), held, strict=True)]
-        sources = [source.detach() for sources, _ in parts for source in sources]
-        torch._foreach_copy_([t for sources, copy in parts for t in copy.split([s.size(0) for s in sources])], sources)
-        for pack, held in self.held:
-            pack[0].held = held
-        try:
-            yield
-        finally:
-            for pack, _ in self.held:
-                pack[0].held = None
+            self.held = HeldWeights(packs, self.activation_dtype)
+        return self.held.at_rest()
 
-    def uncapped_logits(self, inputs_BT: Tensor) -> Tensor:
-        """(B, T) tokens to (B, T, V) logits in the dtype of activations."""
-        x_BTD = self.embed_norm(self.embed(inputs_BT).to(self.activation_dtype))
-        for block in self.blocks:
-            x_BTD = block(x_BTD)
-        return self.head(self.head_norm(x_BTD))
+    def embedded(self, inputs_BT: Tensor) -> Tensor:
+        return self.embed_norm(self.embed(inputs_BT).to(self.activation_dtype))
 
-    def logits(self, inputs_BT: Tensor) -> Tensor:
-        """(B, T) tokens to (B, T, V) float32 logits, soft-capped."""
-        return soft_cap(self.uncapped_logits(inputs_BT).float(), self.softcap)
+    def loss(self, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+        z_NV = self.head(self.head_norm(x_BTD)).flatten(0, 1)
+        return SoftCapCrossEntropy.apply(z_NV, targets_BT.flatten(), self.softcap)
 
     def forward(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Cross-entropy summed over the targets."""
-        z_NV = self.uncapped_logits(inputs_BT).flatten(0, 1)
-        return SoftCapCrossEntropy.apply(z_NV, targets_BT.flatten(), self.softcap)
+        x_BTD = self.embedded(inputs_BT)
+        for block in self.blocks:
+            x_BTD = block(x_BTD)
+        return self.loss(x_BTD, targets_BT)
+
+    def logits(self, inputs_BT: Tensor) -> Tensor:
+        """(B, T) tokens to (B, T, V) float32 logits, soft-capped."""
+        x_BTD = self.embedded(inputs_BT)
+        for block in self.blocks:
+            x_BTD = block(x_BTD)
+        return soft_cap(self.head(self.head_norm(x_BTD)).float(), self.softcap)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -455,7 +368,7 @@ def validation_steps(config: Config) -> set[int]:
     return {step for step in range(steps) if step % every[step] == 0} | {steps}
 
 
-def forward_backward(model: nn.Module, batch: tuple[Tensor, Tensor], run: Training) -> Tensor:
+def forward_backward(model: Model, batch: tuple[Tensor, Tensor], run: Training) -> Tensor:
     """Accumulate this rank's gradients of the mean loss over the global batch; returns its share of that loss.
 
     Their sum over ranks begins with the last pass and ends with run.sum.finish().
@@ -477,7 +390,7 @@ def forward_backward(model: nn.Module, batch: tuple[Tensor, Tensor], run: Traini
 
 
 @torch.no_grad()
-def validate(model: nn.Module, data: RunData, run: Training) -> float:
+def validate(model: Model, data: RunData, run: Training) -> float:
     """Mean loss over the fixed validation tokens, in sequences that do not overlap. Collective; changes nothing."""
     config, plan, ranks = run.config, run.plan, run.ranks
     own_tokens = plan.val_sequences * config.model.seq_len
@@ -485,7 +398,7 @@ def validate(model: nn.Module, data: RunData, run: Training) -> float:
     batch = to_device(stage(window, ranks.device), config.model.seq_len, ranks.device)
     losses = []
     with run.model.weights_at_rest():
-        for micro in zip(*(part.split(plan.micro_batch) for part in batch), strict=True):
+        for micro in zip(*(part.split(plan.val_batch) for part in batch), strict=True):
             point("measure", run.loader.step)
             losses.append(model(*micro))
     total = torch.stack(losses).cpu().double().sum().to(ranks.device if ranks.world_size > 1 else "cpu")
@@ -495,27 +408,27 @@ def validate(model: nn.Module, data: RunData, run: Training) -> float:
 WARMUP_STEPS = 2
 
 
-def warm_up(model: nn.Module, run: Training) -> None:
+def made_up_batch(sequences: int, run: Training) -> tuple[Tensor, Tensor]:
+    """Inputs and targets of random tokens, always the same."""
+    seq_len, generator = run.config.model.seq_len, torch.Generator().manual_seed(0)
+    tokens = torch.randint(run.config.model.vocab_size, (sequences * seq_len + 1,), generator=generator)
+    return to_device(stage(tokens.numpy(), run.ranks.device), seq_len, run.ranks.device)
+
+
+def warm_up(model: Model, run: Training) -> None:
     """Run every shape once on made-up tokens (compilers, allocators, first collectives), then undo it all."""
-    before = copy.deepcopy(run.state_dict())
-    generator = torch.Generator().manual_seed(0)
-    seq_len, plan = run.config.model.seq_len, run.plan
-
-    def made_up_batch(sequences: int) -> tuple[Tensor, Tensor]:
-        tokens = torch.randint(run.config.model.vocab_size, (sequences * seq_len + 1,), generator=generator)
-        return to_device(stage(tokens.numpy(), run.ranks.device), seq_len, run.ranks.device)
-
+    before, plan = copy.deepcopy(run.state_dict()), run.plan
     try:
         for _ in range(WARMUP_STEPS):
-            forward_backward(model, made_up_batch(plan.micro_steps * plan.micro_batch), run)
+            forward_backward(model, made_up_batch(plan.micro_steps * plan.micro_batch, run), run)
             if run.sum:
                 run.sum.finish()
             for optimizer in run.optimizers:
                 optimizer.step()
             run.model.zero_grad()
         with torch.no_grad(), run.model.weights_at_rest():
-            for sequences in {min(plan.micro_batch, plan.val_sequences), plan.val_sequences % plan.micro_batch} - {0}:
-                model(*made_up_batch(sequences))
+            for sequences in {plan.val_batch, plan.val_sequences % plan.val_batch} - {0}:
+                model(*made_up_batch(sequences, run))
     finally:
         run.model.zero_grad()
         run.load_state_dict(before)
@@ -525,28 +438,36 @@ def warm_up(model: nn.Module, run: Training) -> None:
         raise RuntimeError("warm-up left a trace in weights, optimizer state, RNG or loader")
 
 
-def compile_and_warm_up(run: Training) -> nn.Module:
-    """The model to call in training: compiled where the config says so, warm, and otherwise untouched."""
-    mode, ranks = run.config.train.compile, run.ranks
-    if mode == "on" or (mode == "auto" and ranks.device.type == "cuda"):
-        from torch._dynamo.exc import TorchDynamoException
-        from torch._inductor.exc import InductorError
+def fit_micro_batch(model: Model, run: Training) -> None:
+    """Halve the micro-batch until passes of its size fit into the memory of every rank. Collective."""
+    world_size, params = run.ranks.world_size, run.model.roles()
 
+    def attempt(size: int) -> None:
+        plan = plan_batch(run.config, world_size, size)
         try:
-            compiled = torch.compile(run.model, dynamic=False)
-            warm_up(compiled, run)
-            ranks.say("model: compiled")
-            return compiled
-        except (TorchDynamoException, InductorError) as error:
-            reason = f"torch.compile failed: {first_line(error)}"
-            if mode == "on":
-                raise HarnessError(Exit.CONFIG, f"train.compile = 'on', but {reason}; set it to 'off'") from error
-            ranks.say(f"model: eager, for {reason}")
-            torch._dynamo.reset()
-    else:
-        ranks.say(f"model: eager (train.compile = {mode!r} on {ranks.device.type})")
-    warm_up(run.model, run)
-    return run.model
+            with run.model.weights_at_rest():
+                for _ in range(min(2, plan.micro_steps)):  # the second meets the gradients of the first
+                    model(*made_up_batch(size, run)).backward()
+                with torch.no_grad():
+                    model(*made_up_batch(plan.val_batch, run))
+        finally:
+            run.model.zero_grad()
+
+    sizes = halvings(run.plan)
+    gib = {size: memory_estimate_gib(run.config, params, run.optimizers, world_size, size) for size in sizes}
+    # The estimate is for eager mode, and compiled code keeps less: what it puts far too high is not worth compiling.
+    limit_gib = 2 * available_gib(run.ranks)
+    sizes = [size for size in sizes if gib[size]["activations"] < limit_gib] or sizes[-1:]
+    later_gib = gib[1]["optimizer state"] + (gib[1]["weights"] if world_size > 1 else 0)  # and gradients on their way
+    run.plan = plan_batch(run.config, world_size, first_that_fits(sizes, attempt, run.ranks, later_gib))
+
+
+def prepare(model: Model, run: Training) -> str:
+    """Find the micro-batch and warm up; says what it is."""
+    if run.config.train.micro_batch == "auto":
+        fit_micro_batch(model, run)
+    warm_up(model, run)
+    return f"micro-batch {run.plan.micro_batch}, {run.plan.micro_steps} a step"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -615,8 +536,9 @@ def train_in_folder(
     clock.charge("setup")
 
     point("warm_up", 0)
-    callable_model = compile_and_warm_up(run)
-    start["compiled"] = callable_model is not model
+    start["attention"] = choose_attention(config.model, ranks.device)
+    callable_model = compiled_where_possible(model, config.train.compile, ranks, lambda called: prepare(called, run))
+    start |= {"compiled": callable_model is not model, "micro_batch": run.plan.micro_batch}
     progress = Progress()
     if checkpoint:
         ranks.together(lambda: go_on_from(checkpoint["training"], run))
@@ -631,7 +553,8 @@ def train_in_folder(
     if ranks.all_gather_object(record.is_new())[0]:
         record.write(start)
     if checkpoint:
-        here = {key: start[key] for key in ("utc", "world_size", "device", "compiled", "git", "env")}
+        changed = ("utc", "world_size", "device", "compiled", "attention", "micro_batch", "git", "env")
+        here = {key: start[key] for key in changed}
         record.write({"event": "resume", "step": progress.step, "segment": progress.segments} | here)
     tracker = Tracker(args.wandb, start, ranks.is_main)
     if ranks.device.type == "cuda":
@@ -668,7 +591,7 @@ def train_in_folder(
 
 def train_steps(
     run: Training,
-    model: nn.Module,
+    model: Model,
     data: RunData,
     progress: Progress,
     clock: Clock,
@@ -697,7 +620,7 @@ def train_steps(
                     look = Validation(step, validate(model, data, run), clock.slowest_train_s())
                     check_validation(look, config.model.vocab_size)
                     progress.validations.append(look)
-                    console.show(look)
+                    console.show(*look)
                     events.append({"event": "val", "tokens": step * config.train.batch_tokens} | look._asdict())
                     record.write(events[-1])
                     point("validated", step)
@@ -748,7 +671,7 @@ def last_words(clock: Clock, log: StepLog, record: RecordWriter) -> Iterator[Non
         raise
 
 
-def train_step(run: Training, model: nn.Module, step: int, guard: Guard, log: StepLog) -> None:
+def train_step(run: Training, model: Model, step: int, guard: Guard, log: StepLog) -> None:
     """One update, from tokens to weights: all that the clock sees."""
     device = run.ranks.device
     begin = time_mark(device)
@@ -795,39 +718,6 @@ def end_event(status: str, run: Training, progress: Progress, clock: Clock) -> d
         "weights_sha256": digest(run.model.state_dict()),
         "peak_mem_mib": memory_mib,
     }
-
-
-class Console:
-    """The community's console lines, and progress with an ETA in between. Nothing of ours reads them back."""
-
-    EVERY_S = 5.0
-
-    def __init__(self, config: Config, ranks: Ranks, clock: Clock):
-        self.steps, self.ranks, self.clock = config.train.steps, ranks, clock
-        self.num_validations = 0
-        self.last_s = time.monotonic()
-
-    def show(self, look: Validation) -> None:
-        step_avg_ms = 1000 * look.train_time_s / look.step if look.step else math.nan
-        self.ranks.say(
-            f"step:{look.step}/{self.steps} val_loss:{look.val_loss:.5f} train_time:{look.train_time_s:.3f}s "
-            f"step_avg:{step_avg_ms:.2f}ms"
-        )
-        self.num_validations += 1
-        self.last_s = time.monotonic()
-
-    def tick(self, step: int, validations_left: int) -> None:
-        """After each step; says something only when nothing was said for a while."""
-        if time.monotonic() - self.last_s < self.EVERY_S:
-            return
-        self.last_s = time.monotonic()
-        train_s = self.clock.running_train_s()
-        validation_s = self.clock.spent_s("val") / max(1, self.num_validations)
-        eta_s = (self.steps - step) * train_s / step + validations_left * validation_s
-        step_avg_ms = 1000 * train_s / step
-        self.ranks.say(
-            f"step:{step}/{self.steps} train_time:{train_s:.3f}s step_avg:{step_avg_ms:.2f}ms eta:{eta_s:.0f}s"
-        )
 
 
 def checked_hparams(config: Config) -> dict[str, Any]:
@@ -887,21 +777,6 @@ def check_schedule(config: Config) -> None:
             f"{config.warmup_steps} and schedule.cooldown_frac = {config.schedule.cooldown_frac} leave no step for it "
             f"in train.steps = {config.train.steps}",
         )
-
-
-def shared_variables(env: dict[str, Any]) -> dict[str, str]:
-    """The environment variables that all ranks should have alike; launchers set some for each."""
-    own = ("TORCHELASTIC_", "CUDA_VISIBLE_DEVICES")
-    return {key: value for key, value in env["variables"].items() if not key.startswith(own)}
-
-
-def check_writable(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise HarnessError(Exit.DISK, f"--out {out} is not a folder that can be written: {error.strerror}") from error
 
 
 def open_data(config: Config) -> RunData:
