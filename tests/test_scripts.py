@@ -227,7 +227,7 @@ def test_plot_of_the_committed_runs_and_of_what_cannot_be_written(tmp_path):
 
 
 def test_progress_time_left_is_the_mean_of_the_runs_so_far(tiny_track, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(compare, "run_one", lambda *args: 5)
+    monkeypatch.setattr(compare.Workers, "train", lambda *args: 5)
     clock = iter(range(0, 10_000, 120))
     monkeypatch.setattr(compare, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
     monkeypatch.setattr("sys.argv", ["compare.py", "--config", str(tiny_track), "--out", str(tmp_path)])
