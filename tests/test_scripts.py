@@ -1,6 +1,7 @@
 """Reading records, the comparison, its plot."""
 
 import json
+import os
 import types
 
 import pytest
@@ -195,6 +196,22 @@ def test_compare_runs_skips_what_is_finished_and_goes_on_after_a_failure(tiny_tr
     code, out, _ = compare_command(tiny_track, tmp_path, *arguments)
     assert code == 1 and "[2/2] aurora, seed 0: finished before" in out
     assert len(set(tmp_path.glob("*.jsonl")) - records) == 1, "the failed run alone is tried again"
+
+
+def test_jobs_run_side_by_side_on_cores_of_their_own(tiny_track, tmp_path):
+    code, out, err = compare_command(
+        *(tiny_track, tmp_path, "--optimizers", "muon", "adamw", "--seeds", "0", "1", "--jobs", "2"),
+        *("--set", "train.steps=10"),
+    )
+    assert (code, err) == (0, "") and "    [4/4] adamw, seed 1: val_loss" in out
+    runs, _ = read_folder(tmp_path)
+    assert len(runs) == len(list(tmp_path.glob("*.jsonl"))) == 4
+    for run in runs:
+        assert run.start["env"]["variables"]["SPEEDRUN_JOBS"] == "2"
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        assert run.start["env"]["torch_threads"] == max(1, cores // 2)
+    code, _, err = compare_command(tiny_track, tmp_path, "--jobs", "2", "--nproc", "2")
+    assert code == 2 and "--jobs must be at least 1, and 1 with --nproc above 1" in err
 
 
 def test_finished_run_must_match_arguments_sources_and_world_size(tmp_path):
