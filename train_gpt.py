@@ -197,11 +197,14 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.up = Linear(config.model_dim, config.mlp_expansion * config.model_dim)
-        self.down = Linear(config.mlp_expansion * config.model_dim, config.model_dim)
+        width = config.mlp_expansion * config.model_dim
+        self.gate = Linear(config.model_dim, width) if config.mlp == "swiglu" else None
+        self.up = Linear(config.model_dim, width)
+        self.down = Linear(width, config.model_dim)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down(self.up(x_BTD).relu().square())
+        up = self.up(x_BTD)
+        return self.down(up.relu().square() if self.gate is None else F.silu(self.gate(x_BTD)) * up)
 
 
 class Block(nn.Module):

@@ -87,6 +87,20 @@ def json_hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def task_hash(config: dict[str, Any], stream_id: str) -> str:
+    """Equal for two runs that may be compared: same model, batch, evaluation, target and data.
+
+    config: the resolved config, as a record has it. stream_id: of the data.
+    """
+    task = {"model": model_of(config), "batch_tokens": config["train"]["batch_tokens"], "eval": config["eval"]}
+    return json_hash(task | {"data": stream_id})
+
+
+def model_of(config: dict[str, Any]) -> dict[str, Any]:
+    """The model's settings, as the first records have them: those without mlp trained with relu2."""
+    return {key: value for key, value in config["model"].items() if (key, value) != ("mlp", "relu2")}
+
+
 def describe_git() -> dict[str, Any] | None:
     def git(*args: str) -> str:
         return subprocess.run(["git", "-C", ROOT, *args], capture_output=True, text=True, check=True).stdout.strip()
@@ -145,6 +159,11 @@ class Run:
     @property
     def target(self) -> float:
         return self.start["config"]["eval"]["target"]
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """Hyper-parameters and schedule length: what tells runs of one optimizer apart."""
+        return self.start.get("hparams", {}) | {"steps": self.start["config"]["train"]["steps"]}
 
     def first_at_target(self) -> Validation | None:
         """The first validation at or below the target."""

@@ -114,7 +114,7 @@ def group_runs(runs: Iterable[Run]) -> dict[str, list[Group]]:
     """
     tasks: dict[str, dict[tuple[str, str], list[Run]]] = {}
     for run in runs:
-        key = run.start["optimizer"], json.dumps(run.start.get("hparams", {}), sort_keys=True)
+        key = run.start["optimizer"], json.dumps(run.setting, sort_keys=True)
         tasks.setdefault(run.start["task_hash"], {}).setdefault(key, []).append(run)
     found: dict[str, list[Group]] = {}
     for task, by_setting in tasks.items():
@@ -167,6 +167,9 @@ def compare_pairs(groups: Sequence[Group]) -> list[Pair]:
         a, b = first.losses(step), second.losses(step)
         test = welch(a, b) if a and b else None
         reasons = [f"{group.label}: {flaw}" for group in (first, second) for flaw in group.flaws()]
+        lengths = [group.runs[0].setting["steps"] for group in (first, second)]
+        if lengths[0] != lengths[1]:
+            reasons.append(f"schedules of {lengths[0]} and {lengths[1]} steps; compare the steps to the target")
         is_sound = test is not None and not reasons and not math.isnan(test.p)
         pairs.append(
             Pair(

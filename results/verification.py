@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from configs.schema import HarnessError, apply_override
+from configs.schema import HarnessError, apply_override, pop_steps
 from results.export import is_inside, overrides
 from results.record import (
     FIELD_TYPES,
@@ -38,6 +38,7 @@ from results.record import (
     first_at_target,
     json_hash,
     read_events,
+    task_hash,
 )
 
 # FLOP/s that no device of its kind reaches: above a B200's dense bfloat16, and a core with matrix units.
@@ -152,8 +153,7 @@ def check_identity(run: Events) -> Iterator[str]:
         yield f"schema {start['schema']} is not {SCHEMA}"
     if start["code_hash"] not in (code_hash(start["sources"]), first_code_hash(start["sources"])):
         yield "code_hash is not that of the embedded sources"
-    task = {"model": config["model"], "batch_tokens": config["train"]["batch_tokens"], "eval": config["eval"]}
-    if json_hash(task | {"data": start["data"]["stream_id"]}) != start["task_hash"]:
+    if task_hash(config, start["data"]["stream_id"]) != start["task_hash"]:
         yield "task_hash is not that of the config and data"
     shards = [shard["sha256"] for shard in start["data"]["shards"]]
     fingerprint = hashlib.sha256("".join(shards).encode()).hexdigest()
@@ -184,7 +184,8 @@ def check_config(run: Events) -> Iterator[str]:
         yield "hparams are not those of the config"
     model, counts = config["model"], start["params_by_role"]
     embed = model["vocab_size"] * model["model_dim"]
-    matrix = model["num_layers"] * (4 + 2 * model["mlp_expansion"]) * model["model_dim"] ** 2
+    mlp = (3 if model.get("mlp") == "swiglu" else 2) * model["mlp_expansion"]
+    matrix = model["num_layers"] * (4 + mlp) * model["model_dim"] ** 2
     if [counts.get(role) for role in ("embed", "head", "matrix")] != [embed, embed, matrix]:
         yield f"parameter counts {counts} are not those of the model in the config"
     for group in start["param_groups"]:
@@ -194,14 +195,16 @@ def check_config(run: Events) -> Iterator[str]:
     if len(tracks) != 1:
         yield f"{len(tracks)} tracks are embedded"
     elif argv and argv[0].endswith("train_gpt.py"):
-        tables = tomllib.loads(tracks[0])
+        tables, settings = tomllib.loads(tracks[0]), overrides(argv)[1::2]  # without the flags between
         try:
-            for override in overrides(argv)[1::2]:  # without the flags between
+            for override in settings:
                 apply_override(tables, override)
         except HarnessError as error:
             yield f"argv does not fit the embedded track: {error}"
             return
         table = dict(tables.pop("optimizer", {}).get(start["optimizer"], {}))
+        if (steps := pop_steps(table, settings)) is not None:
+            tables["train"]["steps"] = steps
         expected = tables | {"hparams": {key: value for key, value in table.items() if key != "warmup_steps"}}
         for name, values in expected.items():
             for key, value in values.items():

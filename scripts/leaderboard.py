@@ -26,7 +26,7 @@ from urllib.parse import quote
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from results.record import RecordError, Run, read_record
+from results.record import RecordError, Run, model_of, read_record
 from results.statistics import common_step, gate, t_below
 from results.text import cell
 from results.verdict import (
@@ -80,7 +80,7 @@ def is_tuning(run: Run, results: Path) -> bool:
 def setting_family(run: Run) -> str:
     """What a tuning trial has in common with the runs that profit from it: model, data, batch, rule and its form."""
     config, data = run.start["config"], run.start["data"]["stream_id"]
-    return json.dumps([config["model"], config["train"]["batch_tokens"], data, run.start["optimizer"], variant(run)])
+    return json.dumps([model_of(config), config["train"]["batch_tokens"], data, run.start["optimizer"], variant(run)])
 
 
 def variant(run: Run) -> str | None:
@@ -92,7 +92,7 @@ def make_groups(runs: Iterable[Run], results: Path) -> list[Group]:
     """Runs of one task by rule, setting, code, hardware and folder; those that arrive first come first."""
     by_row: dict[tuple, list[Run]] = {}
     for run in runs:
-        setting = json.dumps(run.start["hparams"], sort_keys=True)
+        setting = json.dumps(run.setting, sort_keys=True)
         key = (run.start["optimizer"], setting), run.start["code_hash"], hardware(run), folder_of(run, results)
         by_row.setdefault(key, []).append(run)
     settings = {key[0] for key in by_row}

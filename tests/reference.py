@@ -185,6 +185,13 @@ def gpt_logits(weights, config, tokens):
     def linear(x, name):
         return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
 
+    def activations(x, p):  # (B, T, D) to (B, T, hidden width)
+        up = linear(x, f"{p}.up")
+        if config.mlp == "relu2":
+            return torch.clamp(up, min=0) ** 2
+        gate = linear(x, f"{p}.gate")
+        return gate / (1 + torch.exp(-gate)) * up
+
     frequencies = [(1 / config.rope_base) ** (i / (K // 4 - 1)) for i in range(K // 4)] + [0.0] * (K // 4)
     angles = torch.tensor([[t * f for f in frequencies] for t in range(T)], dtype=torch.float64).to(dtype)
     cos, sin = angles.cos(), angles.sin()
@@ -206,8 +213,7 @@ def gpt_logits(weights, config, tokens):
             scores = config.attention_scale * qj @ kj.transpose(1, 2)
             heads.append(torch.softmax(scores.masked_fill(future, -math.inf), -1) @ vj)
         x = x + linear(torch.cat(heads, -1), f"{p}.attention.out")
-        h = linear(rms(x) * weights[f"{p}.mlp_norm.gain"], f"{p}.mlp.up")
-        x = x + linear(torch.clamp(h, min=0) ** 2, f"{p}.mlp.down")
+        x = x + linear(activations(rms(x) * weights[f"{p}.mlp_norm.gain"], f"{p}.mlp"), f"{p}.mlp.down")
     z = linear(rms(x) * weights["head_norm.gain"], "head")
     return config.logit_softcap * z / torch.sqrt(z * z + config.logit_softcap**2)
 

@@ -28,6 +28,8 @@ EXCEPTIONS = {
     # Counts the shards of a run, so it reads the run's config.
     "data/fineweb.py": {"configs", "data"},
     "scripts/benchmark_data.py": {"numpy", "data"},
+    # Compares the configs of runs with the one at hand.
+    "scripts/tune.py": {"configs", "results", "scripts"},
     # Times the trainer, so it needs what the trainer needs.
     "scripts/benchmark.py": {"torch", "aurora", "configs", "data", "train_gpt"},
 }

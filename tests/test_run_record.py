@@ -55,8 +55,20 @@ def test_record_follows_the_contract(trained, tiny_track, optimizer):
 def test_task_hash_tells_tasks_apart_but_not_optimizers_seeds_or_steps(tiny_track, trained, tmp_path):
     hashes = {record[0]["task_hash"] for record in trained.values()}
     assert len(hashes) == 1
-    same = ["train.steps=5", "train.micro_batch=8", "optimizer.muon.lr=0.01"]
-    different = ["eval.target=3.5", "model.mlp_expansion=2", "eval.tokens=256", "train.batch_tokens=256"]
+    same = [
+        "train.steps=5",
+        "optimizer.muon.steps=5",
+        "model.mlp=relu2",
+        "train.micro_batch=8",
+        "optimizer.muon.lr=0.01",
+    ]
+    different = [
+        "eval.target=3.5",
+        "model.mlp=swiglu",
+        "model.mlp_expansion=2",
+        "eval.tokens=256",
+        "train.batch_tokens=256",
+    ]
     for index, override in enumerate(same + different):
         out = tmp_path / str(index)
         arguments = ["--optimizer", "muon", "--seed", "3", "--set", "train.steps=5", "--set", override]

@@ -1,6 +1,7 @@
 """Reading records, the comparison, its plot."""
 
 import json
+import os
 import types
 
 import pytest
@@ -197,6 +198,22 @@ def test_compare_runs_skips_what_is_finished_and_goes_on_after_a_failure(tiny_tr
     assert len(set(tmp_path.glob("*.jsonl")) - records) == 1, "the failed run alone is tried again"
 
 
+def test_jobs_run_side_by_side_on_cores_of_their_own(tiny_track, tmp_path):
+    code, out, err = compare_command(
+        *(tiny_track, tmp_path, "--optimizers", "muon", "adamw", "--seeds", "0", "1", "--jobs", "2"),
+        *("--set", "train.steps=10"),
+    )
+    assert (code, err) == (0, "") and "    [4/4] adamw, seed 1: val_loss" in out
+    runs, _ = read_folder(tmp_path)
+    assert len(runs) == len(list(tmp_path.glob("*.jsonl"))) == 4
+    for run in runs:
+        assert run.start["env"]["variables"]["SPEEDRUN_JOBS"] == "2"
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        assert run.start["env"]["torch_threads"] == max(1, cores // 2)
+    code, _, err = compare_command(tiny_track, tmp_path, "--jobs", "2", "--nproc", "2")
+    assert code == 2 and "--jobs must be at least 1, and 1 with --nproc above 1" in err
+
+
 def test_finished_run_must_match_arguments_sources_and_world_size(tmp_path):
     write(tmp_path / "a.jsonl", record_lines())
     runs, _ = read_folder(tmp_path)
@@ -227,7 +244,7 @@ def test_plot_of_the_committed_runs_and_of_what_cannot_be_written(tmp_path):
 
 
 def test_progress_time_left_is_the_mean_of_the_runs_so_far(tiny_track, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(compare, "run_one", lambda *args: 5)
+    monkeypatch.setattr(compare.Workers, "train", lambda *args: 5)
     clock = iter(range(0, 10_000, 120))
     monkeypatch.setattr(compare, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
     monkeypatch.setattr("sys.argv", ["compare.py", "--config", str(tiny_track), "--out", str(tmp_path)])

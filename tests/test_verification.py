@@ -54,6 +54,19 @@ def test_honest_runs_are_consistent(trained, tiny_track, tmp_path):
     assert [(verdict.path, verdict.reasons) for verdict in verdicts if verdict.word != "consistent"] == []
 
 
+def test_honest_runs_of_own_steps_and_swiglu_are_consistent_and_replay(tiny_track, tmp_path):
+    track = tmp_path / "own.toml"
+    track.write_text(tiny_track.read_text().replace("[optimizer.adamw]", "[optimizer.adamw]\nsteps = 15"))
+    assert train_here(track, tmp_path, "--optimizer", "adamw", "--set", "model.mlp=swiglu") == 0
+    (path,) = tmp_path.glob("*.jsonl")
+    record = [json.loads(line) for line in path.read_text().splitlines()]
+    assert record[0]["config"]["train"]["steps"] == record[-1]["step"] == 15
+    assert record[0]["params_by_role"]["matrix"] == 2 * (4 + 3 * 4) * 32**2
+    assert verify.main([str(path), "--replay", "--looks", "2"]) == 0
+    record[0]["config"]["train"]["steps"] = 30
+    assert any("15" in reason for reason in verify_run(write(path, record)).reasons)
+
+
 # Each changes a record in place as a cheat would; what comes after needs more than the record.
 def typed_in_loss(r):
     of(r, "val")[2]["val_loss"] = 3.51
