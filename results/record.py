@@ -185,7 +185,8 @@ def read_events(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     A last line without its end, as a crash leaves it, is dropped.
 
     Raises:
-        RecordError: the file cannot be read, is no regular file, is too large, or a line is not an event.
+        RecordError: the file cannot be read, is no regular file, is too large, a line is not an event, or the first
+            event is not "run".
     """
     try:
         if path.is_symlink() or not path.is_file():
@@ -199,18 +200,22 @@ def read_events(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 if number > MAX_EVENTS:
                     raise RecordError(f"{path} has more than {MAX_EVENTS:,} lines")
                 if line.endswith(b"\n"):
-                    yield number, read_event(line, f"{path}, line {number}")
+                    yield number, read_event(line, f"{path}, line {number}", is_first=number == 1)
     except OSError as error:
         raise RecordError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def read_event(line: bytes, where: str) -> dict[str, Any]:
+def read_event(line: bytes, where: str, is_first: bool) -> dict[str, Any]:
     try:
         event = json.loads(line)
         kind = event["event"]
+        if is_first and kind != "run":
+            raise RecordError(f"{where}: a record begins with a run event, not {str(kind)[:40]!r}")
         types = FIELD_TYPES.get(kind, {})  # TypeError for a kind that is a list or table
         for key in REQUIRED_FIELDS.get(kind, ()):
             event[key]
+    except RecordError:
+        raise
     except (ValueError, KeyError, TypeError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, too many digits
         message = f"{where}: not an event of a run record ({type(error).__name__}: {str(error)[:100]})"
         raise RecordError(message) from error
@@ -233,7 +238,7 @@ def read_record(path: Path) -> Run:
     After a resume a step can stand in the file twice; the later line counts.
 
     Raises:
-        RecordError: the file cannot be read, a line is not an event, or the first event is not "run".
+        RecordError: as read_events, or the file holds no event.
     """
     run: Run | None = None
     validations: dict[int, Validation] = {}
@@ -241,8 +246,6 @@ def read_record(path: Path) -> Run:
     for _, event in read_events(path):
         kind = event["event"]
         if run is None:
-            if kind != "run":
-                raise RecordError(f"{path}, line 1: a record begins with a run event, not {str(kind)[:40]!r}")
             run = Run(path, event)
         elif kind == "val":
             validations[event["step"]] = Validation(event["step"], event["val_loss"], event["train_time_s"])
