@@ -109,6 +109,7 @@ def describe_machine() -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_name,
         "cpu_count": os.cpu_count(),
+        "usable_cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "variables": {key: value for key, value in sorted(os.environ.items()) if key.startswith(prefixes)},
     }
 
@@ -145,6 +146,12 @@ class Run:
     @property
     def target(self) -> float:
         return self.start["config"]["eval"]["target"]
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """Hyper-parameters and schedule, its length included: what tells runs of one optimizer apart."""
+        config = self.start["config"]
+        return self.start.get("hparams", {}) | config.get("schedule", {}) | {"steps": config["train"]["steps"]}
 
     def first_at_target(self) -> Validation | None:
         """The first validation at or below the target."""
