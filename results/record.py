@@ -159,7 +159,7 @@ class Run:
 
     def mean_ms(self, key: str) -> float:
         """Mean of "step_ms" or "optimizer_ms" over the run, or NaN when the record has no train events."""
-        values = [event[key] for event in self.train_events]
+        values = [event[key] for event in self.train_events if key in event]
         return sum(values) / len(values) if values else math.nan
 
 
@@ -239,13 +239,34 @@ def is_sane(value: int | float) -> bool:
     return abs(value) < 2**64 if isinstance(value, int) else math.isfinite(value)
 
 
+# What every reader of runs relies on; nested names are joined by dots.
+NEEDED_OF_RUN = {
+    **dict.fromkeys(("optimizer", "task_hash", "env.device_name", "env.torch"), str),
+    **dict.fromkeys(("seed", "world_size", "config.train.steps", "config.train.batch_tokens"), int),
+    "config.eval.target": NUMBER,
+    "sources": dict,
+    "argv": list,
+}
+NEEDED_OF_DONE = {"step": int, "train_time_s": NUMBER, "val_loss": NUMBER}
+
+
+def check_needed(event: dict[str, Any], needed: dict[str, Any], path: Path) -> None:
+    """Raises RecordError if a field that is needed is missing or of another type."""
+    for name, expected in needed.items():
+        value: Any = event
+        for key in name.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if not isinstance(value, expected) or isinstance(value, bool):
+            raise RecordError(f"{path}: {name} of the {event['event']} event is missing or of the wrong type")
+
+
 def read_record(path: Path) -> Run:
     """Read one record. A last line without its end, as a crash leaves it, is dropped.
 
     After a resume a step can stand in the file twice; the later line counts.
 
     Raises:
-        RecordError: as read_events, or the file holds no event.
+        RecordError: as read_events, or the file holds no event, or lacks what readers need.
     """
     run: Run | None = None
     validations: dict[int, Validation] = {}
@@ -253,12 +274,15 @@ def read_record(path: Path) -> Run:
     for _, event in read_events(path):
         kind = event["event"]
         if run is None:
+            check_needed(event, NEEDED_OF_RUN, path)
             run = Run(path, event)
         elif kind == "val":
             validations[event["step"]] = Validation(event["step"], event["val_loss"], event["train_time_s"])
         elif kind == "train":
             train_events[event["step"]] = event
         elif kind == "end":
+            if event["status"] == "done":
+                check_needed(event, NEEDED_OF_DONE, path)
             run.end = event
         elif kind == "resume":
             run.end = None

@@ -119,7 +119,7 @@ STACK_KEYS = ("device_name", "cpu", "cpu_count", "usable_cpus", "torch", "torch_
 def stack_of(run: Run) -> tuple:
     """What times depend on besides the code: kind and number of devices, cores and threads, versions, compilation."""
     start = run.start
-    return start["world_size"], start.get("compiled"), *map(start["env"].get, STACK_KEYS)
+    return start["world_size"], str(start.get("compiled")), *(str(start["env"].get(key)) for key in STACK_KEYS)
 
 
 def status_of(run: Run) -> str:
@@ -269,7 +269,7 @@ def verdict_of(pair: Pair, spread: float) -> str:
 
 def step_seconds(run: Run) -> float | None:
     """Timed seconds a step of a finished run."""
-    return run.end["train_time_s"] / run.end["step"] if run.is_done else None
+    return run.end["train_time_s"] / max(1, run.end["step"]) if run.is_done else None
 
 
 def target_seconds(run: Run) -> float | None:
@@ -283,9 +283,7 @@ def was_resumed(run: Run) -> bool:
     return run.end is not None and run.end.get("segments", 1) > 1
 
 
-def time_ratio(
-    first: Group, second: Group, seconds_of: Callable[[Run], float | None]
-) -> tuple[float, Interval] | None:
+def time_ratio(first: Group, second: Group, seconds_of: Callable[[Run], float | None]) -> tuple[float, Interval] | None:
     """Ratio of the seconds of two groups, paired by seed.
 
     None on unlike machines, where a run was resumed or has no such seconds, or with fewer than two pairs.
@@ -404,8 +402,9 @@ def remarks(groups: Sequence[Group], pairs: Sequence[Pair]) -> list[str]:
     lengths = sorted({group.planned_steps for group in groups})
     if len(lengths) > 1:
         lines.append(
-            f"Schedules of {', '.join(map(str, lengths))} steps, each cooled down at its own end: losses compare within "
-            "one alone, across them steps and seconds to the target. A run of another length may arrive earlier or later."
+            f"Schedules of {', '.join(map(str, lengths))} steps, each cooled down at its own end: losses compare "
+            "within one alone, across them steps and seconds to the target. With another length a run may arrive "
+            "earlier or later."
         )
     few = min(len(group.runs) for group in groups)
     if few < MIN_RUNS:
@@ -422,9 +421,7 @@ def remarks(groups: Sequence[Group], pairs: Sequence[Pair]) -> list[str]:
         )
     if len(set.union(*(group.stacks for group in groups))) > 1:
         lines.append("Times are not comparable: the runs come from more than one machine or stack.")
-    resumed = [
-        f"{group.label} seed {run.start['seed']}" for group in groups for run in group.runs if was_resumed(run)
-    ]
+    resumed = [f"{group.label} seed {run.start['seed']}" for group in groups for run in group.runs if was_resumed(run)]
     if resumed:
         lines.append(f"Stopped and resumed, so that their seconds are not comparable: {', '.join(resumed)}.")
     if any(pair.step_ratio or pair.target_ratio for pair in pairs):
