@@ -123,6 +123,7 @@ def describe_machine() -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_name,
         "cpu_count": os.cpu_count(),
+        "usable_cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "variables": {key: value for key, value in sorted(os.environ.items()) if key.startswith(prefixes)},
     }
 
@@ -162,8 +163,9 @@ class Run:
 
     @property
     def setting(self) -> dict[str, Any]:
-        """Hyper-parameters and schedule length: what tells runs of one optimizer apart."""
-        return self.start.get("hparams", {}) | {"steps": self.start["config"]["train"]["steps"]}
+        """Hyper-parameters and schedule, its length included: what tells runs of one optimizer apart."""
+        config = self.start["config"]
+        return self.start.get("hparams", {}) | config.get("schedule", {}) | {"steps": config["train"]["steps"]}
 
     def first_at_target(self) -> Validation | None:
         """The first validation at or below the target."""
@@ -171,7 +173,7 @@ class Run:
 
     def mean_ms(self, key: str) -> float:
         """Mean of "step_ms" or "optimizer_ms" over the run, or NaN when the record has no train events."""
-        values = [event[key] for event in self.train_events]
+        values = [event[key] for event in self.train_events if key in event]
         return sum(values) / len(values) if values else math.nan
 
 
@@ -204,7 +206,8 @@ def read_events(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     A last line without its end, as a crash leaves it, is dropped.
 
     Raises:
-        RecordError: the file cannot be read, is no regular file, is too large, or a line is not an event.
+        RecordError: the file cannot be read, is no regular file, is too large, a line is not an event, or the first
+            event is not "run".
     """
     try:
         if path.is_symlink() or not path.is_file():
@@ -218,18 +221,22 @@ def read_events(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 if number > MAX_EVENTS:
                     raise RecordError(f"{path} has more than {MAX_EVENTS:,} lines")
                 if line.endswith(b"\n"):
-                    yield number, read_event(line, f"{path}, line {number}")
+                    yield number, read_event(line, f"{path}, line {number}", is_first=number == 1)
     except OSError as error:
         raise RecordError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def read_event(line: bytes, where: str) -> dict[str, Any]:
+def read_event(line: bytes, where: str, is_first: bool) -> dict[str, Any]:
     try:
         event = json.loads(line)
         kind = event["event"]
+        if is_first and kind != "run":
+            raise RecordError(f"{where}: a record begins with a run event, not {str(kind)[:40]!r}")
         types = FIELD_TYPES.get(kind, {})  # TypeError for a kind that is a list or table
         for key in REQUIRED_FIELDS.get(kind, ()):
             event[key]
+    except RecordError:
+        raise
     except (ValueError, KeyError, TypeError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, too many digits
         message = f"{where}: not an event of a run record ({type(error).__name__}: {str(error)[:100]})"
         raise RecordError(message) from error
@@ -246,13 +253,34 @@ def is_sane(value: int | float) -> bool:
     return abs(value) < 2**64 if isinstance(value, int) else math.isfinite(value)
 
 
+# What every reader of runs relies on; nested names are joined by dots.
+NEEDED_OF_RUN = {
+    **dict.fromkeys(("optimizer", "task_hash", "env.device_name", "env.torch"), str),
+    **dict.fromkeys(("seed", "world_size", "config.train.steps", "config.train.batch_tokens"), int),
+    "config.eval.target": NUMBER,
+    "sources": dict,
+    "argv": list,
+}
+NEEDED_OF_DONE = {"step": int, "train_time_s": NUMBER, "val_loss": NUMBER}
+
+
+def check_needed(event: dict[str, Any], needed: dict[str, Any], path: Path) -> None:
+    """Raises RecordError if a field that is needed is missing or of another type."""
+    for name, expected in needed.items():
+        value: Any = event
+        for key in name.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if not isinstance(value, expected) or isinstance(value, bool):
+            raise RecordError(f"{path}: {name} of the {event['event']} event is missing or of the wrong type")
+
+
 def read_record(path: Path) -> Run:
     """Read one record. A last line without its end, as a crash leaves it, is dropped.
 
     After a resume a step can stand in the file twice; the later line counts.
 
     Raises:
-        RecordError: the file cannot be read, a line is not an event, or the first event is not "run".
+        RecordError: as read_events, or the file holds no event, or lacks what readers need.
     """
     run: Run | None = None
     validations: dict[int, Validation] = {}
@@ -260,14 +288,15 @@ def read_record(path: Path) -> Run:
     for _, event in read_events(path):
         kind = event["event"]
         if run is None:
-            if kind != "run":
-                raise RecordError(f"{path}, line 1: a record begins with a run event, not {str(kind)[:40]!r}")
+            check_needed(event, NEEDED_OF_RUN, path)
             run = Run(path, event)
         elif kind == "val":
             validations[event["step"]] = Validation(event["step"], event["val_loss"], event["train_time_s"])
         elif kind == "train":
             train_events[event["step"]] = event
         elif kind == "end":
+            if event["status"] == "done":
+                check_needed(event, NEEDED_OF_DONE, path)
             run.end = event
         elif kind == "resume":
             run.end = None

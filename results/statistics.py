@@ -63,6 +63,26 @@ def welch(a: Sequence[float], b: Sequence[float]) -> Welch:
     return Welch(difference, float(interval.low), float(interval.high), float(test.pvalue))
 
 
+class Ranks(NamedTuple):
+    """Rank-sum test: the share of pairs of one run of a and one of b in which a's is smaller, and the two-sided p."""
+
+    share: float
+    p: float
+
+
+def rank_test(a: Sequence[float], b: Sequence[float]) -> Ranks:
+    """Wilcoxon's rank-sum test, by all permutations where there are few runs; NaN p with fewer than MIN_RUNS a side.
+
+    For steps to a target that some runs never met: those are infinite, and equal to each other.
+    """
+    rank = stats.rankdata([*a, *b])
+    ranks_a, ranks_b = rank[: len(a)], rank[len(a) :]
+    method = stats.PermutationMethod(n_resamples=RESAMPLES, rng=np.random.default_rng(0))
+    test = stats.mannwhitneyu(ranks_a, ranks_b, method=method)
+    share = 1 - float(test.statistic) / (len(a) * len(b))
+    return Ranks(share, float(test.pvalue) if min(len(a), len(b)) >= MIN_RUNS else math.nan)
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's adjusted p, in the order given. NaN stays NaN and does not count as a test."""
     order = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
@@ -133,6 +153,11 @@ def runs_needed(difference: float, sd: float, alpha: float = 0.05, power: float 
     # The normal approximation lies at most a few runs below.
     n = max(2, math.floor(2 * ((stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(power)) / effect) ** 2))
     return n if n > 10_000 else next(m for m in itertools.count(n) if power_of(m) >= power)
+
+
+def ranks_needed(alpha: float) -> int:
+    """Runs a side with which the rank-sum test can give p < alpha at all: when every run of a side comes first."""
+    return next(n for n in itertools.count(MIN_RUNS) if 2 / math.comb(2 * n, n) < alpha)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from results.record import (
     FIELD_TYPES,
     SCHEMA,
     RecordError,
+    Run,
     Validation,
     code_hash,
     first_at_target,
@@ -84,8 +85,8 @@ def verify_events(path: Path) -> tuple[Verdict, Events | None]:
     verdict = Verdict(path)
     try:
         events = [event for _, event in read_events(path)]
-        if not events or events[0]["event"] != "run":
-            raise RecordError(f"{path} does not begin with a run event")
+        if not events:
+            raise RecordError(f"{path} holds no event")
         found = Events(events[0], events[1:])
         verdict.reasons += missing_fields(events)
     except RecordError as error:
@@ -358,7 +359,8 @@ def verify_folder(folder: Path) -> list[Verdict]:
             together = verdict.reasons if twin.parent == path.parent else verdict.notes
             together.append(f"repeats the losses of {twin.name}")
         start = run.start
-        key = path.parent, start["task_hash"], start["optimizer"], json_hash(start["hparams"]), start["code_hash"]
+        setting = json_hash(Run(path, start).setting)
+        key = path.parent, start["task_hash"], start["optimizer"], setting, start["code_hash"]
         groups.setdefault(key, []).append((start["seed"], verdict))
     for members in groups.values():
         seeds = sorted(seed for seed, _ in members)

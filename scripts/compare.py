@@ -159,8 +159,9 @@ def report_runs(args: argparse.Namespace, runs: Sequence[Run], failures: dict[st
             first = groups[0].runs[0]
             track = next((name for name in first.start["sources"] if name.endswith(".toml")), args.config)
             machines = sorted({f"{run.start['world_size']} x {run.start['env']['device_name']}" for run in runs})
+            lengths = ", ".join(map(str, sorted({group.planned_steps for group in groups})))
             text += (
-                f"{write(track)}: {first.start['config']['train']['steps']} steps, target {first.target:g}, "
+                f"{write(track)}: {lengths} steps, target {first.target:g}, "
                 f"{write(', '.join(machines))}, torch {write(first.start['env']['torch'])}\n\n"
                 f"{verdict.report(groups, write)}\n"
             )

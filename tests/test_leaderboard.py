@@ -55,8 +55,11 @@ def run(*arguments):
 
 
 def cells(page, rule):
-    line = next(line for line in page.splitlines() if line.startswith(f"| {rule} "))
-    return [cell.strip() for cell in line.strip("|").split(" | ")]
+    """The row of a rule in the leaderboard and its row of evidence, without the row's number."""
+    lines = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in page.splitlines() if line[:2] == "| "]
+    number = next(line[0] for line in lines if line[1] == rule)
+    found = [line[1:] for line in lines if line[0] == number]
+    return found[0], found[1]
 
 
 def test_the_committed_page_is_what_the_records_give(capsys):
@@ -80,10 +83,13 @@ def test_row_counts_seeds_arrivals_and_tuning_trials(results):
     run("--results", results)
     page = (results / "README.md").read_text()
     # Straight line from 3 at step 10 to 1.5 at step 20: the target of 2 is met at 16.67.
-    assert cells(page, "muon")[:6] == ["muon", "3", "3/3", "16.7 [16.7, 16.7]", "8.3 [8.3, 8.3]", "20"]
-    assert cells(page, "muon")[10] == "2" and cells(page, "adamw")[10] == "0"
-    assert cells(page, "adamw")[2:6] == ["0/3", "> 20.0", "> 10.0", "-"]
-    assert "[2](quick/muon-2.jsonl)" in page and "quick_tuning/muon-7.jsonl" not in page
+    muon, muon_evidence = cells(page, "muon")
+    assert muon[:7] == ["muon", "20", "3", "3/3", "16.7 [16.7, 16.7]", "8.3 [8.3, 8.3]", "A"]
+    assert muon[7] == "2" and muon[9] == "quick" and muon_evidence[4] == "20"
+    adamw, adamw_evidence = cells(page, "adamw")
+    assert adamw[2:6] == ["3", "0/3", "> 20.0", "> 10.0"] and adamw[7] == "0" and adamw_evidence[4] == "-"
+    name = re.search(r"\[2\]\[(r\d+)\]", muon_evidence[-1])[1]
+    assert f"[{name}]: quick/muon-2.jsonl" in page and "quick_tuning/muon-7.jsonl" not in page
     assert "supported: muon is lower" in page
 
 
@@ -92,7 +98,7 @@ def test_failed_run_stays_in_its_row(results):
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-2]))
     run("--results", results)
     page = (results / "README.md").read_text()
-    assert cells(page, "muon")[1:4] == ["3", "2/3", "> 14.4"]
+    assert cells(page, "muon")[0][2:5] == ["3", "2/3", "> 14.4"]
     assert "without a final loss: seed 1 \\(cut short\\)" in page or "without a final loss: seed 1 (cut short)" in page
 
 
@@ -104,11 +110,12 @@ def test_text_of_a_record_is_text_on_the_page_and_in_the_plot(results):
     outside_comment = page.replace(page.splitlines()[0], "")
     assert "<" not in outside_comment and "\x1b" not in page
     assert not re.search(r"(?<!\\)\]\((http|javascript)", page) and "\n# x" not in page
-    for target in re.findall(r"(?<!\\)\]\(([^)]*)\)", page):
+    for target in re.findall(r"(?<!\\)\]\(([^)]*)\)|^\[r\d+\]: (.*)$", page, re.M):
+        target = "".join(target)
         assert (results / target).resolve().is_relative_to(results.resolve())
     for line in page.splitlines():
         if line.startswith("|"):
-            assert len(re.findall(r"(?<!\\)\|", line)) in (7, 8, 16), "a cell ran into the next"
+            assert len(re.findall(r"(?<!\\)\|", line)) in (7, 8, 9, 10, 12), "a cell ran into the next"
     task = [found for found in read_folder(results / "quick")[0] if found.start["optimizer"] == HOSTILE]
     plot.plot_loss_curves(task, results / "evil.svg")
     assert "<script" not in (results / "evil.svg").read_text()

@@ -291,7 +291,7 @@ def test_terminal_escapes_are_not_printed(muon, tmp_path, capsys):
 
 def test_seeds_of_ones_own_reproduce_or_refute(tmp_path):
     def runs(first_seed, losses):
-        start = {"task_hash": "t", "hparams": {"lr": 1}}
+        start = {"task_hash": "t", "hparams": {"lr": 1}, "config": {"train": {"steps": 9}}}
         return [
             Run(tmp_path, start | {"seed": first_seed + i}, end={"status": "done", "val_loss": loss})
             for i, loss in enumerate(losses)
