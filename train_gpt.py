@@ -542,7 +542,8 @@ def train_in_folder(
     def save() -> None:
         """On all ranks or none. Collective."""
         point("checkpoint_gather", progress.step)
-        state = {"training": run.state_dict(), "identity": identity, "run_id": run_id, "spent_ns": clock.spent_ns}
+        spent_ns, _ = clock.of_slowest_rank()
+        state = {"training": run.state_dict(), "identity": identity, "run_id": run_id, "spent_ns": spent_ns}
         state |= vars(progress) | {"validations": [tuple(look) for look in progress.validations]}
         folder = args.out / f"{run_id}.checkpoints"
         ranks.together(lambda: save_checkpoint(folder, progress.step, state) if ranks.is_main else None)
@@ -679,20 +680,23 @@ def end_event(status: str, run: Training, progress: Progress, clock: Clock) -> d
     memory_mib, data_wait_s = run.ranks.all_reduce(
         torch.tensor(largest, device=run.ranks.device), dist.ReduceOp.MAX
     ).tolist()
+    weights_sha256 = digest(run.model.state_dict())
+    clock.charge("end")
+    spent_ns, wall_ns = clock.of_slowest_rank()
     return {
         "event": "end",
         "status": status,
         "step": progress.step,
-        "train_time_s": clock.slowest_train_s(),
+        "train_time_s": spent_ns["train"] / 1e9,
         "val_loss": progress.validations[-1].val_loss if progress.validations else None,
         "reached_target": hit is not None,
         "steps_to_target": hit.step if hit else None,
         "time_to_target_s": hit.train_time_s if hit else None,
-        "wall_s": clock.wall_s(),
-        "untimed": {f"{account}_s": clock.spent_s(account) for account in Clock.ACCOUNTS if account != "train"},
+        "wall_s": wall_ns / 1e9,
+        "untimed": {f"{account}_s": ns / 1e9 for account, ns in spent_ns.items() if account != "train"},
         "segments": progress.segments,
         "data_wait_s": data_wait_s,  # in this process, of the rank that waited longest
-        "weights_sha256": digest(run.model.state_dict()),
+        "weights_sha256": weights_sha256,
         "peak_mem_mib": memory_mib,
     }
 
