@@ -466,6 +466,17 @@ class Progress:
 def train(args: argparse.Namespace, ranks: Ranks, begin_ns: int) -> None:
     """One run, from config to the record's end event. Raises HarnessError."""
     clock = Clock(ranks, begin_ns, IMPORT_NS)
+    config, plan, dump = ranks.together(lambda: check_run(args, ranks))
+    if args.dry_run:
+        return
+    ranks.together(lambda: check_writable(args.out))
+    lock = ranks.together(lambda: lock_folder(args.out) if ranks.is_main else None)
+    with lock or contextlib.nullcontext():
+        train_in_folder(args, config, plan, dump, ranks, clock)
+
+
+def check_run(args: argparse.Namespace, ranks: Ranks) -> tuple[Config, BatchPlan, Dump | None]:
+    """What to run, checked before anything is read or written; a dry run's report. Raises HarnessError."""
     if not 0 <= args.seed < 2**63:
         raise HarnessError(Exit.CONFIG, f"--seed must be in [0, 2^63), got {args.seed}")
     config = load_config(args.config, args.optimizer, args.overrides)
@@ -480,11 +491,7 @@ def train(args: argparse.Namespace, ranks: Ranks, begin_ns: int) -> None:
         ranks.say(
             dry_run_report(config, shapes.roles(), optimizers, ranks.world_size, plan.micro_steps, plan.micro_batch)
         )
-        return
-    ranks.together(lambda: check_writable(args.out))
-    lock = ranks.together(lambda: lock_folder(args.out) if ranks.is_main else None)
-    with lock or contextlib.nullcontext():
-        train_in_folder(args, config, plan, dump, ranks, clock)
+    return config, plan, dump
 
 
 def train_in_folder(
@@ -847,8 +854,8 @@ def main(argv: list[str] | None = None) -> int:
         ranks.align()  # a process that leaves early can break a peer's last collective
         leave_ranks()
         return report_exit(0)
-    except HarnessError as error:  # raised by all ranks alike
-        if rank == "0":
+    except HarnessError as error:  # raised by all ranks alike once they have joined
+        if rank == "0" or not dist.is_initialized():
             print(f"{'stopped' if error.reason == Exit.PREEMPTED else 'error'}: {error}", file=sys.stderr, flush=True)
         leave_ranks()
         return report_exit(int(error.reason))
