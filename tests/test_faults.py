@@ -297,20 +297,31 @@ BAD = [(kind, name, rank, size) for size in (1, 2, 4) for rank in {0, size - 1} 
        for name in ("backward", "check", "update")]  # fmt: skip
 
 
+TELL_WEIGHTS = """
+original = train_gpt.end_event
+def end_event(status, run, *rest):
+    print('weights:', train_gpt.digest(run.model.state_dict()), flush=True)
+    return original(status, run, *rest)
+train_gpt.end_event = end_event
+"""
+
+
 @pytest.mark.parametrize(
     "kind,name,rank,world_size", [c for c in BAD if FULL or (c[3] == 2 and c[2] == (c[0] == "nan"))]
 )
 def test_non_finite_numbers_stop_all_ranks(twelve_steps, launch, tmp_path, kind, name, rank, world_size):
     """In the loss, in a gradient: before the update. In an update: before weights are measured or saved."""
     fault = f"{kind}:{name}:6:{rank}"
-    outcome = launch(*twelve_steps, "--optimizer", "aurora", "--out", tmp_path, world_size=world_size, fault=fault)
+    arguments = [*twelve_steps, "--optimizer", "aurora", "--out", tmp_path]
+    outcome = launch(*arguments, world_size=world_size, fault=fault, patch=TELL_WEIGHTS)
     assert outcome.codes == [Exit.NON_FINITE] * world_size, outcome.err
     newest, end = load_checkpoint(checkpoints(tmp_path)[-1]), events(tmp_path)[-1]
     assert newest["step"] == 6 and end["status"] == "diverged"
     assert all(p.isfinite().all() for p in newest["training"]["model"].values())
     if name != "update":
         assert "step 7: " in outcome.err[0]
-        assert end["weights_sha256"] == train_gpt.digest(newest["training"]["model"])
+        weights = train_gpt.digest(newest["training"]["model"])
+        assert end["weights_sha256"] == weights and all(f"weights: {weights}" in text for text in outcome.out)
     if name == "check":
         assert "first bad gradient: embed.weight" in outcome.err[0]
         assert world_size == 1 or f"on rank {rank};" in outcome.err[0]
