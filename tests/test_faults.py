@@ -20,7 +20,7 @@ import torch
 
 import train_gpt
 from configs.schema import Exit, HarnessError
-from results.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint, sha256
+from results.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint, sha256
 from results.record import SOURCE_MODULES, read_record
 from tests.conftest import (
     OPTIMIZERS,
@@ -154,6 +154,18 @@ def test_kill_9_loses_no_checkpoint_and_resumes_right(
     if kept:
         assert result(tmp_path) == twin(optimizer, world_size)
     assert not list(tmp_path.glob("*.checkpoints/.step-*"))
+
+
+def test_a_checkpoint_gets_its_name_when_all_of_it_is_on_the_disk(tmp_path, monkeypatch):
+    """Only a power cut would show it otherwise."""
+    calls, fsync, rename = [], os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda handle: calls.append(os.fstat(handle).st_ino) or fsync(handle))
+    monkeypatch.setattr(os, "rename", lambda *paths: calls.append("rename") or rename(*paths))
+    save_checkpoint(tmp_path / "x.checkpoints", 3, {"training": torch.ones(3)})
+    paths = [tmp_path, *tmp_path.rglob("*")]
+    names = {path.stat().st_ino: path.name for path in paths} | {"rename": "rename", tmp_path.stat().st_ino: "out"}
+    synced = ["state.pt", "manifest.json", "step-000003"]
+    assert [names[call] for call in calls] == ["out", *synced, "rename", "x.checkpoints"]
 
 
 def test_checkpoints_that_resume_passed_over_are_not_kept_instead_of_good_ones(twelve_steps, launch, saved, tmp_path):
