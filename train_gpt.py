@@ -469,6 +469,17 @@ class Progress:
 def train(args: argparse.Namespace, ranks: Ranks, begin_ns: int) -> None:
     """One run, from config to the record's end event. Raises HarnessError."""
     clock = Clock(ranks, begin_ns, IMPORT_NS)
+    config, plan, dump = ranks.together(lambda: check_run(args, ranks))
+    if args.dry_run:
+        return
+    ranks.together(lambda: check_writable(args.out))
+    lock = ranks.together(lambda: lock_folder(args.out) if ranks.is_main else None)
+    with lock or contextlib.nullcontext():
+        train_in_folder(args, config, plan, dump, ranks, clock)
+
+
+def check_run(args: argparse.Namespace, ranks: Ranks) -> tuple[Config, BatchPlan, Dump | None]:
+    """What to run, checked before anything is read or written; a dry run's report. Raises HarnessError."""
     if not 0 <= args.seed < 2**63:
         raise HarnessError(Exit.CONFIG, f"--seed must be in [0, 2^63), got {args.seed}")
     config = load_config(args.config, args.optimizer, args.overrides)
@@ -483,11 +494,7 @@ def train(args: argparse.Namespace, ranks: Ranks, begin_ns: int) -> None:
         ranks.say(
             dry_run_report(config, shapes.roles(), optimizers, ranks.world_size, plan.micro_steps, plan.micro_batch)
         )
-        return
-    ranks.together(lambda: check_writable(args.out))
-    lock = ranks.together(lambda: lock_folder(args.out) if ranks.is_main else None)
-    with lock or contextlib.nullcontext():
-        train_in_folder(args, config, plan, dump, ranks, clock)
+    return config, plan, dump
 
 
 def train_in_folder(
@@ -545,7 +552,8 @@ def train_in_folder(
     def save() -> None:
         """On all ranks or none. Collective."""
         point("checkpoint_gather", progress.step)
-        state = {"training": run.state_dict(), "identity": identity, "run_id": run_id, "spent_ns": clock.spent_ns}
+        spent_ns, _ = clock.of_slowest_rank()
+        state = {"training": run.state_dict(), "identity": identity, "run_id": run_id, "spent_ns": spent_ns}
         state |= vars(progress) | {"validations": [tuple(look) for look in progress.validations]}
         folder = args.out / f"{run_id}.checkpoints"
         ranks.together(lambda: save_checkpoint(folder, progress.step, state) if ranks.is_main else None)
@@ -682,20 +690,23 @@ def end_event(status: str, run: Training, progress: Progress, clock: Clock) -> d
     memory_mib, data_wait_s = run.ranks.all_reduce(
         torch.tensor(largest, device=run.ranks.device), dist.ReduceOp.MAX
     ).tolist()
+    weights_sha256 = digest(run.model.state_dict())
+    clock.charge("end")
+    spent_ns, wall_ns = clock.of_slowest_rank()
     return {
         "event": "end",
         "status": status,
         "step": progress.step,
-        "train_time_s": clock.slowest_train_s(),
+        "train_time_s": spent_ns["train"] / 1e9,
         "val_loss": progress.validations[-1].val_loss if progress.validations else None,
         "reached_target": hit is not None,
         "steps_to_target": hit.step if hit else None,
         "time_to_target_s": hit.train_time_s if hit else None,
-        "wall_s": clock.wall_s(),
-        "untimed": {f"{account}_s": clock.spent_s(account) for account in Clock.ACCOUNTS if account != "train"},
+        "wall_s": wall_ns / 1e9,
+        "untimed": {f"{account}_s": ns / 1e9 for account, ns in spent_ns.items() if account != "train"},
         "segments": progress.segments,
         "data_wait_s": data_wait_s,  # in this process, of the rank that waited longest
-        "weights_sha256": digest(run.model.state_dict()),
+        "weights_sha256": weights_sha256,
         "peak_mem_mib": memory_mib,
     }
 
@@ -846,8 +857,8 @@ def main(argv: list[str] | None = None) -> int:
         ranks.align()  # a process that leaves early can break a peer's last collective
         leave_ranks()
         return report_exit(0)
-    except HarnessError as error:  # raised by all ranks alike
-        if rank == "0":
+    except HarnessError as error:  # raised by all ranks alike once they have joined
+        if rank == "0" or not dist.is_initialized():
             print(f"{'stopped' if error.reason == Exit.PREEMPTED else 'error'}: {error}", file=sys.stderr, flush=True)
         leave_ranks()
         return report_exit(int(error.reason))

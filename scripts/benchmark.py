@@ -26,7 +26,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import aurora
 import train_gpt
 from aurora.polar import COMPUTE_DTYPES, SCHEDULES, PolarSchedule
-from aurora.runtime.ranks import keep_freed_memory
+from aurora.runtime.ranks import SETUP_TIMEOUT_S, Ranks, join_ranks, keep_freed_memory, leave_ranks
+from aurora.runtime.watch import Watch
 from configs.schema import Exit, HarnessError, load_config
 from results.record import describe_machine
 
@@ -61,7 +62,7 @@ class PlainMuon(torch.optim.Optimizer):
                 p.add_(X, alpha=-group["lr"] * math.sqrt(max(1, p.shape[0] / p.shape[1])))
 
 
-def harness_step(hparams: dict[str, str], num_steps: int, is_guarded: bool = True) -> Callable[[], None]:
+def harness_step(hparams: dict[str, str], num_steps: int, ranks: Ranks, is_guarded: bool = True) -> Callable[[], None]:
     """One call is one step of the trainer, everything that its clock sees included; the guards only if wanted."""
     overrides = [f"optimizer.muon.{key}={value}" for key, value in hparams.items()]
     overrides.append(f"train.steps={num_steps}")
@@ -69,10 +70,9 @@ def harness_step(hparams: dict[str, str], num_steps: int, is_guarded: bool = Tru
     data = train_gpt.open_data(config)
     model = train_gpt.GPT(config.model)
     model.init_weights(0)
-    ranks = train_gpt.Ranks(0, 1, torch.device("cpu"))
     loader = train_gpt.make_loader(config, data, ranks)
     optimizers = train_gpt.build_optimizers(config, model)
-    run = train_gpt.Training(config, train_gpt.plan_batch(config, 1), ranks, model, optimizers, loader)
+    run = train_gpt.Training(config, train_gpt.plan_batch(config, ranks.world_size), ranks, model, optimizers, loader)
     guard, log = train_gpt.Guard(model, ranks), train_gpt.StepLog(config.train.log_every, ranks)
     steps, point = iter(range(config.train.steps)), train_gpt.point
     if not is_guarded:
@@ -146,6 +146,7 @@ def interleaved_ms(first: Callable[[], None], second: Callable[[], None], rounds
 def harness(rounds: int) -> str:
     """A Markdown table of the trainer's step against bare loops."""
     keep_freed_memory()
+    ranks = Ranks(0, 1, torch.device("cpu"))
     lines = [
         f"quick track, Muon, torch {torch.__version__}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, "
         f"{rounds} interleaved rounds",
@@ -154,7 +155,7 @@ def harness(rounds: int) -> str:
         "|---|---|---|---|",
     ]
     for name, (hparams, make_peer) in HARNESS_PAIRS.items():
-        pairs = interleaved_ms(harness_step(hparams, UNTIMED_ROUNDS + rounds), make_peer(), rounds)
+        pairs = interleaved_ms(harness_step(hparams, UNTIMED_ROUNDS + rounds, ranks), make_peer(), rounds)
         ours, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
         ratio = statistics.median(a / b for a, b in pairs)
         lines.append(f"| {name} | {ours:.1f} | {theirs:.1f} | {ratio:.3f} |")
@@ -162,16 +163,33 @@ def harness(rounds: int) -> str:
 
 
 def guards(rounds: int) -> str:
-    """One line: what the guards of a step cost. Of a process alone; with several, ranks also exchange four numbers."""
-    keep_freed_memory()
-    on, off = (harness_step({}, UNTIMED_ROUNDS + rounds, is_guarded) for is_guarded in (True, False))
+    """A Markdown table of one row: what the guards of a step cost; under torchrun, on several ranks.
+
+    These also exchange four numbers a step, and their watch looks twice a second, in a thread of its own.
+    """
+    os.environ["SPEEDRUN_DEVICE"] = "cpu"
+    ranks = join_ranks(SETUP_TIMEOUT_S)
+    on, off = (harness_step({}, UNTIMED_ROUNDS + rounds, ranks, is_guarded) for is_guarded in (True, False))
     pairs = interleaved_ms(on, off, rounds)
     on_ms, off_ms = (statistics.median(column) for column in zip(*pairs, strict=True))
     ratio = statistics.median(a / b for a, b in pairs)
-    return (
-        f"quick track, Muon, torch {torch.__version__}, {torch.get_num_threads()} threads, {rounds} rounds in turn: "
-        f"{on_ms:.1f} ms/step with guards, {off_ms:.1f} without, median ratio {ratio:.4f}"
-    )
+    look = "-"
+    if ranks.world_size > 1:
+        watch = Watch(ranks, timeout_s=60)
+        watch.start()
+        look_ms = statistics.median(time_ms(watch.look, "cpu") for _ in range(rounds))
+        watch.stop()
+        look = f"{look_ms:.2f} ms each {1000 * watch.poll_s:.0f} ms"
+        ranks.align()
+        leave_ranks()
+    return "\n".join([
+        f"quick track, Muon, torch {torch.__version__}, {torch.get_num_threads()} threads a rank, "
+        f"{rounds} rounds in turn",
+        "",
+        "| ranks | ms/step with guards | without | median ratio | a look of the watch |",
+        "|---|---|---|---|---|",
+        f"| {ranks.world_size} | {on_ms:.1f} | {off_ms:.1f} | {ratio:.4f} | {look} |",
+    ]) * ranks.is_main  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -427,7 +445,7 @@ def main() -> int:
     command.set_defaults(run=optim)
     args = parser.parse_args()
     try:
-        print(args.run(args))
+        print(args.run(args), end="\n" if int(os.environ.get("RANK", 0)) == 0 else "")
     except HarnessError as error:
         print(f"error: {error}", file=sys.stderr)
         return int(error.reason)

@@ -44,7 +44,7 @@ def test_record_follows_the_contract(trained, tiny_track, optimizer):
         "status": "done", "step": 30, "val_loss": vals[-1]["val_loss"], "reached_target": True, "segments": 1,
         "steps_to_target": reached[0]["step"], "time_to_target_s": reached[0]["train_time_s"],
     }  # fmt: skip
-    assert set(end["untimed"]) == {"import_s", "setup_s", "warmup_s", "val_s", "checkpoint_s"}
+    assert set(end["untimed"]) == {"import_s", "setup_s", "warmup_s", "val_s", "checkpoint_s", "end_s"}
     assert start["compiled"] is False and end["peak_mem_mib"] > 50
     matrix_group = next(group for group in start["param_groups"] if group["role"] == "matrix")
     if optimizer != "adamw":

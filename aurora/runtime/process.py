@@ -50,21 +50,24 @@ def lock_folder(out: Path) -> TextIO:
     """Take the run folder until the file returned is closed, or this process ends in whatever way.
 
     Raises:
-        HarnessError: CONFIG, when another process has it, naming that.
+        HarnessError: CONFIG, when another process has it, naming that; DISK, when the disk is full or has no locks.
     """
-    file = open(out / ".lock", "a+")  # noqa: SIM115
     try:
+        file = open(out / ".lock", "a+")  # noqa: SIM115
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        return file
     except BlockingIOError:
         file.seek(0)
         owner = file.read(200) or "another process"
         file.close()
         message = f"--out {out} is in use by {owner}: wait for it, or choose another folder"
         raise HarnessError(Exit.CONFIG, message) from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-    return file
+    except OSError as error:
+        message = f"--out {out}: its file .lock cannot be written and locked: {error.strerror}; choose another disk"
+        raise HarnessError(Exit.DISK, message) from error
 
 
 def report_exit(code: int) -> int:

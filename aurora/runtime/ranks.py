@@ -5,6 +5,7 @@ import ctypes
 import datetime
 import hashlib
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -32,8 +33,12 @@ class Ranks:
         return self.rank == 0
 
     def say(self, line: str) -> None:
-        if self.is_main:
-            print(line, flush=True)
+        """Rank 0 prints the line. A console that is full or gone is no reason to stop."""
+        try:
+            if self.is_main:
+                print(line, flush=True)
+        except OSError:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
     def all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
         if self.world_size > 1:
