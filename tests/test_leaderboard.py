@@ -118,7 +118,7 @@ def test_page_of_a_record_that_lacks_what_it_shows_is_an_error_in_one_line(resul
     (results / "quick" / "muon-5.jsonl").write_text("\n".join([json.dumps(start), *rest]) + "\n")
     assert run("--results", results) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: a record lacks what the page shows (KeyError('code_hash'))") and error.count("\n") == 1
+    assert "a record lacks what the page shows (KeyError('code_hash'))" in error and error.count("\n") == 1
 
 
 def test_failed_run_stays_in_its_row(results):
