@@ -100,8 +100,8 @@ def make_groups(runs: Iterable[Run], results: Path) -> list[Group]:
 
 def hardware(run: Run) -> str:
     env = run.start["env"]
-    cores = env.get("usable_cpus", env.get("cpu_count"))
-    threads = f" with {cores} cores, {env['torch_threads']} threads" if run.start["device"] == "cpu" else ""
+    cpus = env.get("usable_cpus", env.get("cpu_count", "?"))
+    threads = f", {cpus} CPUs, {env['torch_threads']} threads" if run.start["device"] == "cpu" else ""
     versions = [f"torch {env['torch']}", *filter(None, [env.get("cuda") and f"CUDA {env['cuda']}"])]
     compiled = ["compiled" if run.start.get("compiled") else "not compiled"] if run.start["device"] != "cpu" else []
     return ", ".join([f"{run.start['world_size']} x {env['device_name']}{threads}", *versions, *compiled])
