@@ -100,8 +100,8 @@ def make_groups(runs: Iterable[Run], results: Path) -> list[Group]:
 
 def hardware(run: Run) -> str:
     env = run.start["env"]
-    cores = env.get("usable_cpus", env.get("cpu_count"))
-    threads = f" with {cores} cores, {env['torch_threads']} threads" if run.start["device"] == "cpu" else ""
+    cpus = env.get("usable_cpus", env.get("cpu_count", "?"))
+    threads = f", {cpus} CPUs, {env['torch_threads']} threads" if run.start["device"] == "cpu" else ""
     versions = [f"torch {env['torch']}", *filter(None, [env.get("cuda") and f"CUDA {env['cuda']}"])]
     compiled = ["compiled" if run.start.get("compiled") else "not compiled"] if run.start["device"] != "cpu" else []
     return ", ".join([f"{run.start['world_size']} x {env['device_name']}{threads}", *versions, *compiled])
@@ -112,10 +112,10 @@ def hardware(run: Run) -> str:
 
 HEADER = (
     *("row", "rule", "steps", "n", "reached", "steps to target [95 %]", "seconds to target [95 %]"),
-    *("machine", "tuning trials", "date", "experiment"),
+    *("machine", "tuning trials", "experiment"),
 )
 EVIDENCE_HEADER = (
-    *("row", "val loss at the end", "sd", "margin", "p below target", "gate from step", "commit", "code"),
+    *("row", "val loss at the end", "sd", "margin", "p below target", "gate from step", "date", "commit", "code"),
     "records by seed",
 )
 
@@ -134,7 +134,6 @@ def row(number: int, group: Group, machines: Sequence[tuple], trials: Counter, r
         to_target(group.seconds_to_target(), 1),
         letter(machines.index(stack_of(run))),
         str(trials[setting_family(run)]),
-        cell(max(run.start["utc"] for run in group.runs)[:10]),
         cell(folder),
     )
 
@@ -158,6 +157,7 @@ def evidence(number: int, group: Group, links: dict[str, str], results: Path) ->
         f"{gate(losses, run.target).margin:+.4f}" if is_whole and len(losses) >= MIN_RUNS else "-",
         cell(as_p(t_below(losses, run.target))) if is_whole else "-",
         "-" if step is None else str(step),
+        cell(max(run.start["utc"] for run in group.runs)[:10]),
         cell(" ".join(sorted(commits))) + (", changed" if is_dirty else ""),
         cell(run.start["code_hash"][:8]),
         " ".join(seeds),

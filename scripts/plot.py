@@ -70,15 +70,19 @@ def plot_groups(groups: Sequence[Group], path: Path, description: str = "") -> N
         near_target.set(**zoom(groups, target))
         for axis in (by_steps, by_seconds, near_target):
             axis.axhline(target, color="0.35", linewidth=1)
-            axis.annotate(f"target {target:g}", (0.01, target), xycoords=("axes fraction", "data"), va="bottom")
+            axis.annotate(
+                *(f"target {target:g}", (0.01, target)), xycoords=("axes fraction", "data"), xytext=(0, 3),
+                textcoords="offset points", bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5},
+            )  # fmt: skip
             axis.set_ylabel("validation loss (nats per token)")
             axis.grid(alpha=0.3)
         if by_steps.lines[:-1]:  # besides the target
             by_steps.legend()
         draw_steps_to_target(bars, groups, styles)
         first = groups[0].runs[0].start
+        lengths = " and ".join(map(str, sorted({group.planned_steps for group in groups})))
         train, machine = first["config"]["train"], f"{first['world_size']} x {printable(first['env']['device_name'])}"
-        figure.suptitle(f"{train['steps']} steps of {train['batch_tokens']:,} tokens on {machine}")
+        figure.suptitle(f"{lengths} steps of {train['batch_tokens']:,} tokens on {machine}")
         metadata = {"Description": description} | ({"Date": None} if path.suffix == ".svg" else {"Software": None})
         figure.savefig(path, dpi=120, metadata=metadata)
         plt.close(figure)

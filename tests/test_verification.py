@@ -1,5 +1,6 @@
 """Records are verified: honest ones pass, tampered and broken ones get a verdict, hostile ones harm nothing."""
 
+import contextlib
 import copy
 import json
 import math
@@ -10,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from results.foreign import LogError, read_log
-from results.record import RecordError, Run, code_hash
+from results.record import RecordError, Run, code_hash, read_record
 from results.replay import restore_sources
 from results.reproduction import reproduce
+from results.verdict import as_json, group_runs, report
 from results.verification import verify_folder, verify_run
 from scripts import verify
 from tests.conftest import OPTIMIZERS, ROOT, train_here
@@ -201,7 +203,7 @@ def test_replay_catches_what_the_record_hides(muon, tmp_path, capsys):
 
 
 def test_anything_gets_a_verdict(muon, tmp_path):
-    """1,000 broken records and logs: none raises, and memory stays small."""
+    """1,000 broken records and logs: none raises, what can be read is reported, and memory stays small."""
     rng = random.Random(0)
     muon[0]["sources"] = {"train_gpt.py": "x = 1\n", "tiny.toml": ""}
     muon[0]["code_hash"] = code_hash(muon[0]["sources"])
@@ -211,6 +213,11 @@ def test_anything_gets_a_verdict(muon, tmp_path):
     for i in range(1000):
         path.write_bytes(mutated(originals[i % 2], rng))
         assert verify_run(path).word in ("consistent", "refuted")
+        runs = []
+        with contextlib.suppress(RecordError):
+            runs.append(read_record(path))
+        for groups in group_runs(runs[: i % 10 == 0]).values():  # of every tenth, it is slow under tracemalloc
+            assert report(groups) and json.dumps(as_json(groups), allow_nan=False)
         try:
             assert all(trial.status in ("complete", "torn", "diverged", "open") for trial in read_log(path))
         except LogError as error:
