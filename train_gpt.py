@@ -86,6 +86,7 @@ from data.shards import ShardError
 from results.checkpoint import first_line, newest_checkpoint, save_checkpoint
 from results.describe import dry_run_report, peak_memory_mib, run_event
 from results.momentum import Dump, checked_dump, record_momentum
+from results.neurons import Neurons
 from results.record import RecordWriter, Validation, first_at_target
 from results.tracking import Tracker
 
@@ -203,8 +204,12 @@ class MLP(nn.Module):
         self.down = Linear(width, config.model_dim)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down(self.activations(x_BTD))
+
+    def activations(self, x_BTD: Tensor) -> Tensor:
+        """(B, T, D) to (B, T, hidden width)."""
         up = self.up(x_BTD)
-        return self.down(up.relu().square() if self.gate is None else F.silu(self.gate(x_BTD)) * up)
+        return up.relu().square() if self.gate is None else F.silu(self.gate(x_BTD)) * up
 
 
 class Block(nn.Module):
@@ -258,6 +263,15 @@ class GPT(nn.Module):
             x_BTD = block(x_BTD)
         z_BTV = self.head(self.head_norm(x_BTD)).float()
         return self.softcap * z_BTV * (z_BTV.square() + self.softcap**2).rsqrt()
+
+    def activations(self, inputs_BT: Tensor) -> Iterator[Tensor]:
+        """(B, T, hidden width) of each block's MLP, without a hook that compiled code would have to know of."""
+        x_BTD = self.embed_norm(self.embed(inputs_BT).to(self.activation_dtype))
+        for block in self.blocks:
+            x_BTD = x_BTD + block.attention(block.attention_norm(x_BTD))
+            hidden = block.mlp.activations(block.mlp_norm(x_BTD))
+            yield hidden
+            x_BTD = x_BTD + block.mlp.down(hidden)
 
     def forward(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Cross-entropy summed over the targets."""
@@ -592,6 +606,8 @@ def train_steps(
     config, ranks = run.config, run.ranks
     first_step, steps = progress.step, config.train.steps
     guard, log, console = Guard(run.model, ranks), StepLog(config.train.log_every, ranks), Console(config, ranks, clock)
+    neurons = Neurons(config, validation_steps(config), run.model, run.optimizers[-1], ranks)
+    shown_tokens = data.val_tokens[: neurons.num_tokens + 1]
     due = validation_steps(config) - {look.step for look in progress.validations}
     with stop_signals(guard.request_stop), last_words(clock, log, record):
         for step in range(first_step, steps + 1):
@@ -610,8 +626,13 @@ def train_steps(
                     check_validation(look, config.model.vocab_size)
                     progress.validations.append(look)
                     console.show(look)
-                    events.append({"event": "val", "tokens": step * config.train.batch_tokens} | look._asdict())
-                    record.write(events[-1])
+                    looked = [{"event": "val", "tokens": step * config.train.batch_tokens} | look._asdict()]
+                    if step in neurons.steps:
+                        inputs, _ = to_device(stage(shown_tokens, ranks.device), config.model.seq_len, ranks.device)
+                        looked.append(neurons.measure(step, inputs))
+                        console.show_neurons(looked[-1])
+                    record.write(*looked)
+                    events += looked
                     point("validated", step)
                 tracker.log(*events)
                 clock.charge("val")
@@ -622,6 +643,10 @@ def train_steps(
                 raise HarnessError(Exit.PREEMPTED, f"stopped at step {step}; the same command with --resume goes on")
             if step == steps:
                 return
+            if step + 1 in neurons.steps:
+                clock.charge("train")
+                neurons.before_update()
+                clock.charge("val")
             train_step(run, model, step, guard, log)
             console.tick(step + 1, sum(later > step for later in due))
 
@@ -729,6 +754,10 @@ class Console:
         )
         self.num_validations += 1
         self.last_s = time.monotonic()
+
+    def show_neurons(self, event: dict[str, Any]) -> None:
+        shares = " ".join(f"{key}:{100 * event[key]:.1f}%" for key in ("dead", "silent", "starved"))
+        self.ranks.say(f"step:{event['step']}/{self.steps} neurons {shares}")
 
     def tick(self, step: int, validations_left: int) -> None:
         """After each step; says something only when nothing was said for a while."""

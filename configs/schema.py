@@ -77,6 +77,7 @@ class EvalConfig:
     late_every: int  # steps, over the last late_frac of the run
     late_frac: float
     target: float
+    telemetry: bool = True  # whether the record says how neurons fare, see results/neurons.py
 
 
 @dataclass(frozen=True, kw_only=True)

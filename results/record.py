@@ -1,4 +1,6 @@
-"""The record of a run: one JSONL file, one event a line (run, train, val, resume, end). Written here and read here.
+"""The record of a run: one JSONL file, one event a line. Written here and read here.
+
+Events: run, train, val, neurons (of results/neurons.py), resume, end.
 
 Needs nothing but Python, so that results can be analysed on any machine.
 """
@@ -63,8 +65,8 @@ class RecordWriter:
 
 SOURCE_MODULES = [
     *("configs/schema.py", "data/loader.py", "data/manifest.py", "data/overlap.py", "data/shards.py"),
-    *("results/checkpoint.py", "results/describe.py", "results/momentum.py", "results/record.py"),
-    "results/tracking.py",
+    *("results/checkpoint.py", "results/describe.py", "results/momentum.py", "results/neurons.py"),
+    *("results/record.py", "results/tracking.py"),
 ]
 
 
@@ -92,7 +94,8 @@ def task_hash(config: dict[str, Any], stream_id: str) -> str:
 
     config: the resolved config, as a record has it. stream_id: of the data.
     """
-    task = {"model": model_of(config), "batch_tokens": config["train"]["batch_tokens"], "eval": config["eval"]}
+    evaluation = {key: value for key, value in config["eval"].items() if key != "telemetry"}
+    task = {"model": model_of(config), "batch_tokens": config["train"]["batch_tokens"], "eval": evaluation}
     return json_hash(task | {"data": stream_id})
 
 
@@ -151,6 +154,7 @@ class Run:
     start: dict[str, Any]
     validations: list[Validation] = field(default_factory=list)
     train_events: list[dict[str, Any]] = field(default_factory=list)
+    neuron_events: list[dict[str, Any]] = field(default_factory=list)
     end: dict[str, Any] | None = None
 
     @property
@@ -191,11 +195,18 @@ FIELD_TYPES = {
     "val": {"step": int, "tokens": int, "val_loss": NUMBER, "train_time_s": NUMBER},
     "train": {"step": int, **dict.fromkeys(("train_loss", "lr", "step_ms", "optimizer_ms"), NUMBER)},
     "end": {"status": str, "step": int, "train_time_s": NUMBER, "untimed": dict, "segments": int},
+    "neurons": {
+        **dict.fromkeys(("step", "tokens", "width"), int),
+        **dict.fromkeys(("dead", "silent", "starved", "starved_momentum"), NUMBER),
+        "layers": list,
+        "matrices": dict,
+    },
     "resume": {"step": int},
 }
 REQUIRED_FIELDS = {
     "val": ("step", "val_loss", "train_time_s"),
     "train": ("step",),
+    "neurons": ("step", "width", "layers", "matrices"),
     "end": ("status",),
 }
 
@@ -285,6 +296,7 @@ def read_record(path: Path) -> Run:
     run: Run | None = None
     validations: dict[int, Validation] = {}
     train_events: dict[int, dict[str, Any]] = {}
+    neuron_events: dict[int, dict[str, Any]] = {}
     for _, event in read_events(path):
         kind = event["event"]
         if run is None:
@@ -294,6 +306,8 @@ def read_record(path: Path) -> Run:
             validations[event["step"]] = Validation(event["step"], event["val_loss"], event["train_time_s"])
         elif kind == "train":
             train_events[event["step"]] = event
+        elif kind == "neurons":
+            neuron_events[event["step"]] = event
         elif kind == "end":
             if event["status"] == "done":
                 check_needed(event, NEEDED_OF_DONE, path)
@@ -304,6 +318,7 @@ def read_record(path: Path) -> Run:
         raise RecordError(f"{path} holds no event")
     run.validations = [validations[step] for step in sorted(validations)]
     run.train_events = [train_events[step] for step in sorted(train_events)]
+    run.neuron_events = [neuron_events[step] for step in sorted(neuron_events)]
     return run
 
 

@@ -7,6 +7,7 @@
 | config against embedded track and argv | a swapped config | both changed alike |
 | lr of each train event against the schedule | steps, lr or schedule edited | a logged lr that is not used |
 | looks against the declared steps | early stop, extra or dropped looks | looks that were never logged |
+| neurons: counts, shares and ranks within their bounds, at declared steps | impossible numbers | invented ones |
 | times rise, step times add up, all differ | edited times, times typed in | a patched clock |
 | step time against 6 N FLOP a token | impossible speed | a merely flattering one |
 | a val loss is a sum of float32 over its tokens | losses typed in or rounded | a sum that was forged on purpose |
@@ -124,18 +125,18 @@ def missing_fields(events: list[dict[str, Any]]) -> list[str]:
 
 def check_order(run: Events) -> Iterator[str]:
     kinds = [event["event"] for event in run.rest]
-    unknown = set(kinds) - {"val", "train", "resume", "end"}
+    unknown = set(kinds) - {"val", "train", "neurons", "resume", "end"}
     if unknown:
         yield f"events of unknown kinds: {sorted(map(str, unknown))}"
     for kind, following in itertools.pairwise(kinds):
         if kind == "end" and following != "resume":
             yield f"an end event is followed by a {following} event"
     seen: dict[int, float] = {}
-    last = {"val": -1, "train": -1}
+    last = {"val": -1, "train": -1, "neurons": -1}
     for event in run.rest:
         kind = event["event"]
         if kind == "resume":
-            last = {"val": -1, "train": -1}
+            last = dict.fromkeys(last, -1)
         if kind not in last:
             continue
         step = event["step"]
@@ -336,7 +337,49 @@ def check_end(run: Events) -> Iterator[str]:
         yield "end event: weights_sha256 is no sha256"
 
 
-CHECKS = (check_order, check_identity, check_config, check_looks, check_times, check_lr, check_losses, check_end)
+def check_neurons(run: Events) -> Iterator[str]:
+    model, looks, steps = run.config["model"], run.config["eval"], {event["step"] for event in run.of("val")}
+    last, events = run.config["train"]["steps"], {event["step"]: event for event in run.of("neurons")}
+    planned = {step for step in declared_looks(run.config) if step > 0 and (step % looks["every"] == 0 or step == last)}
+    # A crash may have come between the two lines of the last look.
+    certain = planned & (steps if run.of("end") else steps - {max(steps, default=0)})
+    if not looks.get("telemetry", False):
+        planned = certain = set()
+    if not certain <= set(events) <= planned:
+        yield f"neurons are not those of the declared steps: {sorted(certain ^ set(events))[:5]}"
+    width, layers = model["mlp_expansion"] * model["model_dim"], range(model["num_layers"])
+    kinds = ("gate", "up", "down") if model.get("mlp") == "swiglu" else ("up", "down")
+    names = [f"blocks.{i}.mlp.{kind}" for i in layers for kind in kinds]
+    for step, event in events.items():
+        found, tall = event["matrices"], [name for name in names if not name.endswith("down")]
+        if (event["width"], len(event["layers"]), sorted(found)) != (width, len(layers), sorted(names)):
+            yield f"step {step}: neurons are not of the model in the config"
+            continue
+        sums = {key: sum(layer[key] for layer in event["layers"]) / (width * len(layers)) for key in ("dead", "silent")}
+        for key in ("starved", "starved_momentum"):
+            sums[key] = sum(found[name][key] for name in tall) / (width * len(tall))
+        is_possible = [0 < event["tokens"] <= looks["tokens"], *(0 <= event[key] <= 1 for key in sums)]
+        is_possible += [math.isclose(event[key], value, abs_tol=1e-9) for key, value in sums.items()]
+        for layer in event["layers"]:
+            is_possible += [0 <= layer["silent"] <= width, 0 <= (layer["still_dead"] or 0) <= layer["dead"] <= width]
+        for matrix in found.values():
+            low, high = matrix["update_quantiles"][0], matrix["update_quantiles"][-1]
+            rank = matrix["effective_rank"]
+            is_possible += [0 <= matrix[key] <= width for key in ("starved", "starved_momentum")]
+            is_possible += [
+                0 <= matrix["update_cv"] <= math.sqrt(width),
+                0 <= rank <= 1.001 * min(width, model["model_dim"]),
+            ]
+            is_possible += [low == high == 0 or 0 <= low <= 1.001 and 0.999 <= high <= width]
+            is_possible.append(matrix["update_quantiles"] == sorted(matrix["update_quantiles"]))
+        if not all(is_possible):
+            yield f"step {step}: numbers on neurons cannot be"
+
+
+CHECKS = (
+    *(check_order, check_identity, check_config, check_looks, check_times, check_lr, check_losses, check_neurons),
+    check_end,
+)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

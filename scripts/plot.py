@@ -1,6 +1,7 @@
 """Plots of run records: loss against steps and seconds, the neighbourhood of the target, steps to the target.
 
 python scripts/plot.py results/quick --out curves.png
+python scripts/plot.py neurons results/quick --out neurons.svg      starved and dead neurons, see scripts/neurons.py
 """
 
 import argparse
@@ -83,9 +84,14 @@ def plot_groups(groups: Sequence[Group], path: Path, description: str = "") -> N
         lengths = " and ".join(map(str, sorted({group.planned_steps for group in groups})))
         train, machine = first["config"]["train"], f"{first['world_size']} x {printable(first['env']['device_name'])}"
         figure.suptitle(f"{lengths} steps of {train['batch_tokens']:,} tokens on {machine}")
-        metadata = {"Description": description} | ({"Date": None} if path.suffix == ".svg" else {"Software": None})
-        figure.savefig(path, dpi=120, metadata=metadata)
+        save_figure(figure, path, description)
         plt.close(figure)
+
+
+def save_figure(figure, path: Path, description: str = "") -> None:
+    """As PNG or SVG, without a date."""
+    metadata = {"Description": description} | ({"Date": None} if path.suffix == ".svg" else {"Software": None})
+    figure.savefig(path, dpi=120, metadata=metadata)
 
 
 def styles_of(groups: Sequence[Group]) -> list[tuple]:
@@ -168,6 +174,7 @@ def draw_steps_to_target(axis, groups: Sequence[Group], styles: Sequence[tuple])
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=("loss", "neurons"), default="loss", help="to draw (default: loss)")
     parser.add_argument("folder", type=Path, help="records of one task")
     parser.add_argument("--out", type=Path, required=True, help="PNG or SVG to write")
     args = parser.parse_args()
@@ -181,7 +188,13 @@ def main() -> int:
         return 2
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        plot_loss_curves(runs, args.out)
+        if args.what == "neurons":
+            from scripts.neurons import plot_neurons
+
+            (groups,) = group_runs(runs).values()
+            plot_neurons(groups, args.out)
+        else:
+            plot_loss_curves(runs, args.out)
     except (OSError, ValueError) as error:  # ValueError: a suffix that is no picture
         print(f"error: {args.out} cannot be written: {error}", file=sys.stderr)
         return 2
