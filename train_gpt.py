@@ -20,12 +20,12 @@ import os
 import signal
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent
 IMPORT_BEGIN_NS = time.perf_counter_ns()
@@ -74,17 +74,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import aurora
+from aurora.runtime.attention import choose_attention
+from aurora.runtime.batch import BatchPlan, halvings, plan_batch
 from aurora.runtime.clock import Clock, elapsed_ms, time_mark
+from aurora.runtime.compiled import Model, compiled_where_possible
+from aurora.runtime.console import Console
 from aurora.runtime.faults import point
+from aurora.runtime.functions import Held, HeldWeights, SoftCapCrossEntropy, soft_cap
+from aurora.runtime.gradients import GradientSum
 from aurora.runtime.guard import Guard
-from aurora.runtime.process import die_with_launcher, lock_folder, report_exit, stop_signals
-from aurora.runtime.ranks import Ranks, digest, is_out_of_memory, is_peer_failure, join_ranks, leave_ranks
+from aurora.runtime.memory import available_gib, first_that_fits
+from aurora.runtime.process import check_writable, die_with_launcher, lock_folder, report_exit, stop_signals
+from aurora.runtime.ranks import (
+    Ranks,
+    digest,
+    is_out_of_memory,
+    is_peer_failure,
+    join_ranks,
+    leave_ranks,
+    shared_variables,
+)
 from aurora.runtime.watch import Watch
 from configs.schema import Config, Exit, HarnessError, ModelConfig, load_config, typed_table
 from data.loader import RunData, TokenLoader, open_run_data
 from data.shards import ShardError
 from results.checkpoint import first_line, newest_checkpoint, save_checkpoint
-from results.describe import dry_run_report, peak_memory_mib, run_event
+from results.describe import dry_run_report, memory_estimate_gib, peak_memory_mib, run_event
 from results.momentum import Dump, checked_dump, record_momentum
 from results.neurons import Neurons
 from results.record import RecordWriter, Validation, first_at_target
@@ -93,39 +108,7 @@ from results.tracking import Tracker
 IMPORT_NS = time.perf_counter_ns() - IMPORT_BEGIN_NS
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Batch and data
-
-
-class BatchPlan(NamedTuple):
-    """How one rank works off its share of a batch: micro_steps forward passes of micro_batch sequences."""
-
-    micro_steps: int
-    micro_batch: int
-    val_sequences: int
-
-
-def plan_batch(config: Config, world_size: int) -> BatchPlan:
-    """Split batch and validation set over ranks, so that the global batch never depends on their number."""
-    sequences, val_sequences = (
-        config.train.batch_tokens // config.model.seq_len,
-        config.eval.tokens // config.model.seq_len,
-    )
-    for key, count in (("train.batch_tokens", sequences), ("eval.tokens", val_sequences)):
-        if count % world_size:
-            raise HarnessError(
-                Exit.CONFIG,
-                f"{world_size} ranks do not divide the {count} sequences of {key}; "
-                f"use a number of ranks that divides {math.gcd(sequences, val_sequences)}",
-            )
-    own_sequences = sequences // world_size
-    micro_batch = min(config.train.micro_batch, own_sequences)
-    if own_sequences % micro_batch:
-        raise HarnessError(
-            Exit.CONFIG,
-            f"train.micro_batch = {micro_batch} does not divide the {own_sequences} sequences "
-            f"of a rank; set it to a divisor of {own_sequences}",
-        )
-    return BatchPlan(own_sequences // micro_batch, micro_batch, val_sequences // world_size)
+# Data
 
 
 def stage(window: np.ndarray, device: torch.device) -> Tensor:
@@ -156,8 +139,20 @@ class RMSNorm(nn.Module):
 class Linear(nn.Linear):
     """A linear layer with bias that computes in the dtype of its input."""
 
+    held: tuple[Tensor, Tensor] | None = None  # see GPT.weights_at_rest()
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.type_as(x), self.bias.type_as(x))
+        return side_by_side(x, self)
+
+
+def side_by_side(x: Tensor, first: Linear, *others: Linear) -> Tensor:
+    """The outputs of layers that share their input, one after the other along the last dimension: one matmul."""
+    parts = zip(*((layer.weight, layer.bias) for layer in (first, *others)), strict=True)
+    if first.held:
+        weight, bias = (Held.apply(copy, *tensors) for copy, tensors in zip(first.held, parts, strict=True))
+    else:
+        weight, bias = ((torch.cat(tensors) if others else tensors[0]).type_as(x) for tensors in parts)
+    return F.linear(x, weight, bias)
 
 
 class Rotary(nn.Module):
@@ -167,14 +162,15 @@ class Rotary(nn.Module):
         super().__init__()
         frequencies = (1 / base) ** torch.linspace(0, 1, head_dim // 4)
         frequencies = torch.cat([frequencies, torch.zeros(head_dim // 4)])
-        angles_T1K = torch.outer(torch.arange(seq_len, dtype=torch.float32), frequencies)[:, None, :]
-        self.register_buffer("cos_T1K", angles_T1K.cos(), persistent=False)
-        self.register_buffer("sin_T1K", angles_T1K.sin(), persistent=False)
+        angles_T11K = torch.outer(torch.arange(seq_len, dtype=torch.float32), frequencies)[:, None, None, :]
+        self.register_buffer("cos_T11K", angles_T11K.cos(), persistent=False)
+        self.register_buffer("sin_T11K", angles_T11K.sin(), persistent=False)
 
-    def forward(self, x_BTHK: Tensor) -> Tensor:
-        cos, sin = self.cos_T1K[: x_BTHK.size(1)], self.sin_T1K[: x_BTHK.size(1)]
-        x1, x2 = x_BTHK.float().chunk(2, dim=-1)
-        return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1).type_as(x_BTHK)
+    def forward(self, x_BT2HK: Tensor) -> Tensor:
+        """Queries and keys at once: each operation that a CPU or an eager GPU starts is one for both."""
+        cos, sin = self.cos_T11K[: x_BT2HK.size(1)], self.sin_T11K[: x_BT2HK.size(1)]
+        x1, x2 = x_BT2HK.float().chunk(2, dim=-1)
+        return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1).type_as(x_BT2HK)
 
 
 class Attention(nn.Module):
@@ -188,9 +184,10 @@ class Attention(nn.Module):
         self.rotary = Rotary(config.model_dim // config.num_heads, config.seq_len, config.rope_base)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        q, k, v = (layer(x_BTD).unflatten(-1, (self.num_heads, -1)) for layer in (self.q, self.k, self.v))
-        q, k = (self.rotary(F.rms_norm(x_BTHK, x_BTHK.shape[-1:])) for x_BTHK in (q, k))
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        qkv_BT3HK = side_by_side(x_BTD, self.q, self.k, self.v).unflatten(-1, (3, self.num_heads, -1))
+        qk_BT2HK, v_BTHK = qkv_BT3HK[:, :, :2], qkv_BT3HK[:, :, 2]
+        q_BTHK, k_BTHK = self.rotary(F.rms_norm(qk_BT2HK, qk_BT2HK.shape[-1:])).unbind(2)
+        q, k, v = (x_BTHK.transpose(1, 2) for x_BTHK in (q_BTHK, k_BTHK, v_BTHK))
         y_BHTK = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
         return self.out(y_BHTK.transpose(1, 2).flatten(-2))
 
@@ -234,6 +231,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
         self.head_norm = RMSNorm(config.model_dim)
         self.head = Linear(config.model_dim, config.vocab_size)
+        self.held: HeldWeights | None = None
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -256,17 +254,26 @@ class GPT(nn.Module):
         by_id = {id(self.embed.weight): "embed", id(self.head.weight): "head", **dict.fromkeys(matrices, "matrix")}
         return [aurora.Param(name, p, by_id.get(id(p), "vector")) for name, p in self.named_parameters()]
 
-    def logits(self, inputs_BT: Tensor) -> Tensor:
-        """(B, T) tokens to (B, T, V) float32 logits, soft-capped: 15 z / sqrt(z^2 + 15^2) with softcap 15."""
-        x_BTD = self.embed_norm(self.embed(inputs_BT).to(self.activation_dtype))
-        for block in self.blocks:
-            x_BTD = block(x_BTD)
-        z_BTV = self.head(self.head_norm(x_BTD)).float()
-        return self.softcap * z_BTV * (z_BTV.square() + self.softcap**2).rsqrt()
+    def weights_at_rest(self) -> AbstractContextManager[None]:
+        """While weights do not change, matmuls can use copies made once: in the activations' dtype, q, k, v as one."""
+        if self.held is None:
+            packs = [(module.q, module.k, module.v) for module in self.modules() if isinstance(module, Attention)]
+            if self.activation_dtype != self.head.weight.dtype:
+                packed = {layer for pack in packs for layer in pack}
+                packs += [(m,) for m in self.modules() if isinstance(m, Linear) and m not in packed]
+            self.held = HeldWeights(packs, self.activation_dtype)
+        return self.held.at_rest()
+
+    def embedded(self, inputs_BT: Tensor) -> Tensor:
+        return self.embed_norm(self.embed(inputs_BT).to(self.activation_dtype))
+
+    def loss(self, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+        z_NV = self.head(self.head_norm(x_BTD)).flatten(0, 1)
+        return SoftCapCrossEntropy.apply(z_NV, targets_BT.flatten(), self.softcap)
 
     def activations(self, inputs_BT: Tensor) -> Iterator[Tensor]:
         """(B, T, hidden width) of each block's MLP, without a hook that compiled code would have to know of."""
-        x_BTD = self.embed_norm(self.embed(inputs_BT).to(self.activation_dtype))
+        x_BTD = self.embedded(inputs_BT)
         for block in self.blocks:
             x_BTD = x_BTD + block.attention(block.attention_norm(x_BTD))
             hidden = block.mlp.activations(block.mlp_norm(x_BTD))
@@ -275,7 +282,17 @@ class GPT(nn.Module):
 
     def forward(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Cross-entropy summed over the targets."""
-        return F.cross_entropy(self.logits(inputs_BT).flatten(0, 1), targets_BT.flatten(), reduction="sum")
+        x_BTD = self.embedded(inputs_BT)
+        for block in self.blocks:
+            x_BTD = block(x_BTD)
+        return self.loss(x_BTD, targets_BT)
+
+    def logits(self, inputs_BT: Tensor) -> Tensor:
+        """(B, T) tokens to (B, T, V) float32 logits, soft-capped."""
+        x_BTD = self.embedded(inputs_BT)
+        for block in self.blocks:
+            x_BTD = block(x_BTD)
+        return soft_cap(self.head(self.head_norm(x_BTD)).float(), self.softcap)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -328,6 +345,12 @@ class Training:
     optimizers: list[torch.optim.Optimizer]
     loader: TokenLoader
 
+    def __post_init__(self) -> None:
+        """Sums are prepared here: with several ranks, parameters get hooks."""
+        params = reversed(list(self.model.parameters()))
+        wire_dtype = self.model.activation_dtype  # to which autograd has rounded the gradients of a pass anyway
+        self.sum = GradientSum(params, self.optimizers, wire_dtype) if self.ranks.world_size > 1 else None
+
     def state_dict(self) -> dict[str, Any]:
         """The whole state, the same on every rank and for any number of them. Collective: sharded state is gathered."""
         return {
@@ -362,34 +385,21 @@ def validation_steps(config: Config) -> set[int]:
     return {step for step in range(steps) if step % every[step] == 0} | {steps}
 
 
-def forward_backward(model: nn.Module, batch: tuple[Tensor, Tensor], run: Training) -> Tensor:
-    """Accumulate this rank's gradients of the mean loss over the global batch; returns its share of that loss."""
-    losses = []
-    for inputs, targets in zip(*(part.split(run.plan.micro_batch) for part in batch), strict=True):
-        loss = model(inputs, targets) / run.config.train.batch_tokens
-        loss.backward()
-        losses.append(loss.detach())
-        point("backward", run.loader.step - 1, [losses[-1]])
-    return torch.stack(losses).sum()
+def forward_backward(model: Model, batch: tuple[Tensor, Tensor], run: Training) -> Tensor:
+    """Accumulate this rank's gradients of the mean loss over the global batch; returns its share of that loss.
 
-
-def reduce_gradients(run: Training) -> None:
-    """Sum gradients over ranks: a matrix's into its owner, all others into everyone.
-
-    Each rank's are rounded to the dtype of the activations, travel so, and are summed in float32.
+    Their sum over ranks begins with the last pass and ends with run.sum.finish().
     """
-    if run.ranks.world_size == 1:
-        return
-    wire_dtype = run.model.activation_dtype
-    for optimizer in run.optimizers:
-        if isinstance(optimizer, aurora.MatrixOptimizer):
-            optimizer.reduce_gradients(wire_dtype)
-            continue
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
-        flat = torch.cat([grad.flatten() for grad in grads])  # one collective instead of a hundred
-        aurora.all_reduce(flat, wire_dtype)
-        parts = flat.split([grad.numel() for grad in grads])
-        torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads, strict=True)])
+    losses = []
+    with run.model.weights_at_rest():
+        for inputs, targets in zip(*(part.split(run.plan.micro_batch) for part in batch), strict=True):
+            if run.sum and len(losses) == run.plan.micro_steps - 1:
+                run.sum.overlap()
+            loss = model(inputs, targets) / run.config.train.batch_tokens
+            loss.backward()
+            losses.append(loss.detach())
+            point("backward", run.loader.step - 1, [losses[-1]])
+    return torch.stack(losses).sum()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -397,16 +407,17 @@ def reduce_gradients(run: Training) -> None:
 
 
 @torch.no_grad()
-def validate(model: nn.Module, data: RunData, run: Training) -> float:
+def validate(model: Model, data: RunData, run: Training) -> float:
     """Mean loss over the fixed validation tokens, in sequences that do not overlap. Collective; changes nothing."""
     config, plan, ranks = run.config, run.plan, run.ranks
     own_tokens = plan.val_sequences * config.model.seq_len
     window = data.val_tokens[ranks.rank * own_tokens : (ranks.rank + 1) * own_tokens + 1]
     batch = to_device(stage(window, ranks.device), config.model.seq_len, ranks.device)
     losses = []
-    for micro in zip(*(part.split(plan.micro_batch) for part in batch), strict=True):
-        point("measure", run.loader.step)
-        losses.append(model(*micro))
+    with run.model.weights_at_rest():
+        for micro in zip(*(part.split(plan.val_batch) for part in batch), strict=True):
+            point("measure", run.loader.step)
+            losses.append(model(*micro))
     total = torch.stack(losses).cpu().double().sum().to(ranks.device if ranks.world_size > 1 else "cpu")
     return ranks.all_reduce(total).item() / config.eval.tokens
 
@@ -414,26 +425,27 @@ def validate(model: nn.Module, data: RunData, run: Training) -> float:
 WARMUP_STEPS = 2
 
 
-def warm_up(model: nn.Module, run: Training) -> None:
+def made_up_batch(sequences: int, run: Training) -> tuple[Tensor, Tensor]:
+    """Inputs and targets of random tokens, always the same."""
+    seq_len, generator = run.config.model.seq_len, torch.Generator().manual_seed(0)
+    tokens = torch.randint(run.config.model.vocab_size, (sequences * seq_len + 1,), generator=generator)
+    return to_device(stage(tokens.numpy(), run.ranks.device), seq_len, run.ranks.device)
+
+
+def warm_up(model: Model, run: Training) -> None:
     """Run every shape once on made-up tokens (compilers, allocators, first collectives), then undo it all."""
-    before = copy.deepcopy(run.state_dict())
-    generator = torch.Generator().manual_seed(0)
-    seq_len, plan = run.config.model.seq_len, run.plan
-
-    def made_up_batch(sequences: int) -> tuple[Tensor, Tensor]:
-        tokens = torch.randint(run.config.model.vocab_size, (sequences * seq_len + 1,), generator=generator)
-        return to_device(stage(tokens.numpy(), run.ranks.device), seq_len, run.ranks.device)
-
+    before, plan = copy.deepcopy(run.state_dict()), run.plan
     try:
         for _ in range(WARMUP_STEPS):
-            forward_backward(model, made_up_batch(plan.micro_steps * plan.micro_batch), run)
-            reduce_gradients(run)
+            forward_backward(model, made_up_batch(plan.micro_steps * plan.micro_batch, run), run)
+            if run.sum:
+                run.sum.finish()
             for optimizer in run.optimizers:
                 optimizer.step()
             run.model.zero_grad()
-        with torch.no_grad():
-            for sequences in {min(plan.micro_batch, plan.val_sequences), plan.val_sequences % plan.micro_batch} - {0}:
-                model(*made_up_batch(sequences))
+        with torch.no_grad(), run.model.weights_at_rest():
+            for sequences in {plan.val_batch, plan.val_sequences % plan.val_batch} - {0}:
+                model(*made_up_batch(sequences, run))
     finally:
         run.model.zero_grad()
         run.load_state_dict(before)
@@ -443,28 +455,36 @@ def warm_up(model: nn.Module, run: Training) -> None:
         raise RuntimeError("warm-up left a trace in weights, optimizer state, RNG or loader")
 
 
-def compile_and_warm_up(run: Training) -> nn.Module:
-    """The model to call in training: compiled where the config says so, warm, and otherwise untouched."""
-    mode, ranks = run.config.train.compile, run.ranks
-    if mode == "on" or (mode == "auto" and ranks.device.type == "cuda"):
-        from torch._dynamo.exc import TorchDynamoException
-        from torch._inductor.exc import InductorError
+def fit_micro_batch(model: Model, run: Training) -> None:
+    """Halve the micro-batch until passes of its size fit into the memory of every rank. Collective."""
+    world_size, params = run.ranks.world_size, run.model.roles()
 
+    def attempt(size: int) -> None:
+        plan = plan_batch(run.config, world_size, size)
         try:
-            compiled = torch.compile(run.model, dynamic=False)
-            warm_up(compiled, run)
-            ranks.say("model: compiled")
-            return compiled
-        except (TorchDynamoException, InductorError) as error:
-            reason = f"torch.compile failed: {first_line(error)}"
-            if mode == "on":
-                raise HarnessError(Exit.CONFIG, f"train.compile = 'on', but {reason}; set it to 'off'") from error
-            ranks.say(f"model: eager, for {reason}")
-            torch._dynamo.reset()
-    else:
-        ranks.say(f"model: eager (train.compile = {mode!r} on {ranks.device.type})")
-    warm_up(run.model, run)
-    return run.model
+            with run.model.weights_at_rest():
+                for _ in range(min(2, plan.micro_steps)):  # the second meets the gradients of the first
+                    model(*made_up_batch(size, run)).backward()
+                with torch.no_grad():
+                    model(*made_up_batch(plan.val_batch, run))
+        finally:
+            run.model.zero_grad()
+
+    sizes = halvings(run.plan)
+    gib = {size: memory_estimate_gib(run.config, params, run.optimizers, world_size, size) for size in sizes}
+    # The estimate is for eager mode, and compiled code keeps less: what it puts far too high is not worth compiling.
+    limit_gib = 2 * available_gib(run.ranks)
+    sizes = [size for size in sizes if gib[size]["activations"] < limit_gib] or sizes[-1:]
+    later_gib = gib[1]["optimizer state"] + (gib[1]["weights"] if world_size > 1 else 0)  # and gradients on their way
+    run.plan = plan_batch(run.config, world_size, first_that_fits(sizes, attempt, run.ranks, later_gib))
+
+
+def prepare(model: Model, run: Training) -> str:
+    """Find the micro-batch and warm up; says what it is."""
+    if run.config.train.micro_batch == "auto":
+        fit_micro_batch(model, run)
+    warm_up(model, run)
+    return f"micro-batch {run.plan.micro_batch}, {run.plan.micro_steps} a step"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -540,8 +560,9 @@ def train_in_folder(
     clock.charge("setup")
 
     point("warm_up", 0)
-    callable_model = compile_and_warm_up(run)
-    start["compiled"] = callable_model is not model
+    start["attention"] = choose_attention(config.model, ranks.device)
+    callable_model = compiled_where_possible(model, config.train.compile, ranks, lambda called: prepare(called, run))
+    start |= {"compiled": callable_model is not model, "micro_batch": run.plan.micro_batch}
     progress = Progress()
     if checkpoint:
         ranks.together(lambda: go_on_from(checkpoint["training"], run))
@@ -556,7 +577,8 @@ def train_in_folder(
     if ranks.all_gather_object(record.is_new())[0]:
         record.write(start)
     if checkpoint:
-        here = {key: start[key] for key in ("utc", "world_size", "device", "compiled", "git", "env")}
+        changed = ("utc", "world_size", "device", "compiled", "attention", "micro_batch", "git", "env")
+        here = {key: start[key] for key in changed}
         record.write({"event": "resume", "step": progress.step, "segment": progress.segments} | here)
     tracker = Tracker(args.wandb, start, ranks.is_main)
     if ranks.device.type == "cuda":
@@ -594,7 +616,7 @@ def train_in_folder(
 
 def train_steps(
     run: Training,
-    model: nn.Module,
+    model: Model,
     data: RunData,
     progress: Progress,
     clock: Clock,
@@ -625,7 +647,7 @@ def train_steps(
                     look = Validation(step, validate(model, data, run), clock.slowest_train_s())
                     check_validation(look, config.model.vocab_size)
                     progress.validations.append(look)
-                    console.show(look)
+                    console.show(*look)
                     looked = [{"event": "val", "tokens": step * config.train.batch_tokens} | look._asdict()]
                     if step in neurons.steps:
                         inputs, _ = to_device(stage(shown_tokens, ranks.device), config.model.seq_len, ranks.device)
@@ -685,7 +707,7 @@ def last_words(clock: Clock, log: StepLog, record: RecordWriter) -> Iterator[Non
         raise
 
 
-def train_step(run: Training, model: nn.Module, step: int, guard: Guard, log: StepLog) -> None:
+def train_step(run: Training, model: Model, step: int, guard: Guard, log: StepLog) -> None:
     """One update, from tokens to weights: all that the clock sees."""
     device = run.ranks.device
     begin = time_mark(device)
@@ -696,7 +718,8 @@ def train_step(run: Training, model: nn.Module, step: int, guard: Guard, log: St
     guard.check(step, loss, getattr(run.optimizers[-1], "found_non_finite", None))
     optimizer_begin = time_mark(device)
     point("gradient_sum", step)
-    reduce_gradients(run)
+    if run.sum:
+        run.sum.finish()
     point("update", step, [p.grad for p in run.optimizers[-1].param_groups[0]["params"] if p.grad is not None])
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
@@ -734,43 +757,6 @@ def end_event(status: str, run: Training, progress: Progress, clock: Clock) -> d
         "weights_sha256": weights_sha256,
         "peak_mem_mib": memory_mib,
     }
-
-
-class Console:
-    """The community's console lines, and progress with an ETA in between. Nothing of ours reads them back."""
-
-    EVERY_S = 5.0
-
-    def __init__(self, config: Config, ranks: Ranks, clock: Clock):
-        self.steps, self.ranks, self.clock = config.train.steps, ranks, clock
-        self.num_validations = 0
-        self.last_s = time.monotonic()
-
-    def show(self, look: Validation) -> None:
-        step_avg_ms = 1000 * look.train_time_s / look.step if look.step else math.nan
-        self.ranks.say(
-            f"step:{look.step}/{self.steps} val_loss:{look.val_loss:.5f} train_time:{look.train_time_s:.3f}s "
-            f"step_avg:{step_avg_ms:.2f}ms"
-        )
-        self.num_validations += 1
-        self.last_s = time.monotonic()
-
-    def show_neurons(self, event: dict[str, Any]) -> None:
-        shares = " ".join(f"{key}:{100 * event[key]:.1f}%" for key in ("dead", "silent", "starved"))
-        self.ranks.say(f"step:{event['step']}/{self.steps} neurons {shares}")
-
-    def tick(self, step: int, validations_left: int) -> None:
-        """After each step; says something only when nothing was said for a while."""
-        if time.monotonic() - self.last_s < self.EVERY_S:
-            return
-        self.last_s = time.monotonic()
-        train_s = self.clock.running_train_s()
-        validation_s = self.clock.spent_s("val") / max(1, self.num_validations)
-        eta_s = (self.steps - step) * train_s / step + validations_left * validation_s
-        step_avg_ms = 1000 * train_s / step
-        self.ranks.say(
-            f"step:{step}/{self.steps} train_time:{train_s:.3f}s step_avg:{step_avg_ms:.2f}ms eta:{eta_s:.0f}s"
-        )
 
 
 def checked_hparams(config: Config) -> dict[str, Any]:
@@ -830,21 +816,6 @@ def check_schedule(config: Config) -> None:
             f"{config.warmup_steps} and schedule.cooldown_frac = {config.schedule.cooldown_frac} leave no step for it "
             f"in train.steps = {config.train.steps}",
         )
-
-
-def shared_variables(env: dict[str, Any]) -> dict[str, str]:
-    """The environment variables that all ranks should have alike; launchers set some for each."""
-    own = ("TORCHELASTIC_", "CUDA_VISIBLE_DEVICES")
-    return {key: value for key, value in env["variables"].items() if not key.startswith(own)}
-
-
-def check_writable(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise HarnessError(Exit.DISK, f"--out {out} is not a folder that can be written: {error.strerror}") from error
 
 
 def open_data(config: Config) -> RunData:

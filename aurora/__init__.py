@@ -12,7 +12,6 @@ from aurora.params import Param, Role, check_exact_cover
 from aurora.polar import SCHEDULES, PolarSchedule, compute_dtype, polar
 from aurora.registry import REQUIRED_HPARAMS, RULES, build, hparam_types
 from aurora.riemannian_aurora import RiemannianAurora
-from aurora.sharding import all_reduce
 from aurora.unormuon import UNorMuon
 
 __all__ = [
@@ -30,7 +29,6 @@ __all__ = [
     "Role",
     "UNorMuon",
     "adamw",
-    "all_reduce",
     "build",
     "check_exact_cover",
     "compute_dtype",

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aurora.polar import COMPUTE_DTYPES, SCHEDULES, compute_dtype, polar
-from aurora.sharding import assign_owners, gather_from_owners, polar_cost, reduce_to_owners
+from aurora.sharding import assign_owners, complete, gather_from_owners, polar_cost, sum_to_owners
 
 # On a CPU a stack larger than the caches is slower than its parts one by one.
 CPU_STACK_ELEMENTS = 2**21
@@ -225,7 +225,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             if p.grad is None:
                 raise ValueError(f"reduce_gradients: {name} of shape {tuple(p.shape)} has no gradient")
         params, owners = self._params_and_owners()
-        reduce_to_owners([p.grad for p in params], owners, wire_dtype)
+        complete([sum_to_owners([p.grad for p in params], owners, wire_dtype)])
         for p, owner in zip(params, owners, strict=True):
             if owner != self._rank:
                 p.grad = None

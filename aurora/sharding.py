@@ -1,4 +1,4 @@
-"""Whole matrices shared out over ranks: who owns which, and the two collectives that go with it.
+"""Whole matrices shared out over ranks: who owns which, and the collectives that go with it.
 
 Every matrix has one owner, which alone holds its optimizer state and computes its update. Gradients are summed into
 the owner, new weights go back to everyone while the next matrices are worked on. With S weights and W ranks, a rank
@@ -7,14 +7,13 @@ gradients and an all-gather of weights would send three times S (W-1)/W. For gpt
 wire: 149 + 297 MB for the matrices, and 271 MB for the all-reduce of embedding, head and vectors.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# torch 2.13 renamed both; the old names warn there and the new ones do not exist in 2.9.
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+# torch 2.13 renamed it; the old name warns there and the new one does not exist in 2.9.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
@@ -42,46 +41,69 @@ def assign_owners(costs: Sequence[int], rank_loads: list[int]) -> list[int]:
     return owners
 
 
-def reduce_to_owners(tensors: Sequence[Tensor], owners: Sequence[int], wire_dtype: torch.dtype | None = None) -> None:
+def sum_to_owners(
+    tensors: Sequence[Tensor], owners: Sequence[int], wire_dtype: torch.dtype | None = None
+) -> Iterator[None]:
     """Sum each tensor over ranks, in place, on its owner; elsewhere the content is left as it was. Collective.
 
-    In a wire_dtype other than the tensors' own, parts are sent to their owner as they are and summed there in
-    float32: a reduce-scatter would round every partial sum.
+    Parts are sent to their owner as they are, in wire_dtype (by default the tensors' own), and summed there in
+    float32 in the order of ranks: a reduce-scatter would round every partial sum. See complete() for how to call it.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
+    exchanges = []
     for dtype, chunks in _chunks_by_dtype(tensors, owners, world_size).items():
-        send = _new_buffer(chunks, wire_dtype or dtype)
-        for owner, chunk in enumerate(chunks):
-            _copy(_views(send[owner], chunk), chunk)
-        if send.dtype == dtype:
-            received = torch.empty_like(send[rank])
-            _reduce_scatter(received, send.flatten())
-        else:
-            received = sum_of_parts(send)
-        _copy(chunks[rank], _views(received, chunks[rank]))
+        own = chunks[rank]
+        sizes, own_size = [_size(chunk) for chunk in chunks], _size(own)
+        send = tensors[0].new_empty(sum(sizes), dtype=wire_dtype or dtype)
+        for part, chunk in zip(send.split(sizes), chunks, strict=True):
+            _copy(_views(part, chunk), chunk)
+        exchanges.append((own, *_exchange(send, [own_size] * world_size, sizes)))
+    yield
+    for own, received, work in exchanges:
+        work.wait()
+        _copy(own, _views(_sum_of_rows(received.view(world_size, _size(own))), own))
 
 
-def all_reduce(flat: Tensor, wire_dtype: torch.dtype | None = None) -> None:
-    """Sum a vector over ranks, in place. Collective.
+def sum_to_all(tensors: Sequence[Tensor], wire_dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Sum tensors of one dtype over ranks, in place, on every rank. Collective.
 
-    In a wire_dtype other than its own, terms and sum are rounded to it, once each.
+    In a wire_dtype other than their own, terms and sums are rounded to it, once each. For calling it see complete().
     """
     world_size = dist.get_world_size()
-    if wire_dtype in (None, flat.dtype):
-        dist.all_reduce(flat)
-        return
-    padding = -flat.numel() % world_size
-    send = torch.nn.functional.pad(flat.to(wire_dtype), (0, padding)).view(world_size, -1)
-    total = torch.empty_like(send)
-    _all_gather(total.view(-1), sum_of_parts(send).to(wire_dtype))
-    flat.copy_(total.view(-1)[: flat.numel()])
+    size = _size(tensors)
+    share = -(-size // world_size)
+    send = tensors[0].new_zeros(world_size * share, dtype=wire_dtype)
+    _copy(_views(send, tensors), tensors)
+    received, work = _exchange(send, [share] * world_size, [share] * world_size)
+    yield
+    work.wait()
+    work = _all_gather(send, _sum_of_rows(received.view(world_size, share)).to(send.dtype), async_op=True)
+    yield
+    work.wait()
+    _copy(tensors, _views(send, tensors))
 
 
-def sum_of_parts(send: Tensor) -> Tensor:
-    """(ranks, n) on every rank to the float32 sum, over ranks, of the row that is this rank's. Collective."""
-    received = torch.empty_like(send)
-    dist.all_to_all_single(received, send)
-    return received.float().sum(dim=0)
+def complete(sums: Iterable[Iterator[None]]) -> None:
+    """Take sums that have begun, by next(), or not, to their end: all of them one collective further in each round."""
+    sums = list(sums)
+    while sums:
+        sums = [one for one in sums if next(one, done) is not done]
+
+
+done = object()
+
+
+def _exchange(send: Tensor, received_sizes: list[int], sent_sizes: list[int]) -> tuple[Tensor, dist.Work]:
+    received = send.new_empty(sum(received_sizes))
+    return received, dist.all_to_all_single(received, send, received_sizes, sent_sizes, async_op=True)
+
+
+def _sum_of_rows(rows: Tensor) -> Tensor:
+    """(ranks, n) to (n,), in float32 at least, one row after the other: the same however tensors are bundled."""
+    total = rows[0].to(torch.promote_types(rows.dtype, torch.float32), copy=True)
+    for row in rows[1:]:
+        total += row
+    return total
 
 
 def gather_from_owners(tensors: Sequence[Tensor], owners: Sequence[int]) -> Callable[[], None]:
@@ -114,17 +136,21 @@ def _chunks_by_dtype(
 
 def _new_buffer(chunks: list[list[Tensor]], dtype: torch.dtype) -> Tensor:
     """Zeros of shape (ranks, elements of the largest chunk)."""
-    size = max(sum(tensor.numel() for tensor in chunk) for chunk in chunks)
+    size = max(map(_size, chunks))
     like = next(tensor for chunk in chunks for tensor in chunk)
     return like.new_zeros((len(chunks), size), dtype=dtype)
 
 
-def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+def _size(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)
+
+
+def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     if targets:  # a rank may own nothing, and foreach refuses empty lists
-        torch._foreach_copy_(targets, sources)
+        torch._foreach_copy_(list(targets), list(sources))
 
 
-def _views(flat: Tensor, chunk: list[Tensor]) -> list[Tensor]:
+def _views(flat: Tensor, chunk: Sequence[Tensor]) -> list[Tensor]:
     """Views of consecutive parts of flat, shaped like the tensors of the chunk."""
     sizes = [tensor.numel() for tensor in chunk]
     parts = flat[: sum(sizes)].split(sizes) if sizes else []

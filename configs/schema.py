@@ -64,7 +64,7 @@ class DataConfig:
 class TrainConfig:
     steps: int  # an optimizer's own, where its table has steps
     batch_tokens: int  # of one step, over all ranks and micro-steps
-    micro_batch: int  # most sequences in one forward pass of one rank
+    micro_batch: int | str  # most sequences in one forward pass of one rank; auto: as many as fit into memory
     compile: str  # auto: on CUDA only
     log_every: int  # steps a train event
     checkpoint_every: int  # steps; 0: only when asked to stop
@@ -195,9 +195,15 @@ def coerce(label: str, value: Any, expected: Any) -> Any:
     elif expected == tuple[float, float]:
         if isinstance(value, list | tuple) and len(value) == 2:
             return tuple(coerce(label, item, float) for item in value)
-    elif type(value) is expected:
+    elif type(value) is expected or (expected == int | str and (value == "auto" or type(value) is int)):
         return value
-    names = {int: "a whole number", float: "a finite number", str: "a string", bool: "true or false"}
+    names = {
+        int: "a whole number",
+        int | str: 'a whole number or "auto"',
+        float: "a finite number",
+        str: "a string",
+        bool: "true or false",
+    }
     raise HarnessError(Exit.CONFIG, f"{label} must be {names.get(expected, 'two numbers')}, got {value!r}")
 
 

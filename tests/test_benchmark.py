@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from configs.schema import Exit, HarnessError
-from scripts import benchmark
+from scripts.benchmarks import optim as benchmark
 from tests.conftest import train_here
 
 

@@ -42,6 +42,8 @@ BAD_VALUES = [
     ("train.steps", "must look like train.steps=100"),
     ("train.batch_tokens=500", "train.batch_tokens must be a multiple of model.seq_len = 32, got 500"),
     ("train.micro_batch=3", "micro_batch = 3 does not divide the 16 sequences"),
+    ("train.micro_batch=all", "train.micro_batch must be a whole number or \"auto\", got 'all'"),
+    ("train.micro_batch=0", "train.micro_batch must be at least 1, got 0"),
     ("train.compile=maybe", "train.compile must be auto, on or off, got 'maybe'"),
     ("model.mlp=gelu", "model.mlp must be relu2 or swiglu, got 'gelu'"),
     ("model.num_heads=3", "must be a multiple of 4"),

@@ -183,3 +183,40 @@ def test_ranks_with_other_initial_weights_are_named_and_stop(tiny_track, launch,
     )
     outcome = launch("--config", tiny_track, "--out", tmp_path, world_size=2, patch=patch)
     assert outcome.codes == [8, 8] and "error: rank 1 has weights = " in outcome.err[0]
+
+
+SUMS_BOTH_WAYS = """
+from aurora.runtime import gradients
+gradients.BUCKET_ELEMENTS, gradients.SMALL_ELEMENTS = 3000, 100
+def step(run, model, number, *rest):
+    batch, found = train_gpt.to_device(run.loader.next_batch(), 32, run.ranks.device), []
+    overlap, begun = run.sum.overlap, []
+    for run.sum.overlap in (overlap, lambda: None):
+        train_gpt.forward_backward(model, batch, run)
+        begun.append(run.sum.next_bucket)
+        run.sum.finish()
+        found.append({{name: p.grad for name, p in run.model.named_parameters()}})
+        run.model.zero_grad()
+    torch.save([len(run.sum.buckets), begun, found], "{folder}/" + str(rank) + ".pt")
+    raise train_gpt.HarnessError(train_gpt.Exit.PREEMPTED, "enough")
+train_gpt.train_step = step
+"""
+
+
+@pytest.mark.parametrize("compile", ["off", "on"])
+def test_sums_that_begin_during_the_backward_pass_are_the_plain_ones_bit_for_bit(tiny_track, launch, tmp_path, compile):
+    arguments = ["--config", tiny_track, "--optimizer", "muon", "--out", tmp_path, "--set", f"train.compile={compile}"]
+    patch = SUMS_BOTH_WAYS.format(folder=tmp_path)
+    outcome = launch(*arguments, "--set", "train.micro_batch=2", world_size=2, patch=patch, timeout_s=120)
+    if compile == "on" and "torch.compile failed" in outcome.err[0]:
+        pytest.skip("no C++ compiler")
+    assert outcome.codes == [75, 75], outcome.err
+    owners = []
+    for rank in range(2):
+        num_buckets, (begun, begun_plain), (overlapped, plain) = torch.load(tmp_path / f"{rank}.pt")
+        assert num_buckets > 5 and begun == num_buckets and begun_plain == 0
+        assert overlapped.keys() == plain.keys()
+        for name, grad in plain.items():
+            assert (grad is None and overlapped[name] is None) or torch.equal(grad, overlapped[name]), name
+        owners += [name for name, grad in plain.items() if grad is not None and "attention.q.weight" in name]
+    assert sorted(owners) == ["blocks.0.attention.q.weight", "blocks.1.attention.q.weight"]

@@ -1,11 +1,13 @@
 """The model against an independent plain implementation, and what it must never do."""
 
+import contextlib
 import dataclasses
 
 import pytest
 import torch
 
 import train_gpt
+from aurora.runtime import functions
 from configs.schema import load_config
 from results.describe import memory_estimate_gib
 from tests import reference
@@ -56,6 +58,44 @@ def test_loss_and_gradients_equal_plain_implementation_in_float64(config):
     for name, p in model.named_parameters():
         error = (p.grad.double() - weights[name].grad).abs().max() / weights[name].grad.abs().max()
         assert error < 2e-4, name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_at_rest_give_the_same_loss_and_gradients_bit_for_bit(config, dtype):
+    model = model_with_random_weights(dataclasses.replace(config, activation_dtype=dtype))
+    tokens, found = tokens_for(config), []
+    for context in (contextlib.nullcontext, model.weights_at_rest, model.weights_at_rest):
+        with context():
+            loss = model(tokens, tokens)
+            loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters())])
+        assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+        model.zero_grad()
+    for plain, held, again in zip(*found, strict=True):
+        assert torch.equal(plain, held) and torch.equal(held, again)
+    with torch.no_grad():
+        model.blocks[0].attention.k.weight.mul_(2)
+    with model.weights_at_rest():
+        assert model(tokens, tokens) != loss, "copies are made anew"
+    assert model(tokens, tokens) != loss
+
+
+@pytest.mark.parametrize("part_elements", [1, 500, 2**25])
+def test_loss_and_gradient_of_soft_capped_logits_equal_autograds_in_float64(monkeypatch, part_elements):
+    monkeypatch.setattr(functions, "PART_ELEMENTS", part_elements)
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(40, 97, generator=generator) * 20
+    targets = torch.randint(97, (40,), generator=generator)
+    exact = z.double().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(15 * exact / (exact**2 + 225).sqrt(), targets, reduction="sum")
+    (expected / 7).backward()
+    z.requires_grad_()
+    logits = z * 1
+    loss = functions.SoftCapCrossEntropy.apply(logits, targets, 15.0)
+    (loss / 7).backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(z.grad.double(), exact.grad, atol=1e-7, rtol=1e-5)
+    assert torch.equal(logits, z.grad), "the gradient takes the logits' place"
 
 
 def test_later_tokens_do_not_change_earlier_logits(config):

@@ -39,6 +39,44 @@ def test_micro_batch_does_not_change_the_losses(trained, tiny_track, tmp_path, m
         assert step_ == expected_step and loss == pytest.approx(expected_loss, rel=1e-5)
 
 
+MEMORY_FOR_FOUR = """
+original = train_gpt.GPT.forward
+def forward(self, inputs, targets):
+    if inputs.size(0) > 4 and {condition}:
+        raise torch.OutOfMemoryError("out of memory")
+    return original(self, inputs, targets)
+train_gpt.GPT.forward = forward
+"""
+
+
+def test_automatic_micro_batch_is_halved_until_it_fits_on_every_rank(trained, tiny_track, launch, tmp_path):
+    """Validation takes twice as many sequences at once, so 2 fit where there is memory for 4."""
+    expected = [(e["step"], e["val_loss"]) for e in trained["muon"] if e["event"] == "val"]
+    for world_size, condition in ((1, "True"), (2, "rank == 1")):
+        out = tmp_path / str(world_size)
+        arguments = ["--config", tiny_track, "--optimizer", "muon", "--out", out, "--set", "train.micro_batch=auto"]
+        patch = MEMORY_FOR_FOUR.format(condition=condition)
+        outcome = launch(*arguments, world_size=world_size, patch=patch)
+        assert outcome.codes == [0] * world_size, outcome.err
+        assert events(out)[0]["micro_batch"] == 2 and f"micro-batch 2, {8 // world_size} a step" in outcome.out[0]
+        for (_, loss), (_, expected_loss) in zip(losses(out), expected, strict=True):
+            assert loss == pytest.approx(expected_loss, rel=1e-5)
+
+
+def test_what_does_not_fit_at_all_is_told(tiny_track, launch, tmp_path):
+    patch = MEMORY_FOR_FOUR.format(condition="True").replace("> 4", "> 0")
+    arguments = ["--config", tiny_track, "--out", tmp_path, "--set", "train.micro_batch=auto"]
+    outcome = launch(*arguments, patch=patch)
+    assert outcome.codes == [Exit.CONFIG] and "out of memory even with a micro-batch of 1" in outcome.err[0]
+
+
+def test_automatic_micro_batch_is_all_where_memory_is_plenty(tiny_track, tmp_path):
+    assert train_here(tiny_track, tmp_path, "--set", "train.micro_batch=auto", "--set", "train.steps=2") == 0
+    start = events(tmp_path)[0]
+    assert start["micro_batch"] == 16 and start["config"]["train"]["micro_batch"] == "auto"
+    assert start["attention"] == "flash"  # torch's for CPU
+
+
 def test_gradients_are_those_of_the_mean_loss_over_the_batch(tiny_track):
     run, _ = make_run(tiny_track, "muon")
     plain, _ = make_run(tiny_track, "muon")
@@ -130,7 +168,7 @@ def test_only_steps_are_timed_and_the_wall_clock_may_jump(tiny_track, tmp_path, 
     durations_s = {
         "validate": 0.5,
         "save_checkpoint": 2.0,
-        "compile_and_warm_up": 30.0,
+        "compiled_where_possible": 30.0,
         "train_step": 0.25,
         "digest": 1.0,
     }

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -68,6 +69,15 @@ def lock_folder(out: Path) -> TextIO:
     except OSError as error:
         message = f"--out {out}: its file .lock cannot be written and locked: {error.strerror}; choose another disk"
         raise HarnessError(Exit.DISK, message) from error
+
+
+def check_writable(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise HarnessError(Exit.DISK, f"--out {out} is not a folder that can be written: {error.strerror}") from error
 
 
 def report_exit(code: int) -> int:

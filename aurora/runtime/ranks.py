@@ -92,6 +92,12 @@ def first_difference(ours: dict[str, Any], theirs: dict[str, Any], prefix: str =
     return None
 
 
+def shared_variables(env: dict[str, Any]) -> dict[str, str]:
+    """The environment variables that all ranks should have alike; launchers set some for each."""
+    own = ("TORCHELASTIC_", "CUDA_VISIBLE_DEVICES")
+    return {key: value for key, value in env["variables"].items() if not key.startswith(own)}
+
+
 def join_ranks(timeout_s: float) -> Ranks:
     """Join the process group that torchrun announces in the environment, if any, and choose the device.
 

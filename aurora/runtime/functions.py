@@ -1,0 +1,93 @@
+"""Two parts of a model's step that autograd alone would do with more memory or more passes over it."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Held(torch.autograd.Function):
+    """A copy that holds parameters one below the other, in another dtype, in their place; gradients go to them."""
+
+    @staticmethod
+    def forward(ctx: Any, copy: Tensor, *parts: Tensor) -> Tensor:
+        ctx.rows, ctx.dtype = [part.size(0) for part in parts], parts[0].dtype
+        return copy.view_as(copy)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *grad.to(ctx.dtype).split(ctx.rows)
+
+
+class HeldWeights:
+    """Copies, in one dtype, of weights and biases: those of layers that share their input lie one below the other."""
+
+    def __init__(self, packs: Sequence[Sequence[nn.Linear]], dtype: torch.dtype):
+        self.packs = packs
+        self.copies: list[tuple[Tensor, Tensor]] = []
+        self.rooms: list[Tensor] = []  # the copy's part for each of the sources
+        self.sources: list[nn.Parameter] = []
+        for pack in packs:
+            parts = [layer.weight for layer in pack], [layer.bias for layer in pack]
+            self.copies.append(tuple(torch.cat(tensors).detach().to(dtype) for tensors in parts))
+            for copy, tensors in zip(self.copies[-1], parts, strict=True):
+                self.rooms += copy.split([tensor.size(0) for tensor in tensors])
+                self.sources += tensors
+
+    @contextlib.contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """Copy once and leave the copies in `held` of each pack's first layer, as long as no weight changes."""
+        with torch.no_grad():
+            torch._foreach_copy_(self.rooms, self.sources)
+        for (first, *_), copy in zip(self.packs, self.copies, strict=True):
+            first.held = copy
+        try:
+            yield
+        finally:
+            for first, *_ in self.packs:
+                first.held = None
+
+
+def soft_cap(z: Tensor, cap: float) -> Tensor:
+    """cap z / sqrt(z^2 + cap^2), within (-cap, cap)."""
+    return cap * z * (z.square() + cap**2).rsqrt()
+
+
+class SoftCapCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of soft-capped logits (N, V) with targets (N,), summed, in float32.
+
+    Keeps the logits as they came and overwrites them with their gradient, so there is one backward pass. float32
+    copies of all of them would be most of a step's memory: eagerly they exist in parts, compiled not at all.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z_NV: Tensor, targets_N: Tensor, cap: float) -> Tensor:
+        log_sums, losses = [], []
+        for z, targets in parts_of(z_NV, targets_N):
+            logits = soft_cap(z.float(), cap)
+            log_sums.append(logits.logsumexp(dim=1))
+            losses.append((log_sums[-1] - logits.gather(1, targets[:, None])[:, 0]).sum())
+        ctx.save_for_backward(z_NV, targets_N, torch.cat(log_sums))
+        ctx.cap = cap
+        return torch.stack(losses).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        z_NV, targets_N, log_sums_N = ctx.saved_tensors
+        columns = torch.arange(z_NV.size(1), device=z_NV.device)
+        for z, targets, log_sums in parts_of(z_NV, targets_N, log_sums_N):
+            root = ctx.cap * (z.float().square() + ctx.cap**2).rsqrt()
+            error = (root * z - log_sums[:, None]).exp() - (columns == targets[:, None]).float()
+            z.copy_(error * root.pow(3) * grad)  # root^3 is the soft-cap's derivative
+        return z_NV, None, None
+
+
+PART_ELEMENTS = 2**25
+
+
+def parts_of(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Tensors of N rows, the first (N, V), in the same parts."""
+    rows = max(1, PART_ELEMENTS // tensors[0].size(1))
+    return [tensors] if torch.compiler.is_compiling() else list(zip(*(t.split(rows) for t in tensors), strict=True))

@@ -1,0 +1,211 @@
+"""The trainer's step on CPU against loops that one would write by hand, and with its guards against without."""
+
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import train_gpt
+from aurora.polar import SCHEDULES, PolarSchedule
+from aurora.runtime.ranks import SETUP_TIMEOUT_S, Ranks, join_ranks, keep_freed_memory, leave_ranks
+from aurora.runtime.watch import Watch
+from configs.schema import ModelConfig, load_config
+from train_gpt import ROOT
+
+UNTIMED_ROUNDS = 3
+
+
+class PlainMuon(torch.optim.Optimizer):
+    """Muon one matrix at a time, in a few lines: what one would write without a library."""
+
+    def __init__(self, params, lr: float, momentum: float, schedule: PolarSchedule):
+        super().__init__(params, dict(lr=lr, momentum=momentum))
+        self.schedule = schedule
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p not in self.state:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                buffer = self.state[p]["momentum_buffer"]
+                buffer.lerp_(p.grad, 1 - group["momentum"])
+                X = p.grad.lerp(buffer, group["momentum"])
+                X = X.T if p.shape[0] > p.shape[1] else X
+                X = X / (self.schedule.norm_margin * X.norm() + 1e-7)
+                for a, b, c in self.schedule.coefficients:
+                    A = X @ X.T
+                    X = a * X + (b * A + c * A @ A) @ X
+                X = X.T if p.shape[0] > p.shape[1] else X
+                p.add_(X, alpha=-group["lr"] * math.sqrt(max(1, p.shape[0] / p.shape[1])))
+
+
+def harness_step(hparams: dict[str, str], num_steps: int, ranks: Ranks, is_guarded: bool = True) -> Callable[[], None]:
+    """One call is one step of the trainer, everything that its clock sees included; the guards only if wanted."""
+    overrides = [f"optimizer.muon.{key}={value}" for key, value in hparams.items()]
+    overrides.append(f"train.steps={num_steps}")
+    config = load_config(ROOT / "configs" / "quick.toml", "muon", overrides)
+    data = train_gpt.open_data(config)
+    model = train_gpt.GPT(config.model)
+    model.init_weights(0)
+    loader = train_gpt.make_loader(config, data, ranks)
+    optimizers = train_gpt.build_optimizers(config, model)
+    run = train_gpt.Training(config, train_gpt.plan_batch(config, ranks.world_size), ranks, model, optimizers, loader)
+    guard, log = train_gpt.Guard(model, ranks), train_gpt.StepLog(config.train.log_every, ranks)
+    steps, point = iter(range(config.train.steps)), train_gpt.point
+    if not is_guarded:
+        guard.check, point = (lambda step, loss, bad_update=None: None), (lambda name, step, tensors=(): None)
+
+    def step() -> None:
+        train_gpt.point = point
+        train_gpt.train_step(run, model, next(steps), guard, log)
+
+    return step
+
+
+def plain_loss(weights: dict[str, nn.Parameter], config: ModelConfig, inputs: Tensor, targets: Tensor) -> Tensor:
+    """The model of train_gpt.py as one would write it: a matmul for each matrix, torch's cross-entropy."""
+    D, K = (config.model_dim,), config.model_dim // config.num_heads
+    frequencies = (1 / config.rope_base) ** torch.linspace(0, 1, K // 4)
+    frequencies = torch.cat([frequencies, torch.zeros(K // 4)])
+    angles = torch.outer(torch.arange(inputs.size(1), dtype=torch.float32), frequencies)[:, None, :]
+    cos, sin = angles.cos(), angles.sin()
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return F.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+    def rotate(x: Tensor) -> Tensor:
+        x1, x2 = x.chunk(2, dim=-1)
+        return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
+
+    x = F.rms_norm(F.embedding(inputs, weights["embed.weight"]), D, weights["embed_norm.gain"])
+    for i in range(config.num_layers):
+        block = f"blocks.{i}"
+        h = F.rms_norm(x, D, weights[f"{block}.attention_norm.gain"])
+        q, k, v = (linear(h, f"{block}.attention.{name}").unflatten(-1, (-1, K)) for name in "qkv")
+        q, k = (rotate(F.rms_norm(part, (K,))) for part in (q, k))
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=config.attention_scale)
+        x = x + linear(y.transpose(1, 2).flatten(-2), f"{block}.attention.out")
+        h = F.rms_norm(x, D, weights[f"{block}.mlp_norm.gain"])
+        x = x + linear(linear(h, f"{block}.mlp.up").relu().square(), f"{block}.mlp.down")
+    z = linear(F.rms_norm(x, D, weights["head_norm.gain"]), "head")
+    logits = config.logit_softcap * z * (z.square() + config.logit_softcap**2).rsqrt()
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def bare_step(make_muon: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> Callable[[], None]:
+    """One call is one step of the loop that one would write by hand around the model written plainly."""
+    config = load_config(ROOT / "configs" / "quick.toml", "muon")
+    data = train_gpt.open_data(config)
+    model = train_gpt.GPT(config.model)
+    model.init_weights(0)
+    weights = dict(model.named_parameters())
+    tokens = torch.from_numpy(data.train_shards[0].astype("int64"))
+    matrices = [p for name, p in weights.items() if p.ndim == 2 and name.startswith("blocks.")]
+    others = [p for p in weights.values() if not any(p is q for q in matrices)]
+    adamw = torch.optim.AdamW(others, lr=0.003, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
+    optimizers = [adamw, make_muon(matrices)]
+    starts = iter(range(0, len(tokens), config.train.batch_tokens))
+
+    def step() -> None:
+        start = next(starts)
+        window = tokens[start : start + config.train.batch_tokens + 1]
+        inputs, targets = window[:-1].view(-1, config.model.seq_len), window[1:]
+        plain_loss(weights, config.model, inputs, targets).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
+
+
+def bare_plain() -> Callable[[], None]:
+    return bare_step(lambda params: PlainMuon(params, lr=0.02, momentum=0.95, schedule=SCHEDULES["polar_express5"]))
+
+
+def bare_torch() -> Callable[[], None]:
+    return bare_step(lambda params: torch.optim.Muon(params, lr=0.02, weight_decay=0.0, adjust_lr_fn="original"))
+
+
+HARNESS_PAIRS = {
+    "Muon written plainly (polar_express5, float32)": (
+        {"polar_schedule": "polar_express5", "polar_dtype": "float32"},
+        bare_plain,
+    ),
+    "torch.optim.Muon (ns5_jordan, bfloat16)": (
+        {"polar_schedule": "ns5_jordan", "polar_dtype": "bfloat16"},
+        bare_torch,
+    ),
+}
+
+
+def interleaved_ms(first: Callable[[], None], second: Callable[[], None], rounds: int) -> list[tuple[float, float]]:
+    """Milliseconds of both, in A B B A order, after the untimed rounds."""
+    pairs = []
+    for number in range(UNTIMED_ROUNDS + rounds):
+        times = {}
+        for step in (first, second) if number % 2 else (second, first):
+            begin_ns = time.perf_counter_ns()
+            step()
+            times[step] = (time.perf_counter_ns() - begin_ns) / 1e6
+        pairs.append((times[first], times[second]))
+    return pairs[UNTIMED_ROUNDS:]
+
+
+def harness(rounds: int) -> str:
+    """A Markdown table of the trainer's step against bare loops."""
+    keep_freed_memory()
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    lines = [
+        f"quick track, Muon, torch {torch.__version__}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, "
+        f"{rounds} interleaved rounds",
+        "",
+        "| peer | train_gpt.py ms/step | bare loop ms/step | median ratio |",
+        "|---|---|---|---|",
+    ]
+    for name, (hparams, make_peer) in HARNESS_PAIRS.items():
+        pairs = interleaved_ms(harness_step(hparams, UNTIMED_ROUNDS + rounds, ranks), make_peer(), rounds)
+        ours, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
+        ratio = statistics.median(a / b for a, b in pairs)
+        lines.append(f"| {name} | {ours:.1f} | {theirs:.1f} | {ratio:.3f} |")
+    return "\n".join(lines)
+
+
+def guards(rounds: int) -> str:
+    """A Markdown table of one row: what the guards of a step cost; under torchrun, on several ranks.
+
+    These also exchange four numbers a step, and their watch looks twice a second, in a thread of its own.
+    """
+    os.environ["SPEEDRUN_DEVICE"] = "cpu"
+    ranks = join_ranks(SETUP_TIMEOUT_S)
+    on, off = (harness_step({}, UNTIMED_ROUNDS + rounds, ranks, is_guarded) for is_guarded in (True, False))
+    pairs = interleaved_ms(on, off, rounds)
+    on_ms, off_ms = (statistics.median(column) for column in zip(*pairs, strict=True))
+    ratio = statistics.median(a / b for a, b in pairs)
+    look = "-"
+    if ranks.world_size > 1:
+        watch = Watch(ranks, timeout_s=60)
+        watch.start()
+        looks_ms = []
+        for _ in range(rounds):
+            begin_ns = time.perf_counter_ns()
+            watch.look()
+            looks_ms.append((time.perf_counter_ns() - begin_ns) / 1e6)
+        watch.stop()
+        look = f"{statistics.median(looks_ms):.2f} ms each {1000 * watch.poll_s:.0f} ms"
+        ranks.align()
+        leave_ranks()
+    return "\n".join([
+        f"quick track, Muon, torch {torch.__version__}, {torch.get_num_threads()} threads a rank, "
+        f"{rounds} rounds in turn",
+        "",
+        "| ranks | ms/step with guards | without | median ratio | a look of the watch |",
+        "|---|---|---|---|---|",
+        f"| {ranks.world_size} | {on_ms:.1f} | {off_ms:.1f} | {ratio:.4f} | {look} |",
+    ]) * ranks.is_main  # fmt: skip

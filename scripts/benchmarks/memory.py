@@ -1,0 +1,54 @@
+"""Memory of a training step by micro-batch, measured on CUDA, beside the estimate of --dry-run."""
+
+import argparse
+import gc
+import tempfile
+from pathlib import Path
+
+import torch
+
+import train_gpt
+from aurora.runtime.attention import choose_attention
+from aurora.runtime.ranks import is_out_of_memory, join_ranks
+from configs.schema import load_config
+from results.describe import memory_estimate_gib
+from scripts.benchmarks.train import describe_device, new_contender, synthetic_data, write
+
+
+def memory(args: argparse.Namespace) -> str:
+    """Peak of two steps for each micro-batch, until one does not fit; writes OUT.json and OUT.md."""
+    ranks = join_ranks(timeout_s=60)
+    rows, name = [], args.optimizers[0]
+    with tempfile.TemporaryDirectory() as folder:
+        overrides = synthetic_data(args.config, args.overrides, Path(folder), ranks.world_size)
+        for size in args.sizes:
+            config = load_config(args.config, name, [*overrides, f"train.micro_batch={size}"])
+            choose_attention(config.model, ranks.device)
+            with torch.device("meta"):
+                model = train_gpt.GPT(config.model)
+            optimizers = train_gpt.build_optimizers(config, model)
+            gib = memory_estimate_gib(config, model.roles(), optimizers, ranks.world_size, size)
+            row = {"micro_batch": size, "estimate_gib": sum(gib.values())}
+            try:
+                row["peak_gib"] = new_contender(config, ranks).peak_mib / 1024
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                row["peak_gib"] = None
+            rows.append(row)
+            torch._dynamo.reset()
+            gc.collect()
+            if ranks.device.type == "cuda":
+                torch.cuda.empty_cache()
+            if row["peak_gib"] is None:
+                break
+    device = describe_device(ranks.device, torch.float32)
+    kind = "allocated" if ranks.device.type == "cuda" else "resident since the process began"
+    lines = [f"{args.config.name}, {name}, on {device['name']}; GiB {kind}, at most", ""]
+    lines += ["| micro-batch | measured GiB | estimate of --dry-run (eager) |", "|---|---|---|"]
+    for row in rows:
+        measured = "does not fit" if row["peak_gib"] is None else f"{row['peak_gib']:.2f}"
+        lines.append(f"| {row['micro_batch']} | {measured} | {row['estimate_gib']:.2f} |")
+    text = "\n".join(lines) + "\n"
+    write(args.out, {"config": args.config.name, "optimizer": name, "device": device, "rows": rows}, text)
+    return text
