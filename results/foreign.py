@@ -47,7 +47,7 @@ class LogError(ValueError):
     """A file without results; the message names the file and the finding."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Look:
     """One validation: metrics by name, val_loss among them; time_s is NaN where the log has none."""
 

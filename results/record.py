@@ -269,6 +269,7 @@ NEEDED_OF_RUN = {
     **dict.fromkeys(("optimizer", "task_hash", "env.device_name", "env.torch"), str),
     **dict.fromkeys(("seed", "world_size", "config.train.steps", "config.train.batch_tokens"), int),
     "config.eval.target": NUMBER,
+    "config.schedule": (dict, type(None)),
     "sources": dict,
     "argv": list,
 }

@@ -32,12 +32,14 @@ from configs.schema import HarnessError, apply_override, pop_steps
 from results.export import is_inside, overrides
 from results.record import (
     FIELD_TYPES,
+    NUMBER,
     SCHEMA,
     RecordError,
     Run,
     Validation,
     code_hash,
     first_at_target,
+    is_sane,
     json_hash,
     read_events,
     task_hash,
@@ -89,7 +91,7 @@ def verify_events(path: Path) -> tuple[Verdict, Events | None]:
         if not events:
             raise RecordError(f"{path} holds no event")
         found = Events(events[0], events[1:])
-        verdict.reasons += missing_fields(events)
+        verdict.reasons += missing_fields(events) or wrong_numbers(found.start)
     except RecordError as error:
         verdict.reasons.append(str(error))
         return verdict, None
@@ -117,6 +119,39 @@ def missing_fields(events: list[dict[str, Any]]) -> list[str]:
         if key not in event and key not in optional
     }
     return list(lacking)
+
+
+# What the checks below compute with. A list in place of a number would be repeated, not multiplied.
+NUMBERS = {
+    "config.train": ("steps", "batch_tokens"),
+    "config.model": ("vocab_size", "num_layers", "model_dim", "mlp_expansion", "seq_len"),
+    "config.eval": ("tokens", "every", "late_every", "late_frac", "target"),
+    "config.schedule": ("cooldown_frac", "final_lr_frac"),
+    "config": ("warmup_steps",),
+    "params_by_role": ("matrix", "head"),
+    "hparams": ("lr",),
+    "env": ("cpu_count",),
+}
+
+
+def wrong_numbers(start: dict[str, Any]) -> list[str]:
+    tables = {}
+    for name in NUMBERS:
+        table: Any = start
+        for key in name.split("."):
+            table = table.get(key) if isinstance(table, dict) else None
+        tables[name] = table if isinstance(table, dict) else {}
+    groups = start.get("param_groups")
+    rates = (
+        [group.get("peak_lr") for group in groups if isinstance(group, dict)] if isinstance(groups, list) else [None]
+    )
+    values = {f"{name}.{key}": tables[name].get(key) for name, keys in NUMBERS.items() for key in keys}
+    values |= {f"param_groups[{i}].peak_lr": rate for i, rate in enumerate(rates)}
+    return [
+        f"{name} is no number: {str(value)[:40]}"
+        for name, value in values.items()
+        if not isinstance(value, NUMBER) or isinstance(value, bool) or not is_sane(value)
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -217,7 +252,7 @@ def check_config(run: Events) -> Iterator[str]:
 def declared_looks(config: dict[str, Any]) -> set[int]:
     """The trainer's rule for the steps after which loss is measured."""
     steps, looks = config["train"]["steps"], config["eval"]
-    if not 0 < steps < 10**7 or looks["every"] < 1 or looks["late_every"] < 1:
+    if not 0 < steps < 10**6 or looks["every"] < 1 or looks["late_every"] < 1:
         raise ValueError(f"{steps} steps with looks every {looks['every']} and {looks['late_every']} cannot be")
     late_from = (1 - looks["late_frac"]) * steps
     return {s for s in range(steps) if s % looks["every" if s < late_from else "late_every"] == 0} | {steps}

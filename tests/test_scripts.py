@@ -172,7 +172,11 @@ def test_runs_of_one_optimizer_with_several_schedules_are_groups_of_their_own(tm
 
 
 @pytest.mark.parametrize(
-    "env", [{"torch_threads": 1}, {"cpu_count": 64}, {"usable_cpus": 1}, {"device_name": "GPU"}, {"torch": "3"}]
+    "env",
+    [
+        *({"torch_threads": 1}, {"cpu_count": 64}, {"usable_cpus": 1}, {"device_name": "GPU"}, {"torch": "3"}),
+        {"variables": {"SPEEDRUN_JOBS": "2"}},
+    ],
 )
 def test_times_of_unlike_machines_are_never_compared(tmp_path, env):
     write_seeds(tmp_path, muon=[2.0, 2.1, 1.9], aurora=[1.0, 1.1, 1.2])

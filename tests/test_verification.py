@@ -226,6 +226,20 @@ def test_anything_gets_a_verdict(muon, tmp_path):
     tracemalloc.stop()
 
 
+@pytest.mark.parametrize("value", [[0] * 1000, "x" * 1000, None, True, 10**30, {}])
+@pytest.mark.parametrize("path", ["params_by_role.matrix", "config.train.batch_tokens", "env.cpu_count"])
+def test_what_is_no_number_is_not_multiplied(path, value, muon, tmp_path):
+    """A list times a number of FLOP would fill the memory."""
+    table, (*tables, key) = muon[0], path.split(".")
+    for name in tables:
+        table = table[name]
+    table[key] = value
+    tracemalloc.start()
+    assert f"{path} is no number" in verify_run(write(tmp_path / "a.jsonl", muon)).reasons[0]
+    assert tracemalloc.get_traced_memory()[1] < 20 * 2**20
+    tracemalloc.stop()
+
+
 def mutated(content: bytes, rng: random.Random) -> bytes:
     lines = content.splitlines(keepends=True)
     i, j = rng.randrange(len(lines)), rng.randrange(len(lines))
