@@ -77,7 +77,7 @@ import aurora
 from aurora.runtime.clock import Clock, elapsed_ms, time_mark
 from aurora.runtime.faults import point
 from aurora.runtime.guard import Guard
-from aurora.runtime.process import die_with_launcher, lock_folder, report_exit, stop_signals
+from aurora.runtime.process import die_with_launcher, lock_folder, report_exit, stop_signals, tell
 from aurora.runtime.ranks import Ranks, digest, is_out_of_memory, is_peer_failure, join_ranks, leave_ranks
 from aurora.runtime.watch import Watch
 from configs.schema import Config, Exit, HarnessError, ModelConfig, load_config, typed_table
@@ -856,7 +856,7 @@ def main(argv: list[str] | None = None) -> int:
         return report_exit(0)
     except HarnessError as error:  # raised by all ranks alike once they have joined
         if rank == "0" or not dist.is_initialized():
-            print(f"{'stopped' if error.reason == Exit.PREEMPTED else 'error'}: {error}", file=sys.stderr, flush=True)
+            tell(f"{'stopped' if error.reason == Exit.PREEMPTED else 'error'}: {error}")
         leave_ranks()
         return report_exit(int(error.reason))
     except KeyboardInterrupt:
@@ -869,7 +869,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             report_exit(1)
             raise
-        print(f"error: rank {rank} {message}: {first_line(error)}", file=sys.stderr, flush=True)
+        tell(f"error: rank {rank} {message}: {first_line(error)}")
         return report_exit(int(reason))
     except Exception:  # a bug: scripts/launch.sh shall not take it for a lost rank
         report_exit(1)

@@ -475,9 +475,11 @@ def test_a_file_that_may_not_grow_is_a_full_disk(twelve_steps, launch, tmp_path)
     assert not list(tmp_path.glob("*.checkpoints/*"))
 
 
-def test_a_console_that_is_full_or_gone_does_not_stop_a_run(twelve_steps, launch, tmp_path):
-    outcome = launch(*twelve_steps, "--out", tmp_path, patch="os.dup2(os.open('/dev/full', os.O_WRONLY), 1)")
-    assert outcome.codes == [0] and read_record(next(tmp_path.glob("*.jsonl"))).is_done
+@pytest.mark.parametrize("fault,code,status", [("", 0, "done"), ("nan:check:6", Exit.NON_FINITE, "diverged")])
+def test_a_full_console_changes_nothing(twelve_steps, launch, tmp_path, fault, code, status):
+    patch = "full = os.open('/dev/full', os.O_WRONLY)\nos.dup2(full, 1), os.dup2(full, 2)"
+    outcome = launch(*twelve_steps, "--out", tmp_path, fault=fault, patch=patch)
+    assert outcome.codes == [code] and events(tmp_path)[-1]["status"] == status
 
 
 def test_a_disk_without_locks_or_room_for_one_is_refused(twelve_steps, tmp_path, monkeypatch, capsys):
