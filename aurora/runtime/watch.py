@@ -47,7 +47,7 @@ class Watch:
 
     def __init__(self, ranks: Ranks, timeout_s: float):
         self.ranks, self.timeout_s = ranks, timeout_s
-        self.poll_s = min(0.5, timeout_s / 10)
+        self.poll_s = min(0.5, timeout_s / 50)
         self.leaving = threading.Event()
         self.beat = 0
         self.states: dict[int, State] = {}
