@@ -84,7 +84,7 @@ from aurora.runtime.functions import Held, HeldWeights, SoftCapCrossEntropy, sof
 from aurora.runtime.gradients import GradientSum
 from aurora.runtime.guard import Guard
 from aurora.runtime.memory import available_gib, first_that_fits
-from aurora.runtime.process import check_writable, die_with_launcher, lock_folder, report_exit, stop_signals
+from aurora.runtime.process import check_writable, die_with_launcher, lock_folder, report_exit, stop_signals, tell
 from aurora.runtime.ranks import (
     Ranks,
     digest,
@@ -859,7 +859,7 @@ def main(argv: list[str] | None = None) -> int:
         return report_exit(0)
     except HarnessError as error:  # raised by all ranks alike once they have joined
         if rank == "0" or not dist.is_initialized():
-            print(f"{'stopped' if error.reason == Exit.PREEMPTED else 'error'}: {error}", file=sys.stderr, flush=True)
+            tell(f"{'stopped' if error.reason == Exit.PREEMPTED else 'error'}: {error}")
         leave_ranks()
         return report_exit(int(error.reason))
     except KeyboardInterrupt:
@@ -872,7 +872,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             report_exit(1)
             raise
-        print(f"error: rank {rank} {message}: {first_line(error)}", file=sys.stderr, flush=True)
+        tell(f"error: rank {rank} {message}: {first_line(error)}")
         return report_exit(int(reason))
     except Exception:  # a bug: scripts/launch.sh shall not take it for a lost rank
         report_exit(1)

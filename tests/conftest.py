@@ -200,7 +200,7 @@ def twelve_steps(tmp_path_factory):
     for old, new in changes.items():
         text = text.replace(old, new)
     (folder / "tiny.toml").write_text(text + "".join(map(tiny_table, OPTIMIZERS)))
-    return ["--config", folder / "tiny.toml", "--timeout-s", "2"]
+    return ["--config", folder / "tiny.toml", "--timeout-s", "10"]
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""This process among others of the machine: signals, its launcher's death, its folder, its exit code."""
+"""This process among others of the machine: signals, its launcher's death, its folder, console and exit code."""
 
 import contextlib
 import ctypes
@@ -78,6 +78,15 @@ def check_writable(out: Path) -> None:
             pass
     except OSError as error:
         raise HarnessError(Exit.DISK, f"--out {out} is not a folder that can be written: {error.strerror}") from error
+
+
+def tell(line: str, stream: str = "stderr") -> None:
+    """Print a line to that stream of sys. A console that is full or gone is no reason to stop, or not to."""
+    try:
+        print(line, file=getattr(sys, stream), flush=True)
+    except OSError:
+        # At exit Python would try once more, and exit with 120.
+        setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115
 
 
 def report_exit(code: int) -> int:

@@ -5,7 +5,6 @@ import ctypes
 import datetime
 import hashlib
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from aurora.runtime.process import tell
 from configs.schema import Exit, HarnessError
 
 # Of a single collective where the watch does not apply: long enough for the slowest rank to compile.
@@ -33,12 +33,8 @@ class Ranks:
         return self.rank == 0
 
     def say(self, line: str) -> None:
-        """Rank 0 prints the line. A console that is full or gone is no reason to stop."""
-        try:
-            if self.is_main:
-                print(line, flush=True)
-        except OSError:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        if self.is_main:
+            tell(line, "stdout")
 
     def all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
         if self.world_size > 1:

@@ -10,7 +10,6 @@ import json
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from typing import NamedTuple
@@ -18,7 +17,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from aurora.runtime.faults import last_point
-from aurora.runtime.process import report_exit
+from aurora.runtime.process import report_exit, tell
 from aurora.runtime.ranks import SETUP_TIMEOUT_S, Ranks, connect_store
 from configs.schema import Exit
 
@@ -48,7 +47,7 @@ class Watch:
 
     def __init__(self, ranks: Ranks, timeout_s: float):
         self.ranks, self.timeout_s = ranks, timeout_s
-        self.poll_s = min(0.5, timeout_s / 10)
+        self.poll_s = min(0.5, timeout_s / 50)
         self.leaving = threading.Event()
         self.beat = 0
         self.states: dict[int, State] = {}
@@ -78,7 +77,8 @@ class Watch:
     def publish(self) -> None:
         """Tell the others where this rank is."""
         self.beat += 1
-        collectives = dist.group.WORLD._get_sequence_number_for_group() if dist.is_initialized() else 0
+        group = dist.group.WORLD  # read once: the main thread may be leaving it
+        collectives = group._get_sequence_number_for_group() if group else 0
         passed, name, step = last_point()
         state = State(
             self.beat, passed, collectives, name, step, os.getpid(), socket.gethostname(), self.leaving.is_set()
@@ -140,7 +140,7 @@ class Watch:
 
     def end(self, message: str) -> None:
         """Say why, kill the rank that does not answer if it is on this machine, and end this process."""
-        print(f"error: rank {self.ranks.rank} gives up: {message}", file=sys.stderr, flush=True)
+        tell(f"error: rank {self.ranks.rank} gives up: {message}")
         for rank, state in self.states.items():
             is_silent = time.monotonic() - self.answered_s[rank] > self.timeout_s
             if is_silent and state.pid and state.host == socket.gethostname() and not state.is_leaving:
