@@ -237,7 +237,7 @@ def check_bounds(config: Config) -> None:
     ]
     for name in ("model", "train", "eval"):
         for key, value in vars(getattr(config, name)).items():
-            if isinstance(value, int):
+            if type(value) is int:  # no bool
                 lowest = 0 if key == "checkpoint_every" else 1
                 bounds.insert(0, (f"{name}.{key}", value, value >= lowest, f"at least {lowest}"))
     for key, value, is_valid, wanted in bounds:
