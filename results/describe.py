@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 import aurora
+from aurora.runtime.functions import PART_ELEMENTS
 from configs.schema import Config
 from data.loader import PUBLIC_SHARD_TOKENS, RunData, find_shards, steps_in_shard
 from data.shards import ShardError, open_shard
@@ -135,6 +136,11 @@ def dry_run_report(
     lines.append(
         f"memory of a rank, GiB: {sum(gib.values()):.2f} ({parts}; activations are an estimate for eager mode)"
     )
+    by_size = {
+        size: sum(memory_estimate_gib(config, params, optimizers, world_size, size).values())
+        for size in (2**power for power in range(micro_batch.bit_length()))
+    }
+    lines.append("by micro-batch: " + ", ".join(f"{size}: {value:.1f}" for size, value in by_size.items()))
     return "\n".join(lines)
 
 
@@ -167,12 +173,13 @@ def memory_estimate_gib(
     width = 4 if model.activation_dtype == "float32" else 2
     kept_by_mlp = (4 if model.mlp == "swiglu" else 2) * model.mlp_expansion
     per_token = model.num_layers * (12 + kept_by_mlp) * model.model_dim * width
-    per_token += model.vocab_size * (width + 5 * 4)  # logits, and float32 copies on the way to the loss and back
-    activations = micro_batch * model.seq_len * per_token
+    per_token += model.vocab_size * width  # logits, which their gradient overwrites
+    logits = micro_batch * model.seq_len * model.vocab_size
     sizes = {
-        "weights": 4 * num_params,
+        "weights": 4 * num_params + (width * (counts["matrix"] + counts["head"]) if width < 4 else 0),
         "gradients": 4 * num_params,
         "optimizer state": 4 * state,
-        "activations": activations,
+        "activations": micro_batch * model.seq_len * per_token,
+        "loss": 5 * 4 * min(logits, PART_ELEMENTS),  # float32 copies of a part of the logits
     }
     return {name: size / 2**30 for name, size in sizes.items()}

@@ -2,12 +2,15 @@
 
 import argparse
 import json
+import statistics
 
 import pytest
 import torch
 
-from configs.schema import Exit, HarnessError
+import train_gpt
+from configs.schema import Exit, HarnessError, load_config
 from scripts.benchmarks import optim as benchmark
+from scripts.benchmarks import peer, train
 from tests.conftest import train_here
 
 
@@ -31,6 +34,54 @@ def test_dumped_momentum_is_replayed_and_reported(tiny_track, tmp_path):
     assert result["speed"]["muon"]["ratio_to_muon"] == 1 and len(result["speed"]["aurora folded"]["rounds_ms"]) == 2
     recorded = result["quality"]["recorded"]
     assert recorded["aurora folded"]["row_deviation_rms"] < 0.1 < recorded["muon"]["row_deviation_rms"]
+
+
+def test_parts_of_a_training_step_add_up_and_are_reported(tiny_track, tmp_path):
+    args = argparse.Namespace(
+        config=tiny_track, overrides=[], optimizers=["muon", "adamw"], steps=2, rounds=3, profile=True,
+        out=tmp_path / "train",
+    )  # fmt: skip
+    point = train_gpt.point
+    text = train.train(args)
+    result = json.loads((tmp_path / "train.json").read_text())
+    assert train_gpt.point is point, "the trainer is left as it was"
+    assert (tmp_path / "train.md").read_text() == text and (tmp_path / "train.trace.json").exists()
+    assert result["attention"] == "flash" and result["graphs_compiled_while_timed"] == 0 and result["profile"]
+    for name in ("muon", "adamw"):
+        row = result["optimizers"][name]
+        assert len(row["steps_ms"]) == 6 and row["ms_per_step"] == statistics.median(row["steps_ms"])
+        assert row["tokens_per_s"] == pytest.approx(512 / row["ms_per_step"] * 1000)
+        assert row["parts_ms"].keys() == set(train.PARTS)
+        for part in ("data wait", "forward", "backward", "check", "optimizer"):
+            assert row["parts_ms"][part] > 0, part
+        assert (row["micro_batch"], row["micro_steps"]) == (4, 4) and row["mfu_nominal"] is None
+    weights, attention = 2 * (4 * 32 * 32 + 2 * 4 * 32 * 32) + 64 * 32, 12 * 2 * 32 * 32
+    tflops = result["optimizers"]["muon"]["tflops"]
+    ms = result["optimizers"]["muon"]["ms_per_step"]
+    assert tflops["whole"] == pytest.approx(512 * (6 * weights + attention) / ms / 1e9)
+    assert tflops["causal"] == pytest.approx(512 * (6 * weights + attention / 2) / ms / 1e9)
+
+
+def test_marks_of_a_step_are_its_time_without_gaps(tiny_track):
+    ranks = train_gpt.Ranks(0, 1, torch.device("cpu"))
+    contender = train.new_contender(load_config(tiny_track, "muon"), ranks)
+    contender.marked = [
+        [("", 0), ("data wait", 10**6), ("forward", 4 * 10**6), ("backward", 9 * 10**6), ("rest", 10**7)],
+        [("", 0), ("data wait", 10**6), ("forward", 6 * 10**6), ("backward", 9 * 10**6), ("rest", 10**7)],
+    ]
+    timings = contender.timings()
+    assert timings["steps_ms"] == [10, 10]
+    assert timings["parts_ms"] == {
+        "data wait": 1, "forward": 4, "backward": 4, "check": 0, "communication": 0, "optimizer": 0, "rest": 1
+    }  # fmt: skip
+
+
+def test_step_times_of_other_programs_are_read_from_their_lines():
+    ours = "step:0/20 val_loss:5.5 train_time:0.000s step_avg:nanms\nx\nstep:10/20 train_time:1.500s step_avg:150.0ms\n"
+    public = "step:10/20 val_loss:4.2 train_time:1500ms step_avg:150.00ms\nstep:20/20 val_loss:4 train_time:2600ms\n"
+    nanogpt = "".join(f"iter {i}: loss 4.2, time {ms}ms, mfu 1.0%\n" for i, ms in enumerate((900, 90.5, 10.5, 11.25)))
+    assert peer.peer_steps_ms(ours) == [150] and peer.peer_steps_ms(public) == [110]
+    assert peer.peer_steps_ms(nanogpt) == [10.5, 11.25] and peer.peer_steps_ms("nothing") == []
 
 
 def test_quality_of_an_orthogonal_matrix_with_even_rows_is_perfect():

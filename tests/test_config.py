@@ -153,3 +153,6 @@ def test_dry_run_of_gpt2_small_counts_parameters_tokens_and_shards(tmp_path, cap
     assert "head's bias of 50,304" in report
     assert "3,250 steps x 524,288 = 1,703,936,000" in report and "18 of 100,000,000 tokens needed" in report
     assert "memory of a rank, GiB" in report
+    by_size = dict(re.findall(r"(\d+): (\d+\.\d)", report.splitlines()[-1]))
+    assert list(by_size) == ["1", "2", "4", "8", "16", "32", "64", "128"] and "x 128 sequences" in report
+    assert float(by_size["8"]) < 7.5 and float(by_size["32"]) < 22, "for cards of 8 and 24 GB"

@@ -171,4 +171,5 @@ def test_memory_estimate_is_what_autograd_keeps(overrides):
     optimizers = train_gpt.build_optimizers(config, model)
     gib = memory_estimate_gib(config, model.roles(), optimizers, world_size=1, micro_batch=4)
     assert loss.requires_grad and gib["activations"] * 2**30 == pytest.approx(sum(kept_bytes.values()), rel=0.1)
+    assert gib["loss"] * 2**30 == 5 * 4 * tokens.numel() * 256
     assert gib["weights"] * 2**30 == 4 * sum(p.numel() for p in model.parameters())

@@ -196,7 +196,9 @@ def optim(args: argparse.Namespace) -> str:
     times, flops = time_contenders(contenders, args.rounds, args.device)
     waits = syncs(contenders) if args.device == "cuda" else None
     oblong = sorted({shape for shape in shapes if shape[0] != shape[1]})
-    momentum = {"synthetic": {str(shape): synthetic_momentum(shape, steps=20) for shape in oblong}}
+    momentum = {}
+    if args.device == "cpu":  # the same numbers on every device, and slow to find
+        momentum["synthetic"] = {str(shape): synthetic_momentum(shape, steps=20) for shape in oblong}
     if args.momentum:
         momentum["recorded"] = {
             name: s for name, s in recorded_momentum(args.momentum).items() if s[0].size(0) != s[0].size(1)
