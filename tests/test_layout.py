@@ -30,6 +30,7 @@ EXCEPTIONS = {
     "scripts/benchmark_data.py": {"numpy", "data"},
     # Compares the configs of runs with the one at hand.
     "scripts/tune.py": {"configs", "results", "scripts"},
+    "scripts/findings.py": {"numpy", "scipy", "results", "scripts"},
     # Times the trainer, so it needs what the trainer needs.
     "scripts/benchmark.py": {"torch", "aurora", "configs", "data", "train_gpt"},
 }
