@@ -9,7 +9,7 @@ from torch import Tensor
 
 # A row counts as starved below this share of an even row's energy (squared norm) or leverage.
 STARVED_FRAC = 0.1
-# A neuron counts as dead when what it adds to its layer's output is, as rms over tokens, at most this of the layer's.
+# A neuron counts as dead when its part in its layer's output is, as rms over tokens, at most this of the mean one's.
 DEAD_FRAC = 0.01
 # A neuron of ReLU^2 counts as silent when it is active on at most this share of the tokens.
 SILENT_FRAC = 0.001
@@ -70,14 +70,14 @@ def dead_neurons(activations: Tensor, down_DM: Tensor) -> Tensor:
     activations: (..., M), what the down-projection multiplies.
     """
     parts_M = column_norms(activations) * column_norms(down_DM)
-    return parts_M <= DEAD_FRAC * parts_M.square().mean().sqrt()
+    return parts_M <= DEAD_FRAC * parts_M.mean()
 
 
 def silent_neurons(activations: Tensor, is_gated: bool) -> Tensor:
-    """(M,) bool: active on at most SILENT_FRAC of the tokens, or, gated, rms at most DEAD_FRAC of the layer's rms."""
+    """(M,) bool: active on at most SILENT_FRAC of the tokens, or, gated, rms at most DEAD_FRAC of the layer's mean."""
     if is_gated:
-        squares_M = column_norms(activations).square()
-        return squares_M <= DEAD_FRAC**2 * squares_M.mean()
+        norms_M = column_norms(activations)
+        return norms_M <= DEAD_FRAC * norms_M.mean()
     is_active = activations.flatten(0, -2) > 0
     return is_active.sum(dim=0) <= SILENT_FRAC * is_active.size(0)
 

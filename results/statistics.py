@@ -58,7 +58,9 @@ def welch(a: Sequence[float], b: Sequence[float]) -> Welch:
     difference = float(np.mean(a) - np.mean(b))
     if min(len(a), len(b)) < MIN_RUNS or np.ptp(a) == np.ptp(b) == 0:
         return Welch(difference, math.nan, math.nan, math.nan)
-    test = stats.ttest_ind(a, b, equal_var=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # one side without spread is fine
+        test = stats.ttest_ind(a, b, equal_var=False)
     interval = test.confidence_interval(CONFIDENCE)
     return Welch(difference, float(interval.low), float(interval.high), float(test.pvalue))
 

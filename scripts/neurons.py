@@ -9,10 +9,10 @@ import numpy as np
 from results.verdict import Group
 from scripts.plot import printable, save_figure, styles_of
 
-# What is drawn: title, and the value of layer i in a neurons event (see results/neurons.py).
-STARVED = "rows of up with under 10 % of an even update's energy"
-DEAD = "neurons that add under 1 % to their layer's output"
-UNEVEN = "spread of the update's row norms in up (sd / mean)"
+# What is drawn, see results/neurons.py for the events.
+STARVED = "starved rows of up (%)"
+DEAD = "dead neurons (%)"
+UNEVEN = "row norms of up's update, sd / mean"
 
 
 def starved_share(event: dict[str, Any], layer: int) -> float:
@@ -46,10 +46,11 @@ def over_training(group: Group, value: Callable[[dict[str, Any], int], float]) -
     return steps, np.array(values)
 
 
-def plot_neurons(groups: Sequence[Group], path: Path) -> None:
+def plot_neurons(groups: Sequence[Group], path: Path, description: str = "") -> None:
     """Heat maps of layer against step for each group, starved rows above dead neurons, on one scale; below, curves.
 
-    Seeds are averaged in the maps; in the curves, layers are averaged and a band shows the range of seeds.
+    Starved: under 10 % of an even row's share of the update's energy. Dead: under 1 % of the mean neuron's part in its
+    layer's output. Maps show means over seeds; curves means over layers, with the range of seeds as a band.
     """
     import matplotlib
 
@@ -61,22 +62,22 @@ def plot_neurons(groups: Sequence[Group], path: Path) -> None:
         figure = plt.figure(figsize=(max(9.0, 2.6 * len(groups) + 1), 8.5), layout="constrained")
         top, bottom = figure.subfigures(2, 1, height_ratios=[3, 2])
         maps = top.subplots(2, len(groups), squeeze=False, sharey=True)
-        for row, (title, value) in zip(maps, ((STARVED, starved_share), (DEAD, dead_share)), strict=True):
+        for index, (title, value) in enumerate(((STARVED, starved_share), (DEAD, dead_share))):
             found = [over_training(group, value) for group in groups]
             means = [100 * values.mean(axis=0) for _, values in found]
             highest = max(1.0, *(mean.max() for mean in means))
-            for axis, group, (steps, _), mean in zip(row, groups, found, means, strict=True):
+            for axis, group, (steps, _), mean in zip(maps[index], groups, found, means, strict=True):
                 # Cividis looks alike to readers of any colour vision, and darkens evenly in grey print.
                 image = axis.pcolormesh(mean, cmap="cividis", vmin=0, vmax=highest)
                 shown = range(0, len(steps), max(1, len(steps) // 4))
                 axis.set_xticks([i + 0.5 for i in shown], [str(steps[i]) for i in shown])
                 axis.set_yticks([i + 0.5 for i in range(len(mean))], [str(i) for i in range(len(mean))])
-                axis.set_title(f"{printable(group.label)} (n = {len(group.runs)})" if row is maps[0] else "")
-                axis.set_xlabel("step" if row is maps[1] else "")
-            row[0].set_ylabel("layer")
-            top.colorbar(
-                image, ax=list(row), label=f"% of {title}".replace(" with ", "\nwith ").replace(" that ", "\nthat ")
-            )
+                if index == 0:
+                    axis.set_title(f"{printable(group.label)} (n = {len(group.runs)})")
+                else:
+                    axis.set_xlabel("step")
+            maps[index][0].set_ylabel("layer")
+            top.colorbar(image, ax=list(maps[index]), label=title)
         curves = bottom.subplots(1, 3)
         drawn = ((STARVED, starved_share, 100), (DEAD, dead_share, 100), (UNEVEN, update_cv, 1))
         for axis, (title, value, scale) in zip(curves, drawn, strict=True):
@@ -88,13 +89,10 @@ def plot_neurons(groups: Sequence[Group], path: Path) -> None:
                     *(steps, by_seed.mean(axis=0)),
                     color=color, linestyle=line, marker=marker, markersize=4.5, label=printable(group.label),
                 )  # fmt: skip
-            unit = "% of " if scale == 100 else ""
-            axis.set_title(
-                f"{unit}{title}".replace(" with ", "\nwith ").replace(" that ", "\nthat ").replace(" in ", "\nin ")
-            )
+            axis.set_title(title)
             axis.set_xlabel("step")
             axis.set_ylim(bottom=0)
             axis.grid(alpha=0.3)
         curves[0].legend()
-        save_figure(figure, path)
+        save_figure(figure, path, description)
         plt.close(figure)
