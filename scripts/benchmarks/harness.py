@@ -209,3 +209,42 @@ def guards(rounds: int) -> str:
         "|---|---|---|---|---|",
         f"| {ranks.world_size} | {on_ms:.1f} | {off_ms:.1f} | {ratio:.4f} | {look} |",
     ]) * ranks.is_main  # fmt: skip
+
+
+def telemetry(rounds: int) -> str:
+    """One line: the share of a quick run's steps and validations that its looks at neurons take, all off the clock."""
+    keep_freed_memory()
+    config = load_config(ROOT / "configs" / "quick.toml", "muon", [f"train.steps={UNTIMED_ROUNDS + rounds}"])
+    data = train_gpt.open_data(config)
+    model = train_gpt.GPT(config.model)
+    model.init_weights(0)
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    loader = train_gpt.make_loader(config, data, ranks)
+    optimizers = train_gpt.build_optimizers(config, model)
+    run = train_gpt.Training(config, train_gpt.plan_batch(config, 1), ranks, model, optimizers, loader)
+    guard, log = train_gpt.Guard(model, ranks), train_gpt.StepLog(config.train.log_every, ranks)
+    whole = load_config(ROOT / "configs" / "quick.toml", "muon")
+    looks = train_gpt.validation_steps(whole)
+    neurons = train_gpt.Neurons(whole, looks, model, optimizers[-1], ranks)
+    window = train_gpt.stage(data.val_tokens[: neurons.num_tokens + 1], ranks.device)
+    inputs, _ = train_gpt.to_device(window, config.model.seq_len, ranks.device)
+    ms: dict[str, list[float]] = {"keep": [], "step": [], "validate": [], "measure": []}
+    for step in range(UNTIMED_ROUNDS + rounds):
+        for name, call in (
+            ("keep", neurons.before_update),
+            ("step", lambda step=step: train_gpt.train_step(run, model, step, guard, log)),
+            ("validate", lambda: train_gpt.validate(model, data, run)),
+            ("measure", lambda step=step: neurons.measure(step, inputs)),
+        ):
+            begin_ns = time.perf_counter_ns()
+            call()
+            ms[name].append((time.perf_counter_ns() - begin_ns) / 1e6)
+    median = {name: statistics.median(times[UNTIMED_ROUNDS:]) for name, times in ms.items()}
+    look_ms = median["keep"] + median["measure"]
+    rest_ms = whole.train.steps * median["step"] + len(looks) * median["validate"]
+    share = len(neurons.steps) * look_ms / (len(neurons.steps) * look_ms + rest_ms)
+    return (
+        f"quick track, Muon, torch {torch.__version__}, {torch.get_num_threads()} threads, {rounds} rounds in turn: "
+        f"{look_ms:.0f} ms a look at the neurons, {len(neurons.steps)} of them in a run, {share:.2%} of steps of "
+        f"{median['step']:.0f} ms and validations of {median['validate']:.0f} ms"
+    )
