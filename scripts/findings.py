@@ -26,7 +26,7 @@ from scipy import stats
 from results.record import Run, by_optimizer, read_folder
 from results.statistics import MIN_RUNS, Welch, holm, mean_interval, ratio_interval, welch
 from results.text import cell
-from results.verdict import ALPHA, Group, group_cells, group_runs, markdown_table, step_time_ratio
+from results.verdict import ALPHA, Group, group_cells, group_runs, markdown_table, step_seconds, time_ratio
 
 PAGE = "FINDINGS.md"
 SUPPORTED, NOT_SUPPORTED, NOT_TESTABLE = "supported", "not supported", "not testable"
@@ -160,7 +160,7 @@ def cost_findings(groups: dict[str, Group], evidence: str, cost: dict[str, Any],
     """Claim 4: seconds of whole training steps, and of the optimizer's step alone."""
     claim = f"4a. A training step with Aurora takes at most {COST_CLAIM - 1:.0%} longer than with Muon"
     flaw = flaw_of(groups, ("aurora", "muon"))
-    ratio = None if flaw else step_time_ratio(groups["aurora"], groups["muon"])
+    ratio = None if flaw else time_ratio(groups["aurora"], groups["muon"], step_seconds)
     if ratio is None:
         findings = [not_testable(claim, flaw or "the runs come from more than one machine or stack", evidence)]
     else:
@@ -307,7 +307,7 @@ def conditions(groups: dict[str, Group]) -> str:
 
 
 def group_row(group: Group) -> tuple[str, ...]:
-    label, n, loss, sd, _, _, reached, steps, *_ = group_cells(group)
+    label, _, n, loss, sd, _, _, reached, steps, *_ = group_cells(group)
     events = [run.neuron_events for run in group.runs]
     shares = ("-", "-")
     if all(events):
