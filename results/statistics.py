@@ -104,6 +104,8 @@ class Interval(NamedTuple):
 def mean_interval(values: Sequence[float], seed: int = 0) -> Interval:
     """95 % interval of the mean: BCa bootstrap of 10,000 resamples, Student's t below five values, else nothing.
 
+    Of five normal values the bootstrap's covers the mean in 85 % of cases only, of ten in about 93 %.
+
     seed: of the resampling, so that the same records give the same page.
     """
     n = len(values)
