@@ -330,7 +330,9 @@ def test_non_finite_numbers_stop_all_ranks(twelve_steps, launch, tmp_path, kind,
     newest, end = load_checkpoint(checkpoints(tmp_path)[-1]), events(tmp_path)[-1]
     assert newest["step"] == 6 and end["status"] == "diverged"
     assert all(p.isfinite().all() for p in newest["training"]["model"].values())
-    if name != "update":
+    if name == "update":
+        assert "the update of step 7 was not finite" in outcome.err[0]
+    else:
         assert "step 7: " in outcome.err[0]
         weights = train_gpt.digest(newest["training"]["model"])
         assert end["weights_sha256"] == weights and all(f"weights: {weights}" in text for text in outcome.out)
@@ -396,7 +398,7 @@ HANGS = [(kind, name, rank, size) for kind in ("stop", "hang") for name in ("bac
 )
 def test_a_rank_that_hangs_is_named_and_the_job_ends(twelve_steps, launch, tmp_path, kind, name, rank, world_size):
     arguments = [*twelve_steps, "--timeout-s", "2", "--out", tmp_path]
-    outcome = launch(*arguments, world_size=world_size, fault=f"{kind}:{name}:4:{rank}")
+    outcome = launch(*arguments, world_size=world_size, fault=f"{kind}:{name}:4:{rank}", timeout_s=30)
     assert set(outcome.codes) <= {Exit.PEER, -signal.SIGKILL} and Exit.PEER in outcome.codes
     survivor = next(peer for peer, text in enumerate(outcome.err) if "gives up: " in text)
     found = re.search(r"gives up: (.*)", outcome.err[survivor])[1]
@@ -592,11 +594,11 @@ def test_launch_script_hands_on_sigterm_and_the_exit_code(twelve_steps, tmp_path
     run = launch_script(*twelve_steps, *overrides, "--out", tmp_path)
     while not run.stdout.readline().startswith("step:0/"):
         assert run.poll() is None
-    begin_s = time.monotonic()
+    begin_s = time.time()
     run.terminate()
     _, said = run.communicate(timeout=120)
     assert run.returncode == Exit.PREEMPTED and "launch:" not in said, said
-    assert time.monotonic() - begin_s <= 5
+    assert next(tmp_path.glob("*.jsonl")).stat().st_mtime - begin_s <= 5  # to the end event, which follows the checkpoint
     (newest,) = checkpoints(tmp_path)
     end = events(tmp_path)[-1]
     assert end["status"] == "interrupted" and end["step"] == load_checkpoint(newest)["step"]
