@@ -84,7 +84,7 @@ from aurora.runtime.functions import Held, HeldWeights, SoftCapCrossEntropy, sof
 from aurora.runtime.gradients import GradientSum
 from aurora.runtime.guard import Guard
 from aurora.runtime.memory import available_gib, first_that_fits
-from aurora.runtime.process import check_writable, die_with_launcher, lock_folder, report_exit, stop_signals
+from aurora.runtime.process import check_writable, die_with_launcher, lock_folder, report_exit, stop_signals, tell
 from aurora.runtime.ranks import (
     Ranks,
     digest,
@@ -101,6 +101,7 @@ from data.shards import ShardError
 from results.checkpoint import first_line, newest_checkpoint, save_checkpoint
 from results.describe import dry_run_report, memory_estimate_gib, peak_memory_mib, run_event
 from results.momentum import Dump, checked_dump, record_momentum
+from results.neurons import Neurons
 from results.record import RecordWriter, Validation, first_at_target
 from results.tracking import Tracker
 
@@ -194,11 +195,18 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.up = Linear(config.model_dim, config.mlp_expansion * config.model_dim)
-        self.down = Linear(config.mlp_expansion * config.model_dim, config.model_dim)
+        width = config.mlp_expansion * config.model_dim
+        self.gate = Linear(config.model_dim, width) if config.mlp == "swiglu" else None
+        self.up = Linear(config.model_dim, width)
+        self.down = Linear(width, config.model_dim)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down(self.up(x_BTD).relu().square())
+        return self.down(self.activations(x_BTD))
+
+    def activations(self, x_BTD: Tensor) -> Tensor:
+        """(B, T, D) to (B, T, hidden width)."""
+        up = self.up(x_BTD)
+        return up.relu().square() if self.gate is None else F.silu(self.gate(x_BTD)) * up
 
 
 class Block(nn.Module):
@@ -262,6 +270,15 @@ class GPT(nn.Module):
     def loss(self, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
         z_NV = self.head(self.head_norm(x_BTD)).flatten(0, 1)
         return SoftCapCrossEntropy.apply(z_NV, targets_BT.flatten(), self.softcap)
+
+    def activations(self, inputs_BT: Tensor) -> Iterator[Tensor]:
+        """(B, T, hidden width) of each block's MLP, without a hook that compiled code would have to know of."""
+        x_BTD = self.embedded(inputs_BT)
+        for block in self.blocks:
+            x_BTD = x_BTD + block.attention(block.attention_norm(x_BTD))
+            hidden = block.mlp.activations(block.mlp_norm(x_BTD))
+            yield hidden
+            x_BTD = x_BTD + block.mlp.down(hidden)
 
     def forward(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Cross-entropy summed over the targets."""
@@ -486,6 +503,17 @@ class Progress:
 def train(args: argparse.Namespace, ranks: Ranks, begin_ns: int) -> None:
     """One run, from config to the record's end event. Raises HarnessError."""
     clock = Clock(ranks, begin_ns, IMPORT_NS)
+    config, plan, dump = ranks.together(lambda: check_run(args, ranks))
+    if args.dry_run:
+        return
+    ranks.together(lambda: check_writable(args.out))
+    lock = ranks.together(lambda: lock_folder(args.out) if ranks.is_main else None)
+    with lock or contextlib.nullcontext():
+        train_in_folder(args, config, plan, dump, ranks, clock)
+
+
+def check_run(args: argparse.Namespace, ranks: Ranks) -> tuple[Config, BatchPlan, Dump | None]:
+    """What to run, checked before anything is read or written; a dry run's report. Raises HarnessError."""
     if not 0 <= args.seed < 2**63:
         raise HarnessError(Exit.CONFIG, f"--seed must be in [0, 2^63), got {args.seed}")
     config = load_config(args.config, args.optimizer, args.overrides)
@@ -500,11 +528,7 @@ def train(args: argparse.Namespace, ranks: Ranks, begin_ns: int) -> None:
         ranks.say(
             dry_run_report(config, shapes.roles(), optimizers, ranks.world_size, plan.micro_steps, plan.micro_batch)
         )
-        return
-    ranks.together(lambda: check_writable(args.out))
-    lock = ranks.together(lambda: lock_folder(args.out) if ranks.is_main else None)
-    with lock or contextlib.nullcontext():
-        train_in_folder(args, config, plan, dump, ranks, clock)
+    return config, plan, dump
 
 
 def train_in_folder(
@@ -564,7 +588,8 @@ def train_in_folder(
     def save() -> None:
         """On all ranks or none. Collective."""
         point("checkpoint_gather", progress.step)
-        state = {"training": run.state_dict(), "identity": identity, "run_id": run_id, "spent_ns": clock.spent_ns}
+        spent_ns, _ = clock.of_slowest_rank()
+        state = {"training": run.state_dict(), "identity": identity, "run_id": run_id, "spent_ns": spent_ns}
         state |= vars(progress) | {"validations": [tuple(look) for look in progress.validations]}
         folder = args.out / f"{run_id}.checkpoints"
         ranks.together(lambda: save_checkpoint(folder, progress.step, state) if ranks.is_main else None)
@@ -603,6 +628,8 @@ def train_steps(
     config, ranks = run.config, run.ranks
     first_step, steps = progress.step, config.train.steps
     guard, log, console = Guard(run.model, ranks), StepLog(config.train.log_every, ranks), Console(config, ranks, clock)
+    neurons = Neurons(config, validation_steps(config), run.model, run.optimizers[-1], ranks)
+    shown_tokens = data.val_tokens[: neurons.num_tokens + 1]
     due = validation_steps(config) - {look.step for look in progress.validations}
     with stop_signals(guard.request_stop), last_words(clock, log, record):
         for step in range(first_step, steps + 1):
@@ -621,8 +648,13 @@ def train_steps(
                     check_validation(look, config.model.vocab_size)
                     progress.validations.append(look)
                     console.show(*look)
-                    events.append({"event": "val", "tokens": step * config.train.batch_tokens} | look._asdict())
-                    record.write(events[-1])
+                    looked = [{"event": "val", "tokens": step * config.train.batch_tokens} | look._asdict()]
+                    if step in neurons.steps:
+                        inputs, _ = to_device(stage(shown_tokens, ranks.device), config.model.seq_len, ranks.device)
+                        looked.append(neurons.measure(step, inputs))
+                        console.show_neurons(looked[-1])
+                    record.write(*looked)
+                    events += looked
                     point("validated", step)
                 tracker.log(*events)
                 clock.charge("val")
@@ -633,6 +665,10 @@ def train_steps(
                 raise HarnessError(Exit.PREEMPTED, f"stopped at step {step}; the same command with --resume goes on")
             if step == steps:
                 return
+            if step + 1 in neurons.steps:
+                clock.charge("train")
+                neurons.before_update()
+                clock.charge("val")
             train_step(run, model, step, guard, log)
             console.tick(step + 1, sum(later > step for later in due))
 
@@ -702,20 +738,23 @@ def end_event(status: str, run: Training, progress: Progress, clock: Clock) -> d
     memory_mib, data_wait_s = run.ranks.all_reduce(
         torch.tensor(largest, device=run.ranks.device), dist.ReduceOp.MAX
     ).tolist()
+    weights_sha256 = digest(run.model.state_dict())
+    clock.charge("end")
+    spent_ns, wall_ns = clock.of_slowest_rank()
     return {
         "event": "end",
         "status": status,
         "step": progress.step,
-        "train_time_s": clock.slowest_train_s(),
+        "train_time_s": spent_ns["train"] / 1e9,
         "val_loss": progress.validations[-1].val_loss if progress.validations else None,
         "reached_target": hit is not None,
         "steps_to_target": hit.step if hit else None,
         "time_to_target_s": hit.train_time_s if hit else None,
-        "wall_s": clock.wall_s(),
-        "untimed": {f"{account}_s": clock.spent_s(account) for account in Clock.ACCOUNTS if account != "train"},
+        "wall_s": wall_ns / 1e9,
+        "untimed": {f"{account}_s": ns / 1e9 for account, ns in spent_ns.items() if account != "train"},
         "segments": progress.segments,
         "data_wait_s": data_wait_s,  # in this process, of the rank that waited longest
-        "weights_sha256": digest(run.model.state_dict()),
+        "weights_sha256": weights_sha256,
         "peak_mem_mib": memory_mib,
     }
 
@@ -818,9 +857,9 @@ def main(argv: list[str] | None = None) -> int:
         ranks.align()  # a process that leaves early can break a peer's last collective
         leave_ranks()
         return report_exit(0)
-    except HarnessError as error:  # raised by all ranks alike
-        if rank == "0":
-            print(f"{'stopped' if error.reason == Exit.PREEMPTED else 'error'}: {error}", file=sys.stderr, flush=True)
+    except HarnessError as error:  # raised by all ranks alike once they have joined
+        if rank == "0" or not dist.is_initialized():
+            tell(f"{'stopped' if error.reason == Exit.PREEMPTED else 'error'}: {error}")
         leave_ranks()
         return report_exit(int(error.reason))
     except KeyboardInterrupt:
@@ -833,7 +872,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             report_exit(1)
             raise
-        print(f"error: rank {rank} {message}: {first_line(error)}", file=sys.stderr, flush=True)
+        tell(f"error: rank {rank} {message}: {first_line(error)}")
         return report_exit(int(reason))
     except Exception:  # a bug: scripts/launch.sh shall not take it for a lost rank
         report_exit(1)

@@ -37,8 +37,9 @@ class Aurora(MatrixOptimizer):
         warm        One polar factor. D_i = w_i / ||X_i||, where w (row_weight in the state) does one iteration a step,
                     as it drifts slowly; then rows are scaled: U_i <- r U_i / ||U_i||. That costs some orthogonality.
         refined     warm, then one more quintic polynomial, which gives the orthogonality back, and rows scaled again.
-        folded      warm, but rows are also balanced, by up to HEADROOM, before the end of the polar factor, which
-                    then ends in a polynomial that suits what the balance leaves. Costs what warm costs.
+        folded      warm, but rows are also balanced, by up to HEADROOM, twice within the polar factor: early, for
+                    gradients that w has not seen the like of, and before its end, which then is a polynomial that
+                    suits what the balance leaves. Costs what warm costs.
 
     M leaves out zero rows. Where the rank is low rows stay below r, see row_correction. lr as for Muon.
 

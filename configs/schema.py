@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 DTYPES = ("float32", "bfloat16")
+MLPS = ("relu2", "swiglu")
 
 
 class Exit(enum.IntEnum):
@@ -49,6 +50,7 @@ class ModelConfig:
     attention_scale: float
     logit_softcap: float
     activation_dtype: str  # of activations; weights are float32
+    mlp: str = "relu2"  # or swiglu; both are mlp_expansion x model_dim wide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +62,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    steps: int
+    steps: int  # an optimizer's own, where its table has steps
     batch_tokens: int  # of one step, over all ranks and micro-steps
     micro_batch: int | str  # most sequences in one forward pass of one rank; auto: as many as fit into memory
     compile: str  # auto: on CUDA only
@@ -75,6 +77,7 @@ class EvalConfig:
     late_every: int  # steps, over the last late_frac of the run
     late_frac: float
     target: float
+    telemetry: bool = True  # whether the record says how neurons fare, see results/neurons.py
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +110,7 @@ def load_config(path: Path, optimizer: str, overrides: Iterable[str] = ()) -> Co
         raise HarnessError(Exit.CONFIG, f"config {path} cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise HarnessError(Exit.CONFIG, f"config {path} is not valid TOML: {error}") from error
+    overrides = list(overrides)
     for override in overrides:
         apply_override(tables, override)
 
@@ -116,10 +120,6 @@ def load_config(path: Path, optimizer: str, overrides: Iterable[str] = ()) -> Co
     if not all(isinstance(entry, dict) for entry in entries):
         raise HarnessError(Exit.CONFIG, f"{path.name}: optimizer must hold tables, as in [optimizer.muon]")
     check_keys(tables, sections, path.name)
-    parts = {
-        name: cls(**typed_table(tables[name], get_type_hints(cls), name, with_default(cls)))
-        for name, cls in sections.items()
-    }
     if optimizer not in optimizer_tables:
         raise HarnessError(
             Exit.CONFIG,
@@ -127,10 +127,22 @@ def load_config(path: Path, optimizer: str, overrides: Iterable[str] = ()) -> Co
             f"{path.name} has {', '.join(optimizer_tables) or 'none'}",
         )
     hparams = dict(optimizer_tables[optimizer])
+    if (steps := pop_steps(hparams, overrides)) is not None:
+        tables["train"] = tables["train"] | {"steps": coerce(f"optimizer.{optimizer}.steps", steps, int)}
+    parts = {
+        name: cls(**typed_table(tables[name], get_type_hints(cls), name, with_default(cls)))
+        for name, cls in sections.items()
+    }
     warmup_steps = coerce(f"optimizer.{optimizer}.warmup_steps", hparams.pop("warmup_steps", 0), int)
     config = Config(**parts, optimizer=optimizer, warmup_steps=warmup_steps, hparams=hparams)
     check_bounds(config)
     return config
+
+
+def pop_steps(table: dict[str, Any], overrides: Iterable[str]) -> Any:
+    """Take an optimizer's own schedule length out of its table. None without one, or if --set train.steps decides."""
+    steps = table.pop("steps", None)
+    return None if any(override.partition("=")[0].strip() == "train.steps" for override in overrides) else steps
 
 
 def with_default(cls: type) -> set[str]:
@@ -213,6 +225,7 @@ def check_bounds(config: Config) -> None:
         ("model.attention_scale", model.attention_scale, model.attention_scale > 0, "positive"),
         ("model.logit_softcap", model.logit_softcap, model.logit_softcap > 0, "positive"),
         ("model.activation_dtype", model.activation_dtype, model.activation_dtype in DTYPES, " or ".join(DTYPES)),
+        ("model.mlp", model.mlp, model.mlp in MLPS, " or ".join(MLPS)),
         ("train.compile", train.compile, train.compile in ("auto", "on", "off"), "auto, on or off"),
         ("train.batch_tokens", train.batch_tokens, train.batch_tokens % (model.seq_len or 1) == 0, whole_sequences),
         ("eval.tokens", evaluation.tokens, evaluation.tokens % (model.seq_len or 1) == 0, whole_sequences),
@@ -224,7 +237,7 @@ def check_bounds(config: Config) -> None:
     ]
     for name in ("model", "train", "eval"):
         for key, value in vars(getattr(config, name)).items():
-            if isinstance(value, int):
+            if type(value) is int:  # no bool
                 lowest = 0 if key == "checkpoint_every" else 1
                 bounds.insert(0, (f"{name}.{key}", value, value >= lowest, f"at least {lowest}"))
     for key, value, is_valid, wanted in bounds:

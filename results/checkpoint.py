@@ -27,7 +27,8 @@ def first_line(error: Exception) -> str:
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
     """Write state under folder/step-N: hashed, synced, then renamed, so that the name means a whole checkpoint.
 
-    The two newest are kept; what a killed process left unfinished is removed. One process a folder.
+    It and the one before are kept. What a killed process left unfinished is removed, and so are checkpoints of later
+    steps: --resume found them damaged, or this run would not be at an earlier step. One process a folder.
 
     Raises:
         HarnessError: DISK; the checkpoints before are then untouched.
@@ -36,6 +37,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
     temporary = folder / f".{final.name}-{secrets.token_hex(4)}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        sync_folder(folder.parent)
         for leftover in folder.glob(".step-*"):
             shutil.rmtree(leftover, ignore_errors=True)
         temporary.mkdir()
@@ -57,9 +59,11 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         message = f"checkpoint {final} cannot be written: {first_line(error)}; the one before is kept"
         raise HarnessError(Exit.DISK, message) from error
-    for old in list_checkpoints(folder)[:-KEPT_CHECKPOINTS]:
+    present = list_checkpoints(folder)
+    kept = present[: present.index(final) + 1][-KEPT_CHECKPOINTS:]
+    for other in [path for path in present if path not in kept]:
         point("checkpoint_prune", step)
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(other, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from aurora.runtime.functions import PART_ELEMENTS
 from configs.schema import Config
 from data.loader import PUBLIC_SHARD_TOKENS, RunData, find_shards, steps_in_shard
 from data.shards import ShardError, open_shard
-from results.record import SCHEMA, code_hash, describe_git, describe_machine, json_hash, read_sources
+from results.record import SCHEMA, code_hash, describe_git, describe_machine, read_sources, task_hash
 
 
 def run_event(
@@ -33,7 +33,6 @@ def run_event(
     utc, sources, is_cuda = datetime.datetime.now(datetime.UTC), read_sources(config_path), device.type == "cuda"
     name = re.sub("[^A-Za-z0-9._-]", "-", config_path.stem)
     described_data, machine = data.describe(), describe_machine()
-    task = {"model": vars(config.model), "batch_tokens": config.train.batch_tokens, "eval": vars(config.eval)}
     stack = {
         "torch": torch.__version__,
         "numpy": np.__version__,
@@ -49,7 +48,7 @@ def run_event(
         "utc": utc.isoformat(timespec="seconds"),
         "argv": sys.argv,
         "config": dataclasses.asdict(config),
-        "task_hash": json_hash(task | {"data": described_data["stream_id"]}),
+        "task_hash": task_hash(dataclasses.asdict(config), described_data["stream_id"]),
         "optimizer": config.optimizer,
         "hparams": config.hparams | {"warmup_steps": config.warmup_steps},
         "param_groups": describe_groups(optimizers),
@@ -172,7 +171,8 @@ def memory_estimate_gib(
     state = 2 * (num_params - counts["matrix"])  # AdamW keeps two floats a weight, a matrix rule one, on its owner
     state += counts["matrix"] / world_size if is_sharded_rule else 2 * counts["matrix"]
     width = 4 if model.activation_dtype == "float32" else 2
-    per_token = model.num_layers * (12 + 2 * model.mlp_expansion) * model.model_dim * width
+    kept_by_mlp = (4 if model.mlp == "swiglu" else 2) * model.mlp_expansion
+    per_token = model.num_layers * (12 + kept_by_mlp) * model.model_dim * width
     per_token += model.vocab_size * width  # logits, which their gradient overwrites
     logits = micro_batch * model.seq_len * model.vocab_size
     sizes = {

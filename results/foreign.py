@@ -13,6 +13,7 @@ Read are, wherever they stand in the text:
 Source code in front of a log holds no such lines, for its numbers are names in braces.
 """
 
+import bisect
 import math
 import re
 from collections.abc import Iterator
@@ -21,12 +22,18 @@ from pathlib import Path
 
 LAST = -1  # stands for the last step before
 MAX_LINE = 1 << 16  # characters; longer lines are no results
+MAX_BYTES, MAX_LOOKS, MAX_TRIALS = (
+    1 << 28,
+    100_000,
+    1000,
+)  # of a log; public ones have up to 2 MB, 1,100 looks, 30 trials
+SUFFIXES = (".txt", ".log", ".out", ".stdout")
 NUMBER = r"[-+]?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+|nan|inf)"
 _STAMP = r"^\s*(?:\d{9,}\.\d+\s+)?"
 _STEP = re.compile(_STAMP + r"step:(\d{1,9})(?:/(\d{1,9}))?\s")
 _GOLF = re.compile(_STAMP + r"(\d{1,9})/(\d{1,9}) val_loss:\s")
 _GOLF_FINAL = re.compile(_STAMP + r"([a-z]\w{2,60}) (?:stride:\d+ )?val_loss:")
-_GOLF_STOP = re.compile(_STAMP + r"stopping_early: .*step: ?(\d{1,9})/\d+\s*$")
+_GOLF_STOP = re.compile(_STAMP + r"stopping_early: ")
 _LLMC = re.compile(rf"^s:(\d{{1,9}}) tel:({NUMBER})\s*$", re.I)
 _LLMC_STEP = re.compile(r"^step\s+(\d{1,9})/(\d{1,9}) \|")
 _LLMC_LOSS = re.compile(rf"^val loss ({NUMBER})\s*$", re.I)
@@ -40,7 +47,7 @@ class LogError(ValueError):
     """A file without results; the message names the file and the finding."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Look:
     """One validation: metrics by name, val_loss among them; time_s is NaN where the log has none."""
 
@@ -51,22 +58,32 @@ class Look:
 
 @dataclass
 class Trial:
-    """One training run in a log. total_steps: as the log says, None where it does not."""
+    """One training run in a log, looks in order of steps.
+
+    total_steps: as the log says, None where it does not. is_stopped: the log says that the run ends here as planned.
+    """
 
     path: Path
     number: int
     total_steps: int | None
     looks: list[Look] = field(default_factory=list)
     is_rewound: bool = False
+    is_stopped: bool = False
 
     @property
     def status(self) -> str:
         """complete; diverged, with a loss that is no number; torn, when it ends before its last step; or open."""
         if any(not math.isfinite(look.metrics.get("val_loss", 0.0)) for look in self.looks):
             return "diverged"
+        if self.is_stopped:
+            return "complete"
         if self.total_steps is None:
             return "open"
         return "complete" if self.looks[-1].step >= self.total_steps else "torn"
+
+    @property
+    def last_step(self) -> int:
+        return self.looks[-1].step
 
     def values(self, metric: str) -> dict[int, float]:
         """By step."""
@@ -87,37 +104,45 @@ def read_log(path: Path) -> list[Trial]:
     """
     trials: list[Trial] = []
     try:
-        for total, look in _looks(path):
-            trial = trials[-1] if trials else None
-            if look is None:  # the run stopped where it was, as planned
-                if trial:
-                    trial.total_steps = trial.looks[-1].step
-                continue
-            if look.step == LAST:
-                if trial:
-                    trial.looks[-1].metrics |= look.metrics
-                continue
-            if (
-                trial is None
-                or look.step <= trial.looks[0].step < trial.looks[-1].step
-                or (look.step == 0 and trial.looks[-1].step > 0)
-            ):
-                trials.append(Trial(path, len(trials) + 1, total, [look]))
-            elif look.step == trial.looks[-1].step:
-                trial.looks[-1].metrics = look.metrics | trial.looks[-1].metrics
-            elif any(look.step == earlier.step and look.metrics == earlier.metrics for earlier in trial.looks):
-                continue  # a summary at the end
-            else:
-                if look.step < trial.looks[-1].step:
-                    trial.is_rewound = True
-                    trial.looks = [earlier for earlier in trial.looks if earlier.step < look.step]
-                trial.looks.append(look)
-                trial.total_steps = total if total is not None else trial.total_steps
+        if not path.is_file():
+            raise LogError(f"{path} {'is no regular file' if path.exists() else 'cannot be read: no such file'}")
+        if path.stat().st_size > MAX_BYTES:
+            raise LogError(f"{path} is larger than {MAX_BYTES:,} bytes")
+        for number, (total, look) in enumerate(_looks(path)):
+            if number >= MAX_LOOKS or len(trials) > MAX_TRIALS:
+                raise LogError(f"{path} has more than {MAX_LOOKS:,} validation lines or {MAX_TRIALS:,} trials")
+            if look is not None and look.step != LAST:
+                _take(trials, path, total, look)
+            elif trials and look is None:
+                trials[-1].is_stopped = True
+            elif trials:
+                trials[-1].looks[-1].metrics |= look.metrics
     except OSError as error:
         raise LogError(f"{path} cannot be read: {error.strerror}") from error
     if not trials:
         raise LogError(f"{path} holds no validation line of a format that is known")
     return trials
+
+
+def _take(trials: list[Trial], path: Path, total: int | None, look: Look) -> None:
+    """Add a look to the trial it belongs to, the last one or a new one."""
+    trial = trials[-1] if trials else None
+    is_again = trial is not None and look.step <= trial.looks[0].step < trial.last_step
+    if trial is None or is_again or (look.step == 0 and trial.last_step > 0):
+        trials.append(Trial(path, len(trials) + 1, total, [look]))
+        return
+    place = bisect.bisect_left(trial.looks, look.step, key=lambda earlier: earlier.step)
+    later = trial.looks[place:]
+    if look.step == trial.last_step:
+        trial.looks[-1].metrics = look.metrics | trial.looks[-1].metrics
+    elif later and (later[0].step, later[0].metrics) == (look.step, look.metrics):
+        return  # a summary at the end
+    else:
+        if later:
+            trial.is_rewound = True
+            del trial.looks[place:]
+        trial.looks.append(look)
+        trial.total_steps = total if total is not None else trial.total_steps
 
 
 def _looks(path: Path) -> Iterator[tuple[int | None, Look | None]]:
@@ -157,12 +182,43 @@ def _lines(path: Path) -> Iterator[str]:
             is_rest = not is_whole
 
 
+def without_copies(trials: list[Trial]) -> tuple[list[Trial], list[tuple[Trial, Trial]]]:
+    """Trials that are runs of their own, and pairs of a trial that shows nothing but what another one shows.
+
+    One run is often logged twice, to a file and to a stream, in whole or in part. Nor are two of one seed two runs.
+    """
+    by_loss: dict[tuple[int, float], list[Trial]] = {}
+    kept, copies = {}, []
+    for place, trial in sorted(enumerate(trials), key=lambda entry: -len(entry[1].looks)):
+        last = trial.last_step, trial.looks[-1].metrics.get("val_loss", math.nan)
+        original = next((other for other in by_loss.get(last, ()) if _is_copy(trial, other)), None)
+        if original:
+            copies.append((trial, original))
+            continue
+        kept[place] = trial
+        for look in trial.looks:
+            by_loss.setdefault((look.step, look.metrics.get("val_loss", math.nan)), []).append(trial)
+    return [kept[place] for place in sorted(kept)], copies
+
+
+def _is_copy(trial: Trial, other: Trial) -> bool:
+    """Whether every look of the trial is also one of the other: at least three, or at equal times."""
+    known = {look.step: look for look in other.looks}
+    looks = [look for look in trial.looks if look.step > 0]
+    if not looks or any(look.step not in known for look in looks):
+        return False
+    pairs = [(look, known[look.step]) for look in looks]
+    if any(a.metrics.get("val_loss") != b.metrics.get("val_loss") for a, b in pairs):
+        return False
+    return len(looks) >= 3 or all(a.time_s == b.time_s for a, b in pairs)
+
+
 def read_logs(paths: list[Path]) -> tuple[list[Trial], list[LogError]]:
-    """Trials of files and of all .txt and .log files below folders; links are not followed."""
+    """Trials of files and of all files with a suffix of SUFFIXES below folders; links are not followed."""
     files = []
     for path in paths:
         if path.is_dir():
-            found = (p for p in path.rglob("*") if p.suffix in (".txt", ".log") and p.is_file() and not p.is_symlink())
+            found = (p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file() and not p.is_symlink())
             files += sorted(found)
         else:
             files.append(path)

@@ -1,4 +1,6 @@
-"""The record of a run: one JSONL file, one event a line (run, train, val, resume, end). Written here and read here.
+"""The record of a run: one JSONL file, one event a line. Written here and read here.
+
+Events: run, train, val, neurons (of results/neurons.py), resume, end.
 
 Needs nothing but Python, so that results can be analysed on any machine.
 """
@@ -63,8 +65,8 @@ class RecordWriter:
 
 SOURCE_MODULES = [
     *("configs/schema.py", "data/loader.py", "data/manifest.py", "data/overlap.py", "data/shards.py"),
-    *("results/checkpoint.py", "results/describe.py", "results/momentum.py", "results/record.py"),
-    "results/tracking.py",
+    *("results/checkpoint.py", "results/describe.py", "results/momentum.py", "results/neurons.py"),
+    *("results/record.py", "results/tracking.py"),
 ]
 
 
@@ -85,6 +87,21 @@ def code_hash(sources: dict[str, str]) -> str:
 
 def json_hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def task_hash(config: dict[str, Any], stream_id: str) -> str:
+    """Equal for two runs that may be compared: same model, batch, evaluation, target and data.
+
+    config: the resolved config, as a record has it. stream_id: of the data.
+    """
+    evaluation = {key: value for key, value in config["eval"].items() if key != "telemetry"}
+    task = {"model": model_of(config), "batch_tokens": config["train"]["batch_tokens"], "eval": evaluation}
+    return json_hash(task | {"data": stream_id})
+
+
+def model_of(config: dict[str, Any]) -> dict[str, Any]:
+    """The model's settings, as the first records have them: those without mlp trained with relu2."""
+    return {key: value for key, value in config["model"].items() if (key, value) != ("mlp", "relu2")}
 
 
 def describe_git() -> dict[str, Any] | None:
@@ -109,6 +126,7 @@ def describe_machine() -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_name,
         "cpu_count": os.cpu_count(),
+        "usable_cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "variables": {key: value for key, value in sorted(os.environ.items()) if key.startswith(prefixes)},
     }
 
@@ -136,6 +154,7 @@ class Run:
     start: dict[str, Any]
     validations: list[Validation] = field(default_factory=list)
     train_events: list[dict[str, Any]] = field(default_factory=list)
+    neuron_events: list[dict[str, Any]] = field(default_factory=list)
     end: dict[str, Any] | None = None
 
     @property
@@ -146,13 +165,19 @@ class Run:
     def target(self) -> float:
         return self.start["config"]["eval"]["target"]
 
+    @property
+    def setting(self) -> dict[str, Any]:
+        """Hyper-parameters and schedule, its length included: what tells runs of one optimizer apart."""
+        config = self.start["config"]
+        return self.start.get("hparams", {}) | config.get("schedule", {}) | {"steps": config["train"]["steps"]}
+
     def first_at_target(self) -> Validation | None:
         """The first validation at or below the target."""
         return first_at_target(self.validations, self.target)
 
     def mean_ms(self, key: str) -> float:
         """Mean of "step_ms" or "optimizer_ms" over the run, or NaN when the record has no train events."""
-        values = [event[key] for event in self.train_events]
+        values = [event[key] for event in self.train_events if key in event]
         return sum(values) / len(values) if values else math.nan
 
 
@@ -170,11 +195,18 @@ FIELD_TYPES = {
     "val": {"step": int, "tokens": int, "val_loss": NUMBER, "train_time_s": NUMBER},
     "train": {"step": int, **dict.fromkeys(("train_loss", "lr", "step_ms", "optimizer_ms"), NUMBER)},
     "end": {"status": str, "step": int, "train_time_s": NUMBER, "untimed": dict, "segments": int},
+    "neurons": {
+        **dict.fromkeys(("step", "tokens", "width"), int),
+        **dict.fromkeys(("dead", "silent", "starved", "starved_momentum"), NUMBER),
+        "layers": list,
+        "matrices": dict,
+    },
     "resume": {"step": int},
 }
 REQUIRED_FIELDS = {
     "val": ("step", "val_loss", "train_time_s"),
     "train": ("step",),
+    "neurons": ("step", "width", "layers", "matrices"),
     "end": ("status",),
 }
 
@@ -185,7 +217,8 @@ def read_events(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     A last line without its end, as a crash leaves it, is dropped.
 
     Raises:
-        RecordError: the file cannot be read, is no regular file, is too large, or a line is not an event.
+        RecordError: the file cannot be read, is no regular file, is too large, a line is not an event, or the first
+            event is not "run".
     """
     try:
         if path.is_symlink() or not path.is_file():
@@ -199,18 +232,22 @@ def read_events(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 if number > MAX_EVENTS:
                     raise RecordError(f"{path} has more than {MAX_EVENTS:,} lines")
                 if line.endswith(b"\n"):
-                    yield number, read_event(line, f"{path}, line {number}")
+                    yield number, read_event(line, f"{path}, line {number}", is_first=number == 1)
     except OSError as error:
         raise RecordError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def read_event(line: bytes, where: str) -> dict[str, Any]:
+def read_event(line: bytes, where: str, is_first: bool) -> dict[str, Any]:
     try:
         event = json.loads(line)
         kind = event["event"]
+        if is_first and kind != "run":
+            raise RecordError(f"{where}: a record begins with a run event, not {str(kind)[:40]!r}")
         types = FIELD_TYPES.get(kind, {})  # TypeError for a kind that is a list or table
         for key in REQUIRED_FIELDS.get(kind, ()):
             event[key]
+    except RecordError:
+        raise
     except (ValueError, KeyError, TypeError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, too many digits
         message = f"{where}: not an event of a run record ({type(error).__name__}: {str(error)[:100]})"
         raise RecordError(message) from error
@@ -227,28 +264,54 @@ def is_sane(value: int | float) -> bool:
     return abs(value) < 2**64 if isinstance(value, int) else math.isfinite(value)
 
 
+# What every reader of runs relies on; nested names are joined by dots.
+NEEDED_OF_RUN = {
+    **dict.fromkeys(("optimizer", "task_hash", "env.device_name", "env.torch"), str),
+    **dict.fromkeys(("seed", "world_size", "config.train.steps", "config.train.batch_tokens"), int),
+    "config.eval.target": NUMBER,
+    "config.schedule": (dict, type(None)),
+    "sources": dict,
+    "argv": list,
+}
+NEEDED_OF_DONE = {"step": int, "train_time_s": NUMBER, "val_loss": NUMBER}
+
+
+def check_needed(event: dict[str, Any], needed: dict[str, Any], path: Path) -> None:
+    """Raises RecordError if a field that is needed is missing or of another type."""
+    for name, expected in needed.items():
+        value: Any = event
+        for key in name.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if not isinstance(value, expected) or isinstance(value, bool):
+            raise RecordError(f"{path}: {name} of the {event['event']} event is missing or of the wrong type")
+
+
 def read_record(path: Path) -> Run:
     """Read one record. A last line without its end, as a crash leaves it, is dropped.
 
     After a resume a step can stand in the file twice; the later line counts.
 
     Raises:
-        RecordError: the file cannot be read, a line is not an event, or the first event is not "run".
+        RecordError: as read_events, or the file holds no event, or lacks what readers need.
     """
     run: Run | None = None
     validations: dict[int, Validation] = {}
     train_events: dict[int, dict[str, Any]] = {}
+    neuron_events: dict[int, dict[str, Any]] = {}
     for _, event in read_events(path):
         kind = event["event"]
         if run is None:
-            if kind != "run":
-                raise RecordError(f"{path}, line 1: a record begins with a run event, not {str(kind)[:40]!r}")
+            check_needed(event, NEEDED_OF_RUN, path)
             run = Run(path, event)
         elif kind == "val":
             validations[event["step"]] = Validation(event["step"], event["val_loss"], event["train_time_s"])
         elif kind == "train":
             train_events[event["step"]] = event
+        elif kind == "neurons":
+            neuron_events[event["step"]] = event
         elif kind == "end":
+            if event["status"] == "done":
+                check_needed(event, NEEDED_OF_DONE, path)
             run.end = event
         elif kind == "resume":
             run.end = None
@@ -256,6 +319,7 @@ def read_record(path: Path) -> Run:
         raise RecordError(f"{path} holds no event")
     run.validations = [validations[step] for step in sorted(validations)]
     run.train_events = [train_events[step] for step in sorted(train_events)]
+    run.neuron_events = [neuron_events[step] for step in sorted(neuron_events)]
     return run
 
 

@@ -16,7 +16,7 @@ def reproduce(claimed: Sequence[Run], own: Sequence[Run]) -> tuple[str, str]:
     Both sides must be finished runs of one task and setting, with other seeds, at least MIN_RUNS each. With few runs a
     small exaggeration is reproduced too: the interval in the reason says how large it could be.
     """
-    settings = {(run.start["task_hash"], json.dumps(run.start["hparams"], sort_keys=True)) for run in (*claimed, *own)}
+    settings = {(run.start["task_hash"], json.dumps(run.setting, sort_keys=True)) for run in (*claimed, *own)}
     if len(settings) != 1:
         return "not comparable", "the runs are not all of one task and setting"
     if shared := {run.start["seed"] for run in claimed} & {run.start["seed"] for run in own}:

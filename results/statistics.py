@@ -58,9 +58,31 @@ def welch(a: Sequence[float], b: Sequence[float]) -> Welch:
     difference = float(np.mean(a) - np.mean(b))
     if min(len(a), len(b)) < MIN_RUNS or np.ptp(a) == np.ptp(b) == 0:
         return Welch(difference, math.nan, math.nan, math.nan)
-    test = stats.ttest_ind(a, b, equal_var=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # one side without spread is fine
+        test = stats.ttest_ind(a, b, equal_var=False)
     interval = test.confidence_interval(CONFIDENCE)
     return Welch(difference, float(interval.low), float(interval.high), float(test.pvalue))
+
+
+class Ranks(NamedTuple):
+    """Rank-sum test: the share of pairs of one run of a and one of b in which a's is smaller, and the two-sided p."""
+
+    share: float
+    p: float
+
+
+def rank_test(a: Sequence[float], b: Sequence[float]) -> Ranks:
+    """Wilcoxon's rank-sum test, by all permutations where there are few runs; NaN p with fewer than MIN_RUNS a side.
+
+    For steps to a target that some runs never met: those are infinite, and equal to each other.
+    """
+    rank = stats.rankdata([*a, *b])
+    ranks_a, ranks_b = rank[: len(a)], rank[len(a) :]
+    method = stats.PermutationMethod(n_resamples=RESAMPLES, rng=np.random.default_rng(0))
+    test = stats.mannwhitneyu(ranks_a, ranks_b, method=method)
+    share = 1 - float(test.statistic) / (len(a) * len(b))
+    return Ranks(share, float(test.pvalue) if min(len(a), len(b)) >= MIN_RUNS else math.nan)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -81,6 +103,8 @@ class Interval(NamedTuple):
 
 def mean_interval(values: Sequence[float], seed: int = 0) -> Interval:
     """95 % interval of the mean: BCa bootstrap of 10,000 resamples, Student's t below five values, else nothing.
+
+    Of five normal values the bootstrap's covers the mean in 85 % of cases only, of ten in about 93 %.
 
     seed: of the resampling, so that the same records give the same page.
     """
@@ -133,6 +157,11 @@ def runs_needed(difference: float, sd: float, alpha: float = 0.05, power: float 
     # The normal approximation lies at most a few runs below.
     n = max(2, math.floor(2 * ((stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(power)) / effect) ** 2))
     return n if n > 10_000 else next(m for m in itertools.count(n) if power_of(m) >= power)
+
+
+def ranks_needed(alpha: float) -> int:
+    """Runs a side with which the rank-sum test can give p < alpha at all: when every run of a side comes first."""
+    return next(n for n in itertools.count(MIN_RUNS) if 2 / math.comb(2 * n, n) < alpha)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

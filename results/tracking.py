@@ -117,7 +117,8 @@ def mirror() -> None:
     print("ready", flush=True)
     for line in sys.stdin.buffer:
         event = json.loads(line)
-        metrics = {f"{event['event']}/{k}": v for k, v in event.items() if k not in ("event", "step")}
+        numbers = {key: value for key, value in event.items() if isinstance(value, int | float) and key != "step"}
+        metrics = {f"{event['event']}/{key}": value for key, value in numbers.items()}
         signal.alarm(CALL_LIMIT_S)
         run.log(metrics | {"step": event["step"]})
         signal.alarm(0)

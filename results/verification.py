@@ -7,6 +7,7 @@
 | config against embedded track and argv | a swapped config | both changed alike |
 | lr of each train event against the schedule | steps, lr or schedule edited | a logged lr that is not used |
 | looks against the declared steps | early stop, extra or dropped looks | looks that were never logged |
+| neurons: counts, shares and ranks within their bounds, at declared steps | impossible numbers | invented ones |
 | times rise, step times add up, all differ | edited times, times typed in | a patched clock |
 | step time against 6 N FLOP a token | impossible speed | a merely flattering one |
 | a val loss is a sum of float32 over its tokens | losses typed in or rounded | a sum that was forged on purpose |
@@ -27,17 +28,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from configs.schema import HarnessError, apply_override
+from configs.schema import HarnessError, apply_override, pop_steps
 from results.export import is_inside, overrides
 from results.record import (
     FIELD_TYPES,
+    NUMBER,
     SCHEMA,
     RecordError,
+    Run,
     Validation,
     code_hash,
     first_at_target,
+    is_sane,
     json_hash,
     read_events,
+    task_hash,
 )
 
 # FLOP/s that no device of its kind reaches: above a B200's dense bfloat16, and a core with matrix units.
@@ -83,10 +88,10 @@ def verify_events(path: Path) -> tuple[Verdict, Events | None]:
     verdict = Verdict(path)
     try:
         events = [event for _, event in read_events(path)]
-        if not events or events[0]["event"] != "run":
-            raise RecordError(f"{path} does not begin with a run event")
+        if not events:
+            raise RecordError(f"{path} holds no event")
         found = Events(events[0], events[1:])
-        verdict.reasons += missing_fields(events)
+        verdict.reasons += missing_fields(events) or wrong_numbers(found.start)
     except RecordError as error:
         verdict.reasons.append(str(error))
         return verdict, None
@@ -116,24 +121,57 @@ def missing_fields(events: list[dict[str, Any]]) -> list[str]:
     return list(lacking)
 
 
+# What the checks below compute with. A list in place of a number would be repeated, not multiplied.
+NUMBERS = {
+    "config.train": ("steps", "batch_tokens"),
+    "config.model": ("vocab_size", "num_layers", "model_dim", "mlp_expansion", "seq_len"),
+    "config.eval": ("tokens", "every", "late_every", "late_frac", "target"),
+    "config.schedule": ("cooldown_frac", "final_lr_frac"),
+    "config": ("warmup_steps",),
+    "params_by_role": ("matrix", "head"),
+    "hparams": ("lr",),
+    "env": ("cpu_count",),
+}
+
+
+def wrong_numbers(start: dict[str, Any]) -> list[str]:
+    tables = {}
+    for name in NUMBERS:
+        table: Any = start
+        for key in name.split("."):
+            table = table.get(key) if isinstance(table, dict) else None
+        tables[name] = table if isinstance(table, dict) else {}
+    groups = start.get("param_groups")
+    rates = (
+        [group.get("peak_lr") for group in groups if isinstance(group, dict)] if isinstance(groups, list) else [None]
+    )
+    values = {f"{name}.{key}": tables[name].get(key) for name, keys in NUMBERS.items() for key in keys}
+    values |= {f"param_groups[{i}].peak_lr": rate for i, rate in enumerate(rates)}
+    return [
+        f"{name} is no number: {str(value)[:40]}"
+        for name, value in values.items()
+        if not isinstance(value, NUMBER) or isinstance(value, bool) or not is_sane(value)
+    ]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Checks of one record: each yields what is wrong, in words
 
 
 def check_order(run: Events) -> Iterator[str]:
     kinds = [event["event"] for event in run.rest]
-    unknown = set(kinds) - {"val", "train", "resume", "end"}
+    unknown = set(kinds) - {"val", "train", "neurons", "resume", "end"}
     if unknown:
         yield f"events of unknown kinds: {sorted(map(str, unknown))}"
     for kind, following in itertools.pairwise(kinds):
         if kind == "end" and following != "resume":
             yield f"an end event is followed by a {following} event"
     seen: dict[int, float] = {}
-    last = {"val": -1, "train": -1}
+    last = {"val": -1, "train": -1, "neurons": -1}
     for event in run.rest:
         kind = event["event"]
         if kind == "resume":
-            last = {"val": -1, "train": -1}
+            last = dict.fromkeys(last, -1)
         if kind not in last:
             continue
         step = event["step"]
@@ -152,8 +190,7 @@ def check_identity(run: Events) -> Iterator[str]:
         yield f"schema {start['schema']} is not {SCHEMA}"
     if start["code_hash"] not in (code_hash(start["sources"]), first_code_hash(start["sources"])):
         yield "code_hash is not that of the embedded sources"
-    task = {"model": config["model"], "batch_tokens": config["train"]["batch_tokens"], "eval": config["eval"]}
-    if json_hash(task | {"data": start["data"]["stream_id"]}) != start["task_hash"]:
+    if task_hash(config, start["data"]["stream_id"]) != start["task_hash"]:
         yield "task_hash is not that of the config and data"
     shards = [shard["sha256"] for shard in start["data"]["shards"]]
     fingerprint = hashlib.sha256("".join(shards).encode()).hexdigest()
@@ -184,7 +221,8 @@ def check_config(run: Events) -> Iterator[str]:
         yield "hparams are not those of the config"
     model, counts = config["model"], start["params_by_role"]
     embed = model["vocab_size"] * model["model_dim"]
-    matrix = model["num_layers"] * (4 + 2 * model["mlp_expansion"]) * model["model_dim"] ** 2
+    mlp = (3 if model.get("mlp") == "swiglu" else 2) * model["mlp_expansion"]
+    matrix = model["num_layers"] * (4 + mlp) * model["model_dim"] ** 2
     if [counts.get(role) for role in ("embed", "head", "matrix")] != [embed, embed, matrix]:
         yield f"parameter counts {counts} are not those of the model in the config"
     for group in start["param_groups"]:
@@ -194,14 +232,16 @@ def check_config(run: Events) -> Iterator[str]:
     if len(tracks) != 1:
         yield f"{len(tracks)} tracks are embedded"
     elif argv and argv[0].endswith("train_gpt.py"):
-        tables = tomllib.loads(tracks[0])
+        tables, settings = tomllib.loads(tracks[0]), overrides(argv)[1::2]  # without the flags between
         try:
-            for override in overrides(argv)[1::2]:  # without the flags between
+            for override in settings:
                 apply_override(tables, override)
         except HarnessError as error:
             yield f"argv does not fit the embedded track: {error}"
             return
         table = dict(tables.pop("optimizer", {}).get(start["optimizer"], {}))
+        if (steps := pop_steps(table, settings)) is not None:
+            tables["train"]["steps"] = steps
         expected = tables | {"hparams": {key: value for key, value in table.items() if key != "warmup_steps"}}
         for name, values in expected.items():
             for key, value in values.items():
@@ -212,7 +252,7 @@ def check_config(run: Events) -> Iterator[str]:
 def declared_looks(config: dict[str, Any]) -> set[int]:
     """The trainer's rule for the steps after which loss is measured."""
     steps, looks = config["train"]["steps"], config["eval"]
-    if not 0 < steps < 10**7 or looks["every"] < 1 or looks["late_every"] < 1:
+    if not 0 < steps < 10**6 or looks["every"] < 1 or looks["late_every"] < 1:
         raise ValueError(f"{steps} steps with looks every {looks['every']} and {looks['late_every']} cannot be")
     late_from = (1 - looks["late_frac"]) * steps
     return {s for s in range(steps) if s % looks["every" if s < late_from else "late_every"] == 0} | {steps}
@@ -332,7 +372,49 @@ def check_end(run: Events) -> Iterator[str]:
         yield "end event: weights_sha256 is no sha256"
 
 
-CHECKS = (check_order, check_identity, check_config, check_looks, check_times, check_lr, check_losses, check_end)
+def check_neurons(run: Events) -> Iterator[str]:
+    model, looks, steps = run.config["model"], run.config["eval"], {event["step"] for event in run.of("val")}
+    last, events = run.config["train"]["steps"], {event["step"]: event for event in run.of("neurons")}
+    planned = {step for step in declared_looks(run.config) if step > 0 and (step % looks["every"] == 0 or step == last)}
+    # A crash may have come between the two lines of the last look.
+    certain = planned & (steps if run.of("end") else steps - {max(steps, default=0)})
+    if not looks.get("telemetry", False):
+        planned = certain = set()
+    if not certain <= set(events) <= planned:
+        yield f"neurons are not those of the declared steps: {sorted(certain ^ set(events))[:5]}"
+    width, layers = model["mlp_expansion"] * model["model_dim"], range(model["num_layers"])
+    kinds = ("gate", "up", "down") if model.get("mlp") == "swiglu" else ("up", "down")
+    names = [f"blocks.{i}.mlp.{kind}" for i in layers for kind in kinds]
+    for step, event in events.items():
+        found, tall = event["matrices"], [name for name in names if not name.endswith("down")]
+        if (event["width"], len(event["layers"]), sorted(found)) != (width, len(layers), sorted(names)):
+            yield f"step {step}: neurons are not of the model in the config"
+            continue
+        sums = {key: sum(layer[key] for layer in event["layers"]) / (width * len(layers)) for key in ("dead", "silent")}
+        for key in ("starved", "starved_momentum"):
+            sums[key] = sum(found[name][key] for name in tall) / (width * len(tall))
+        is_possible = [0 < event["tokens"] <= looks["tokens"], *(0 <= event[key] <= 1 for key in sums)]
+        is_possible += [math.isclose(event[key], value, abs_tol=1e-9) for key, value in sums.items()]
+        for layer in event["layers"]:
+            is_possible += [0 <= layer["silent"] <= width, 0 <= (layer["still_dead"] or 0) <= layer["dead"] <= width]
+        for matrix in found.values():
+            low, high = matrix["update_quantiles"][0], matrix["update_quantiles"][-1]
+            rank = matrix["effective_rank"]
+            is_possible += [0 <= matrix[key] <= width for key in ("starved", "starved_momentum")]
+            is_possible += [
+                0 <= matrix["update_cv"] <= math.sqrt(width),
+                0 <= rank <= 1.001 * min(width, model["model_dim"]),
+            ]
+            is_possible += [low == high == 0 or 0 <= low <= 1.001 and 0.999 <= high <= width]
+            is_possible.append(matrix["update_quantiles"] == sorted(matrix["update_quantiles"]))
+        if not all(is_possible):
+            yield f"step {step}: numbers on neurons cannot be"
+
+
+CHECKS = (
+    *(check_order, check_identity, check_config, check_looks, check_times, check_lr, check_losses, check_neurons),
+    check_end,
+)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -355,7 +437,8 @@ def verify_folder(folder: Path) -> list[Verdict]:
             together = verdict.reasons if twin.parent == path.parent else verdict.notes
             together.append(f"repeats the losses of {twin.name}")
         start = run.start
-        key = path.parent, start["task_hash"], start["optimizer"], json_hash(start["hparams"]), start["code_hash"]
+        setting = json_hash(Run(path, start).setting)
+        key = path.parent, start["task_hash"], start["optimizer"], setting, start["code_hash"]
         groups.setdefault(key, []).append((start["seed"], verdict))
     for members in groups.values():
         seeds = sorted(seed for seed, _ in members)

@@ -2,6 +2,7 @@
 
 python scripts/benchmark.py harness     a training step of train_gpt.py against bare loops over a plain model, on CPU
 python scripts/benchmark.py guards      a training step with its guards against one without, on CPU
+python scripts/benchmark.py telemetry   what a quick run spends on looking at its neurons, on CPU
 python scripts/benchmark.py train       tokens a second of whole training steps, split into their parts
 python scripts/benchmark.py optim       whole optimizer steps on the matrices of a track, and how good the updates are
 python scripts/benchmark.py memory      memory of a training step by micro-batch
@@ -9,6 +10,7 @@ python scripts/benchmark.py runs        whole runs, one after the other, with on
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -19,7 +21,7 @@ import torch
 
 from aurora.polar import COMPUTE_DTYPES, SCHEDULES
 from configs.schema import HarnessError
-from scripts.benchmarks.harness import guards, harness
+from scripts.benchmarks.harness import guards, harness, telemetry
 from scripts.benchmarks.memory import memory
 from scripts.benchmarks.optim import CONTENDERS, optim
 from scripts.benchmarks.peer import against_peer
@@ -47,6 +49,9 @@ def main() -> int:
     command = commands.add_parser("guards", help="the trainer's step with and without its guards, on CPU")
     command.add_argument("--rounds", type=int, default=60)
     command.set_defaults(run=lambda args: guards(args.rounds))
+    command = commands.add_parser("telemetry", help="looks at neurons beside steps and validations, on CPU")
+    command.add_argument("--rounds", type=int, default=20)
+    command.set_defaults(run=lambda args: telemetry(args.rounds))
     command = commands.add_parser("optim", help="optimizer steps on a track's shapes, and the quality of the updates")
     command.add_argument("--config", type=Path, default=ROOT / "configs" / "quick.toml", help="track (TOML)")
     command.add_argument("--rules", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="RULE")
@@ -74,7 +79,7 @@ def main() -> int:
     command.set_defaults(run=runs)
     args = parser.parse_args()
     try:
-        print(args.run(args))
+        print(args.run(args), end="\n" if int(os.environ.get("RANK", 0)) == 0 else "")
     except HarnessError as error:
         print(f"error: {error}", file=sys.stderr)
         return int(error.reason)

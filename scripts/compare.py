@@ -4,6 +4,8 @@
     python scripts/compare.py --seeds 0 1 2 3 4 --out runs/quick
     python scripts/compare.py --grid optimizer.lr=0.01,0.02,0.04    every value, for every optimizer
     python scripts/compare.py --config configs/gpt2_small.toml --nproc 8 --seeds 0 1 2 3
+    python scripts/compare.py --jobs 2 --seeds 0 1 2                two runs at a time, half of the cores each
+    python scripts/compare.py tune --help                           tuning, every optimizer with as many trials
     python scripts/compare.py --report results/quick                the tables of runs that are there
 
 Each run is a process of its own. A run that has finished with the same arguments and the same code is not repeated, a
@@ -15,12 +17,12 @@ comparison.md, comparison.json and loss_curves.png to --out.
 import argparse
 import itertools
 import json
-import os
 import statistics
-import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -29,9 +31,9 @@ sys.path.insert(0, str(ROOT))
 
 from results.record import Run, read_folder, read_sources
 from results.text import cell, plain
+from scripts.runs import PREEMPTED, Workers, finished_run, was_interrupted, without_out
 
 DEFAULT_OPTIMIZERS = ["adamw", "muon", "unormuon", "aurora"]
-PREEMPTED = 75
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -50,12 +52,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="every value; optimizer.lr means that of each optimizer; several grids multiply",
     )
     parser.add_argument("--nproc", type=int, default=1, help="processes a run, under torchrun when more than 1")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time on a CPU, with cores / N each")
     parser.add_argument(
         "--interleave", action=argparse.BooleanOptionalAction, default=True, help="alternate optimizers (default)"
     )
     parser.add_argument("--report", nargs="+", type=Path, metavar="FOLDER", help="run nothing, report these records")
     parser.add_argument("--json", action="store_true", help="print JSON; progress goes to standard error")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.jobs < 1 or (args.jobs > 1 and args.nproc > 1):
+        parser.error("--jobs must be at least 1, and 1 with --nproc above 1")
+    return args
 
 
 def grid_values(text: str) -> list[tuple[str, str]]:
@@ -71,6 +77,11 @@ def grid_values(text: str) -> list[tuple[str, str]]:
     if not equals or not all([key, *parts]):
         raise argparse.ArgumentTypeError(f"{text!r} must look like optimizer.lr=0.01,0.02")
     return [(key, part) for part in parts]
+
+
+class Outcome(NamedTuple):
+    run: Run | None  # finished, or the last attempt
+    exit_code: int
 
 
 class Planned(NamedTuple):
@@ -94,40 +105,45 @@ def plan_runs(args: argparse.Namespace) -> list[Planned]:
     return plan
 
 
-def finished_run(runs: Sequence[Run], argv: list[str], nproc: int, sources: dict[str, str]) -> Run | None:
-    """The newest finished run with these arguments that embeds these sources."""
-    for run in reversed(runs):
-        same_arguments = without_out(run.start["argv"][1:]) == argv and run.start["world_size"] == nproc
-        if run.is_done and same_arguments and run.start["sources"] == sources:
-            return run
-    return None
+def run_all(
+    args: argparse.Namespace, plan: Sequence[Planned], sources: dict[str, str], progress: TextIO
+) -> list[Outcome]:
+    """The planned runs, --jobs at a time, in the order of the plan. None starts after one was stopped on request."""
+    workers, durations_s, is_stopped = Workers(args.jobs, args.out), [], threading.Event()
 
+    def run_planned(number: int, title: str, argv: list[str]) -> Outcome:
+        if is_stopped.is_set():
+            return Outcome(None, PREEMPTED)
+        place = f"[{number}/{len(plan)}]"
+        if found := finished_run(read_folder(args.out)[0], argv, args.nproc, sources):
+            say(f"{place} {title}: finished before, {found.path}")
+            return Outcome(found, 0)
+        left_s = statistics.mean(durations_s) * (len(plan) - number + 1) / args.jobs if durations_s else None
+        say(f"{place} {title}" + (f" (about {left_s / 60:.0f} min left for all runs)" if left_s else ""))
+        begin_s = time.monotonic()
+        prefix = f"    {place} " if args.jobs > 1 else "    "
+        exit_code = workers.train(argv, args.nproc, progress, prefix)
+        durations_s.append(time.monotonic() - begin_s)
+        records = read_folder(args.out)[0]
+        if exit_code == PREEMPTED or was_interrupted(records, argv):
+            is_stopped.set()
+            return Outcome(None, PREEMPTED)
+        if found := finished_run(records, argv, args.nproc, sources):
+            return Outcome(found, 0)
+        attempts = [run for run in records if without_out(run.start["argv"][1:]) == argv]
+        return Outcome(attempts[-1] if attempts else None, exit_code)
 
-def was_interrupted(runs: Sequence[Run], argv: list[str]) -> bool:
-    """Whether the newest run with these arguments was stopped on request; torchrun hides the exit code."""
-    ends = [run.end for run in runs if without_out(run.start["argv"][1:]) == argv]
-    return bool(ends) and ends[-1] is not None and ends[-1]["status"] == "interrupted"
+    def say(text: str) -> None:
+        progress.write(f"{text}\n")
+        progress.flush()
 
-
-def without_out(argv: list[str]) -> list[str]:
-    index = argv.index("--out") if "--out" in argv else len(argv)
-    return argv[:index] + argv[index + 2 :]
-
-
-def run_one(argv: list[str], out: Path, nproc: int, progress: TextIO) -> int:
-    """Train in a child process, passing its lines on; returns its exit code."""
-    launcher = [sys.executable]
-    if nproc > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
-    command = [*launcher, "train_gpt.py", *argv, "--out", os.path.relpath(out, ROOT)]
-    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        for line in child.stdout:
-            print(f"    {line}", end="", file=progress, flush=True)
-        return child.wait()
-    except KeyboardInterrupt:  # the child got it too and is saving what it has
-        child.wait()
-        return PREEMPTED
+    with ThreadPoolExecutor(args.jobs) as pool:
+        futures = [pool.submit(run_planned, number, *planned) for number, planned in enumerate(plan, start=1)]
+        try:
+            return [future.result() for future in futures]
+        except KeyboardInterrupt:  # the runs got it too and are saving what they have
+            is_stopped.set()
+            return [Outcome(None, PREEMPTED)]
 
 
 def report_runs(args: argparse.Namespace, runs: Sequence[Run], failures: dict[str, int]) -> str:
@@ -143,8 +159,9 @@ def report_runs(args: argparse.Namespace, runs: Sequence[Run], failures: dict[st
             first = groups[0].runs[0]
             track = next((name for name in first.start["sources"] if name.endswith(".toml")), args.config)
             machines = sorted({f"{run.start['world_size']} x {run.start['env']['device_name']}" for run in runs})
+            lengths = ", ".join(map(str, sorted({group.planned_steps for group in groups})))
             text += (
-                f"{write(track)}: {first.start['config']['train']['steps']} steps, target {first.target:g}, "
+                f"{write(track)}: {lengths} steps, target {first.target:g}, "
                 f"{write(', '.join(machines))}, torch {write(first.start['env']['torch'])}\n\n"
                 f"{verdict.report(groups, write)}\n"
             )
@@ -161,6 +178,10 @@ def report_runs(args: argparse.Namespace, runs: Sequence[Run], failures: dict[st
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["tune"]:
+        from scripts.tune import main as tune
+
+        return tune(sys.argv[2:])
     args = parse_args()
     try:
         import results.verdict  # noqa: F401  before hours of runs
@@ -176,30 +197,13 @@ def main() -> int:
     except OSError as error:
         print(f"error: config {args.config} cannot be read: {error.strerror}", file=sys.stderr)
         return 2
-    done: list[Run] = []
-    failures: dict[str, int] = {}
-    durations_s: list[float] = []
-    for number, (title, argv) in enumerate(plan, start=1):
-        place = f"[{number}/{len(plan)}] {title}"
-        if found := finished_run(read_folder(args.out)[0], argv, args.nproc, sources):
-            print(f"{place}: finished before, {found.path}", file=progress, flush=True)
-            done.append(found)
-            continue
-        left_s = statistics.mean(durations_s) * (len(plan) - number + 1) if durations_s else None
-        left = f" (about {left_s / 60:.0f} min left for all runs)" if left_s else ""
-        print(place + left, file=progress, flush=True)
-        begin_s = time.monotonic()
-        exit_code = run_one(argv, args.out.absolute(), args.nproc, progress)
-        durations_s.append(time.monotonic() - begin_s)
-        records = read_folder(args.out)[0]
-        if exit_code == PREEMPTED or was_interrupted(records, argv):
-            print("stopped; the same command goes on with the runs that are left", file=sys.stderr)
-            return PREEMPTED
-        if found := finished_run(records, argv, args.nproc, sources):
-            done.append(found)
-        else:
-            failures[title] = exit_code
-            done += [run for run in records if without_out(run.start["argv"][1:]) == argv][-1:]
+    outcomes = run_all(args, plan, sources, progress)
+    if any(outcome.exit_code == PREEMPTED for outcome in outcomes):
+        print("stopped; the same command goes on with the runs that are left", file=sys.stderr)
+        return PREEMPTED
+    done = [outcome.run for outcome in outcomes if outcome.run]
+    failures = {planned.title: outcome.exit_code for planned, outcome in zip(plan, outcomes, strict=True)
+                if outcome.exit_code or not outcome.run}  # fmt: skip
     for title, exit_code in failures.items():
         print(f"failed: {title}: exit code {exit_code}", file=sys.stderr)
     if not any(run.is_done for run in done):

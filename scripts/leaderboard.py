@@ -12,7 +12,6 @@ folders, public results from reference.toml.
 import argparse
 import hashlib
 import json
-import math
 import re
 import shutil
 import statistics
@@ -26,9 +25,9 @@ from urllib.parse import quote
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from results.record import RecordError, Run, read_record
-from results.statistics import common_step, gate, t_below
-from results.text import cell
+from results.record import RecordError, Run, model_of, read_record
+from results.statistics import MIN_RUNS, common_step, gate, t_below
+from results.text import cell, plain
 from results.verdict import (
     LONG,
     PAIR_HEADER,
@@ -38,18 +37,17 @@ from results.verdict import (
     compare_pairs,
     label_of,
     markdown_table,
+    mean_loss,
+    order_of_arrival,
     pair_cells,
     remarks,
+    stack_of,
     to_target,
     without_repeated_attempts,
 )
 from results.verification import verify_folder
 
 PAGE, NOTES = "README.md", "notes.md"
-
-
-def link(text: object, path: Path, results: Path) -> str:
-    return f"[{cell(text)}]({quote(path.relative_to(results).as_posix())})"
 
 
 def read_results(results: Path) -> list[Run]:
@@ -80,7 +78,7 @@ def is_tuning(run: Run, results: Path) -> bool:
 def setting_family(run: Run) -> str:
     """What a tuning trial has in common with the runs that profit from it: model, data, batch, rule and its form."""
     config, data = run.start["config"], run.start["data"]["stream_id"]
-    return json.dumps([config["model"], config["train"]["batch_tokens"], data, run.start["optimizer"], variant(run)])
+    return json.dumps([model_of(config), config["train"]["batch_tokens"], data, run.start["optimizer"], variant(run)])
 
 
 def variant(run: Run) -> str | None:
@@ -92,69 +90,83 @@ def make_groups(runs: Iterable[Run], results: Path) -> list[Group]:
     """Runs of one task by rule, setting, code, hardware and folder; those that arrive first come first."""
     by_row: dict[tuple, list[Run]] = {}
     for run in runs:
-        setting = json.dumps(run.start["hparams"], sort_keys=True)
-        key = (run.start["optimizer"], setting), run.start["code_hash"], hardware(run), folder_of(run, results)
+        setting = json.dumps(run.setting, sort_keys=True)
+        key = (run.start["optimizer"], setting), run.start["code_hash"], stack_of(run), folder_of(run, results)
         by_row.setdefault(key, []).append(run)
     settings = {key[0] for key in by_row}
     groups = [Group(label_of(key[0], settings), without_repeated_attempts(found)) for key, found in by_row.items()]
-
-    def order(group: Group) -> tuple:
-        found = group.steps_to_target()
-        is_whole = found.count == found.runs
-        return not is_whole, found.restricted_mean if is_whole else mean_loss(group), group.label
-
-    return sorted(groups, key=order)
+    return sorted(groups, key=order_of_arrival)
 
 
 def hardware(run: Run) -> str:
     env = run.start["env"]
-    threads = f", {env['torch_threads']} threads" if run.start["device"] == "cpu" else ""
-    return f"{run.start['world_size']} x {env['device_name']}{threads}, torch {env['torch']}"
+    cpus = env.get("usable_cpus", env.get("cpu_count", "?"))
+    threads = f", {cpus} CPUs, {env['torch_threads']} threads" if run.start["device"] == "cpu" else ""
+    versions = [f"torch {env['torch']}", *filter(None, [env.get("cuda") and f"CUDA {env['cuda']}"])]
+    compiled = ["compiled" if run.start.get("compiled") else "not compiled"] if run.start["device"] != "cpu" else []
+    return ", ".join([f"{run.start['world_size']} x {env['device_name']}{threads}", *versions, *compiled])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The page
 
 HEADER = (
-    *(
-        "rule",
-        "n",
-        "reached",
-        "steps to target [95 %]",
-        "seconds [95 %]",
-        "gate from step",
-        "val loss at the end",
-        "sd",
-    ),
-    *("margin", "p below target", "tuning trials", "date", "commit", "code", "records by seed"),
+    *("row", "rule", "steps", "n", "reached", "steps to target [95 %]", "seconds to target [95 %]"),
+    *("machine", "tuning trials", "experiment"),
+)
+EVIDENCE_HEADER = (
+    *("row", "val loss at the end", "sd", "margin", "p below target", "gate from step", "date", "commit", "code"),
+    "records by seed",
 )
 
 
-def row(group: Group, trials: Counter, results: Path) -> tuple[str, ...]:
+def row(number: int, group: Group, machines: Sequence[tuple], trials: Counter, results: Path) -> tuple[str, ...]:
     """Cells under HEADER, as Markdown."""
+    found, run = group.steps_to_target(), group.runs[0]
+    folder = folder_of(run, results)
+    return (
+        str(number),
+        cell(group.label),
+        str(group.planned_steps),
+        str(len(group.runs)),
+        f"{found.count}/{found.runs}",
+        to_target(found, 1),
+        to_target(group.seconds_to_target(), 1),
+        letter(machines.index(stack_of(run))),
+        str(trials[setting_family(run)]),
+        cell(folder),
+    )
+
+
+def evidence(number: int, group: Group, links: dict[str, str], results: Path) -> tuple[str, ...]:
+    """Cells under EVIDENCE_HEADER. Links are by reference, or the table could not be read as text."""
     run, losses = group.runs[0], group.losses(group.last_step)
     looks = [{look.step: look.val_loss for look in run.validations} for run in group.runs]
     is_whole, step = len(losses) == len(group.runs), common_step(looks, run.target)
-    mean, reached = mean_loss(group), group.steps_to_target()
-    commits = {(run.start["git"] or {}).get("commit", "")[:8] for run in group.runs}
-    is_dirty = any((run.start["git"] or {}).get("dirty") for run in group.runs)
+    commits = {(run.start.get("git") or {}).get("commit", "")[:8] for run in group.runs}
+    is_dirty = any((run.start.get("git") or {}).get("dirty") for run in group.runs)
+    seeds = []
+    for found in group.runs:
+        name = f"r{len(links) + 1}"
+        links[name] = quote(found.path.relative_to(results).as_posix())
+        seeds.append(f"[{cell(found.start['seed'])}][{name}]")
     return (
-        cell(group.label),
-        str(len(group.runs)),
-        f"{reached.count}/{reached.runs}",
-        to_target(reached, 1),
-        to_target(group.seconds_to_target(), 1),
-        "-" if step is None else str(step),
-        f"{mean:.4f}",
+        str(number),
+        f"{mean_loss(group):.4f}",
         "-" if len(losses) < 2 else f"{statistics.stdev(losses):.4f}",
-        f"{gate(losses, run.target).margin:+.4f}" if is_whole and len(losses) > 2 else "-",
+        f"{gate(losses, run.target).margin:+.4f}" if is_whole and len(losses) >= MIN_RUNS else "-",
         cell(as_p(t_below(losses, run.target))) if is_whole else "-",
-        str(trials[setting_family(run)]),
+        "-" if step is None else str(step),
         cell(max(run.start["utc"] for run in group.runs)[:10]),
         cell(" ".join(sorted(commits))) + (", changed" if is_dirty else ""),
         cell(run.start["code_hash"][:8]),
-        " ".join([cell(folder_of(run, results)), *(link(run.start["seed"], run.path, results) for run in group.runs)]),
+        " ".join(seeds),
     )
+
+
+def letter(index: int) -> str:
+    """A, B, ... Z, A1, B1, ..."""
+    return chr(ord("A") + index % 26) + (str(index // 26) if index > 25 else "")
 
 
 def by_task(runs: Iterable[Run], results: Path) -> dict[str, list[Run]]:
@@ -166,18 +178,27 @@ def by_task(runs: Iterable[Run], results: Path) -> dict[str, list[Run]]:
     return tasks
 
 
-def task_section(task: str, runs: Sequence[Run], trials: Counter, results: Path) -> list[str]:
-    """Heading, leaderboard, and for each folder its notes, curves and tests."""
+def task_section(task: str, runs: Sequence[Run], trials: Counter, links: dict[str, str], results: Path) -> list[str]:
+    """Heading, leaderboard, and for each folder its notes, curves and tests.
+
+    links: by name, those of this section are added.
+    """
     groups, config = make_groups(runs, results), runs[0].start["config"]
-    machines = sorted({hardware(group.runs[0]) for group in groups})
+    machines = list({stack_of(group.runs[0]): hardware(group.runs[0]) for group in groups}.items())
+    stacks = [stack for stack, _ in machines]
     track = ", ".join(sorted({Path(config_name(run)).stem for run in runs}))
     lines = [
         f"## {cell(track)}: target {runs[0].target:g}, {config['train']['batch_tokens']:,} tokens a step",
         "",
-        f"Task {cell(task[:12])}. Times compare within equal hardware only: {'; '.join(map(cell, machines))}.",
+        f"Task {cell(task[:12])}. Times compare within one machine only.",
+        "",
+        *(f"- machine {letter(i)}: {cell(name)}" for i, (_, name) in enumerate(machines)),
         "",
     ]
-    lines += [markdown_table(HEADER, [row(group, trials, results) for group in groups])]
+    numbered = list(enumerate(groups, start=1))
+    lines += [markdown_table(HEADER, [row(i, group, stacks, trials, results) for i, group in numbered]), ""]
+    lines += ["The records behind these rows, and whether each rule is below the target at its last step:", ""]
+    lines += [markdown_table(EVIDENCE_HEADER, [evidence(i, group, links, results) for i, group in numbered])]
     sections = by_folder(groups, results)
     # The widest comparison comes first.
     for folder in sorted(sections, key=lambda name: (-len({group.optimizer for group in sections[name]}), name)):
@@ -198,20 +219,14 @@ def escaped_pair(pair: Pair) -> list[str]:
 
 
 def by_folder(groups: Iterable[Group], results: Path) -> dict[str, list[Group]]:
-    """Groups of one task by the folder of their runs, lowest mean loss first, with labels that tell them apart."""
+    """Groups of one task by the folder of their runs, in order of arrival, with labels that tell them apart."""
     found: dict[str, list[Group]] = {}
     for group in groups:
         found.setdefault(folder_of(group.runs[0], results), []).append(group)
     for inside in found.values():
-        inside.sort(key=lambda group: (mean_loss(group), group.label))
+        inside.sort(key=order_of_arrival)
         tell_apart(inside)
     return found
-
-
-def mean_loss(group: Group) -> float:
-    """At the last step that all finished runs have; infinite if none finished."""
-    losses = group.losses(group.last_step)
-    return statistics.mean(losses) if losses else math.inf
 
 
 def tell_apart(groups: Sequence[Group]) -> None:
@@ -263,12 +278,14 @@ def make_page(results: Path, runs: Sequence[Run]) -> str:
     tasks = by_task(runs, results)
     lines = ["<!-- Written by scripts/leaderboard.py from the records and notes.md; edit those. -->", ""]
     lines += ["# Results", "", *notes(results)]
+    links: dict[str, str] = {}
     for task in sorted(tasks):
-        lines += [*task_section(task, tasks[task], trials, results), ""]
+        lines += [*task_section(task, tasks[task], trials, links, results), ""]
     lines += reference_section(tasks, results)
     for folder in sorted({folder_of(run, results) for run in runs if is_tuning(run, results)}):
         inside = [run for run in runs if folder_of(run, results) == folder]
         lines += [f"## {cell(folder)}", "", *notes(results / folder), tuning_table(inside, results), ""]
+    lines += [f"[{name}]: {target}" for name, target in links.items()]
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
@@ -280,7 +297,7 @@ def tuning_table(runs: Sequence[Run], results: Path) -> str:
     rows = []
     for trials in families.values():
         ranked = sorted((run for run in trials if run.is_done), key=lambda run: run.end["val_loss"])
-        keys = [k for k in ranked[0].start["hparams"] if len({repr(r.start["hparams"].get(k)) for r in trials}) > 1]
+        keys = [k for k in trials[0].start["hparams"] if len({repr(r.start["hparams"].get(k)) for r in trials}) > 1]
         words = [", ".join(f"{key} {run.start['hparams'].get(key)}" for key in keys) for run in ranked[:2]]
         name = " ".join([trials[0].start["optimizer"], *filter(None, [trials[0].start["hparams"].get("variant")])])
         cells = [
@@ -387,7 +404,10 @@ def main(argv: list[str] | None = None) -> int:
             return 1 if stale else 0
         write(args.results, runs)
     except (RecordError, OSError, tomllib.TOMLDecodeError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {plain(error, 500)}", file=sys.stderr)
+        return 2
+    except (KeyError, TypeError, AttributeError) as error:
+        print(f"error: a record lacks what the page shows ({error!r}); see scripts/verify.py", file=sys.stderr)
         return 2
     print(args.results / PAGE)
     return 0

@@ -3,7 +3,7 @@
     python scripts/logs.py FOLDER...                                          what they hold
     python scripts/logs.py FOLDER --steps 3250 --mean 3.2787 --runs 10        does the claim follow?
     python scripts/logs.py --claims claims.json                               many: [{"row", "steps", "mean", "n"}, ...]
-    python scripts/logs.py FOLDER_A --against FOLDER_B --steps 3250           whose loss is lower?
+    python scripts/logs.py FOLDER_A --against FOLDER_B --steps 3250           whose loss is lower? (or who is earlier)
     python scripts/logs.py --export runs/quick/RUN.jsonl --out log.txt        one of our records as such a log
 
 A FOLDER of --claims is rowNN beside claims.json. Formats: see results/foreign.py. Exit code 0, 1 when a claim does not
@@ -38,8 +38,6 @@ def main() -> int:
         parser.error("name logs, --claims or --export")
     if args.export and not args.out:
         parser.error("--export needs --out")
-    if args.against and args.steps is None:
-        parser.error("--against needs --steps")
     try:
         from results import claims
     except ImportError as error:
@@ -55,7 +53,7 @@ def main() -> int:
         if args.claims:
             findings = claims.check_file(args.claims, args.target, args.metric)
         elif args.against:
-            findings = [claims.compare(args.logs, [args.against], args.steps, args.metric or "val_loss")]
+            findings = [claims.compare(args.logs, [args.against], args.steps, args.metric or "val_loss", args.target)]
         else:
             claim = claims.Claim(", ".join(map(str, args.logs)), args.steps, args.mean, args.runs)
             findings = [claims.check(args.logs, claim, args.target, args.metric)]

@@ -1,6 +1,7 @@
 """Plots of run records: loss against steps and seconds, the neighbourhood of the target, steps to the target.
 
 python scripts/plot.py results/quick --out curves.png
+python scripts/plot.py neurons results/quick --out neurons.svg      starved and dead neurons, see scripts/neurons.py
 """
 
 import argparse
@@ -70,18 +71,27 @@ def plot_groups(groups: Sequence[Group], path: Path, description: str = "") -> N
         near_target.set(**zoom(groups, target))
         for axis in (by_steps, by_seconds, near_target):
             axis.axhline(target, color="0.35", linewidth=1)
-            axis.annotate(f"target {target:g}", (0.01, target), xycoords=("axes fraction", "data"), va="bottom")
+            axis.annotate(
+                *(f"target {target:g}", (0.01, target)), xycoords=("axes fraction", "data"), xytext=(0, 3),
+                textcoords="offset points", bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5},
+            )  # fmt: skip
             axis.set_ylabel("validation loss (nats per token)")
             axis.grid(alpha=0.3)
         if by_steps.lines[:-1]:  # besides the target
             by_steps.legend()
         draw_steps_to_target(bars, groups, styles)
         first = groups[0].runs[0].start
+        lengths = " and ".join(map(str, sorted({group.planned_steps for group in groups})))
         train, machine = first["config"]["train"], f"{first['world_size']} x {printable(first['env']['device_name'])}"
-        figure.suptitle(f"{train['steps']} steps of {train['batch_tokens']:,} tokens on {machine}")
-        metadata = {"Description": description} | ({"Date": None} if path.suffix == ".svg" else {"Software": None})
-        figure.savefig(path, dpi=120, metadata=metadata)
+        figure.suptitle(f"{lengths} steps of {train['batch_tokens']:,} tokens on {machine}")
+        save_figure(figure, path, description)
         plt.close(figure)
+
+
+def save_figure(figure, path: Path, description: str = "") -> None:
+    """As PNG or SVG, without a date."""
+    metadata = {"Description": description} | ({"Date": None} if path.suffix == ".svg" else {"Software": None})
+    figure.savefig(path, dpi=120, metadata=metadata)
 
 
 def styles_of(groups: Sequence[Group]) -> list[tuple]:
@@ -164,6 +174,7 @@ def draw_steps_to_target(axis, groups: Sequence[Group], styles: Sequence[tuple])
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=("loss", "neurons"), default="loss", help="to draw (default: loss)")
     parser.add_argument("folder", type=Path, help="records of one task")
     parser.add_argument("--out", type=Path, required=True, help="PNG or SVG to write")
     args = parser.parse_args()
@@ -177,7 +188,13 @@ def main() -> int:
         return 2
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        plot_loss_curves(runs, args.out)
+        if args.what == "neurons":
+            from scripts.neurons import plot_neurons
+
+            (groups,) = group_runs(runs).values()
+            plot_neurons(groups, args.out)
+        else:
+            plot_loss_curves(runs, args.out)
     except (OSError, ValueError) as error:  # ValueError: a suffix that is no picture
         print(f"error: {args.out} cannot be written: {error}", file=sys.stderr)
         return 2

@@ -49,7 +49,7 @@ def be_rank(job: dict, rank: int) -> None:
 
 
 def run(job: dict) -> dict:
-    """Exit codes (negative: signals) and seconds of all ranks; those left after job["timeout_s"] are killed."""
+    """Exit codes (negative: signals) and times of the end, by rank; those left after job["timeout_s"] are killed."""
     begin_s = time.monotonic()
     pids = []
     for rank in range(job["world_size"]):
@@ -57,18 +57,18 @@ def run(job: dict) -> dict:
         if pid == 0:
             be_rank(job, rank)
         pids.append(pid)
-    codes, seconds = {}, {}
+    codes, ended_s = {}, {}
     while len(codes) < len(pids):
         for rank, pid in enumerate(pids):
             if rank not in codes and (status := os.waitpid(pid, os.WNOHANG))[0]:
                 codes[rank] = os.waitstatus_to_exitcode(status[1])
-                seconds[rank] = time.monotonic() - begin_s
+                ended_s[rank] = time.time()
         if time.monotonic() - begin_s > job["timeout_s"]:
             for rank in set(range(len(pids))) - set(codes):
                 os.kill(pids[rank], signal.SIGKILL)
         time.sleep(0.005)
     ranks = sorted(codes)
-    return {"codes": [codes[rank] for rank in ranks], "seconds": [seconds[rank] for rank in ranks]}
+    return {"codes": [codes[rank] for rank in ranks], "ended_s": [ended_s[rank] for rank in ranks]}
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ def svd_polar(X, interlude=None):
     U, S, Vh = torch.linalg.svd(X.double(), full_matrices=False)
     kept = 1e-6 * S.norm().clamp(min=1e-300) < S
     factor = U[:, kept] @ Vh[kept]
-    return svd_polar(interlude(factor)) if interlude else factor
+    return svd_polar(interlude(svd_polar(interlude(factor)))) if interlude else factor
 
 
 def polynomial(X, coefficients):
@@ -28,8 +28,10 @@ def polynomial_polar(X, interlude=None, *, coefficients, norm_margin):
     if not interlude:
         return polynomial(X, coefficients)
     if len(coefficients) == 12:  # exact enough to end with its own last steps
-        return polynomial(interlude(polynomial(X, coefficients[:-2])), coefficients[-2:])
-    U, S, Vh = torch.linalg.svd(interlude(polynomial(X, coefficients[:-1])), full_matrices=False)
+        X = interlude(polynomial(X, coefficients[:8]))
+        return polynomial(interlude(polynomial(X, coefficients[8:10])), coefficients[10:])
+    X = interlude(polynomial(interlude(polynomial(X, coefficients[:2])), coefficients[2:4]))
+    U, S, Vh = torch.linalg.svd(X, full_matrices=False)
     S = 3.3072 * S - 5.9616 * S**3 + 5.4791 * S**5 - 2.2070 * S**7 + 0.3181 * S**9
     return U @ torch.diag(S) @ Vh
 
@@ -115,13 +117,13 @@ def aurora_folded(X, state, polar):
     corrections = []
 
     def interlude(V):
-        corrections.append(to_equal_rows(V).clamp(max=1.3 * 1.05))
-        return corrections[0][:, None] / 1.3 * V
+        corrections.append(to_equal_rows(V).clamp(max=1.3 * 1.01))
+        return corrections[-1][:, None] / 1.3 * V
 
     U = polar(weight[:, None] * unit_rows(X), interlude)
     corrections.append(to_equal_rows(U, state["max_error"]))
-    remember(state, weight, corrections[0] * corrections[1])
-    return corrections[1][:, None] * U
+    remember(state, weight, math.prod(corrections))
+    return corrections[-1][:, None] * U
 
 
 @on_the_tall
@@ -183,6 +185,13 @@ def gpt_logits(weights, config, tokens):
     def linear(x, name):
         return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
 
+    def activations(x, p):  # (B, T, D) to (B, T, hidden width)
+        up = linear(x, f"{p}.up")
+        if config.mlp == "relu2":
+            return torch.clamp(up, min=0) ** 2
+        gate = linear(x, f"{p}.gate")
+        return gate / (1 + torch.exp(-gate)) * up
+
     frequencies = [(1 / config.rope_base) ** (i / (K // 4 - 1)) for i in range(K // 4)] + [0.0] * (K // 4)
     angles = torch.tensor([[t * f for f in frequencies] for t in range(T)], dtype=torch.float64).to(dtype)
     cos, sin = angles.cos(), angles.sin()
@@ -204,8 +213,7 @@ def gpt_logits(weights, config, tokens):
             scores = config.attention_scale * qj @ kj.transpose(1, 2)
             heads.append(torch.softmax(scores.masked_fill(future, -math.inf), -1) @ vj)
         x = x + linear(torch.cat(heads, -1), f"{p}.attention.out")
-        h = linear(rms(x) * weights[f"{p}.mlp_norm.gain"], f"{p}.mlp.up")
-        x = x + linear(torch.clamp(h, min=0) ** 2, f"{p}.mlp.down")
+        x = x + linear(activations(rms(x) * weights[f"{p}.mlp_norm.gain"], f"{p}.mlp"), f"{p}.mlp.down")
     z = linear(rms(x) * weights["head_norm.gain"], "head")
     return config.logit_softcap * z / torch.sqrt(z * z + config.logit_softcap**2)
 

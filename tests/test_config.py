@@ -45,6 +45,7 @@ BAD_VALUES = [
     ("train.micro_batch=all", "train.micro_batch must be a whole number or \"auto\", got 'all'"),
     ("train.micro_batch=0", "train.micro_batch must be at least 1, got 0"),
     ("train.compile=maybe", "train.compile must be auto, on or off, got 'maybe'"),
+    ("model.mlp=gelu", "model.mlp must be relu2 or swiglu, got 'gelu'"),
     ("model.num_heads=3", "must be a multiple of 4"),
     ("model.num_heads=0", "model.num_heads must be at least 1"),
     ("model.activation_dtype=float16", "float32 or bfloat16"),
@@ -114,6 +115,18 @@ def test_gpt2_small_is_the_public_task():
     steps = train_gpt.validation_steps(config)
     expected = {s for s in range(3250) if s % (125 if s / 3250 < 0.9 else 25) == 0} | {3250}
     assert steps == expected
+
+
+def test_an_optimizers_own_steps_hold_unless_the_command_line_says_otherwise(tiny_track, tmp_path):
+    path = tmp_path / "own.toml"
+    path.write_text(tiny_track.read_text().replace("[optimizer.adamw]", "[optimizer.adamw]\nsteps = 9"))
+    assert [load_config(path, name).train.steps for name in ("adamw", "muon")] == [9, 30]
+    assert load_config(path, "adamw", ["optimizer.adamw.steps=12"]).train.steps == 12
+    assert load_config(path, "adamw", ["optimizer.adamw.steps=12", "train.steps=7"]).train.steps == 7
+    assert "steps" not in load_config(path, "adamw").hparams
+    with pytest.raises(HarnessError, match="optimizer.adamw.steps must be a whole number"):
+        load_config(path, "adamw", ["optimizer.adamw.steps=1.5"])
+    assert load_config(ROOT / "configs/gpt2_small.toml", "adamw").train.steps == 4950
 
 
 def test_lr_schedule_is_flat_then_linear_with_the_optimizers_own_warm_up(tiny_track):

@@ -38,6 +38,17 @@ def test_non_finite_validation_names_step_and_parameter(tiny_track, tmp_path, ca
     assert [event["event"] for event in events(tmp_path)] == ["run", "val", "train", "end"]
 
 
+def test_a_loss_before_training_that_cannot_be_exits_2(tiny_track, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train_gpt, "validate", lambda *args: 4.2)
+    assert train_here(tiny_track, tmp_path) == Exit.CONFIG
+    assert "before training the loss is 4.2, but a head of zeros gives ln V = 4.158883" in capsys.readouterr().err
+
+
+def test_a_schedule_that_never_gets_to_its_peak_exits_2(tiny_track, tmp_path, capsys):
+    assert train_here(tiny_track, tmp_path, "--set", "optimizer.aurora.warmup_steps=31") == Exit.CONFIG
+    assert "the learning rate goes up to 0.613 of its peak" in capsys.readouterr().err
+
+
 def test_unwritable_out_exits_7_before_training(tiny_track, tmp_path, capsys):
     (tmp_path / "file").write_text("not a folder")
     assert train_here(tiny_track, tmp_path / "file" / "out") == Exit.DISK

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 import subprocess
 import sys
@@ -122,7 +123,7 @@ def test_a_claim_that_follows(tmp_path):
         (GOOD, (250, "3.2770", 4), "is 3.27800, not 3.2770"),
         (GOOD, (250, "3.2779", 4), None),  # the last digit
         (GOOD, (250, "4.6000", 4), "that is the mean at step 125"),
-        (GOOD, (250, "3.2777", 4), "that is the mean of the best 1"),
+        (GOOD, (250, "3.2777", 4), "the lowest 1 of 4 have that mean"),
         (GOOD, (200, "3.2780", 4), "4 of 4 runs have no val_loss at step 200"),
         (GOOD[:1], (250, "3.2781", 1), "1 run: no test of significance is possible; the gate is missed"),
         ([3.2771, 3.2772], (250, "3.27715", 2), "2 runs: no test of significance is possible; the gate is met, taking"),
@@ -138,18 +139,119 @@ def test_claims_that_do_not_follow_say_why(tmp_path, last_losses, claim, problem
         assert not finding["follows"] and problem in " ".join(finding["problems"])
 
 
-def test_a_run_that_is_there_twice_is_found_and_so_is_another_metric(tmp_path):
+def test_a_run_that_is_there_twice_counts_once(tmp_path):
+    """As a whole, on another stream, and as its last line alone."""
     rows(tmp_path, GOOD)
     log(tmp_path, (tmp_path / "0.txt").read_text().replace("10.80000", "10.80001") + "\n", "again.txt")
-    finding = claims.check([tmp_path], claims.Claim("row", 250, "3.2780", 5), 3.28)
-    assert "1 run with the losses of another" in finding["problems"]
+    log(tmp_path, (tmp_path / "1.txt").read_text().splitlines()[-1] + "\n", "final_val_loss.txt")
+    log(tmp_path, "noise\n" + (tmp_path / "2.txt").read_text() + "more\n", "stream.stdout")
+    finding = claims.check([tmp_path], claims.Claim("row", 250, "3.2780", 7), 3.28)
+    assert finding["problems"] == ["7 runs are claimed, the logs hold 4"] and finding["copies"] == 3
+    assert "again.txt, trial 1 has the losses of 0.txt, trial 1 and counts as the same run" in finding["remarks"][0]
+    assert "and 2 more such" in finding["remarks"][0]
+    assert claims.check([tmp_path], claims.Claim("row", 250, "3.2780", 4), 3.28)["follows"]
+
+
+def test_one_equal_loss_at_another_time_is_chance(tmp_path):
+    for name, seconds in (("a", 39), ("b", 40), ("c", 41)):
+        log(tmp_path, f"step:250/250 val_loss:3.27810 train_time:{seconds}s step_avg:1ms\n", f"{name}.txt")
+    assert claims.check([tmp_path], claims.Claim("row", 250, "3.2781", 3), 3.28)["trials"] == 3
+
+
+def test_runs_of_another_schedule_are_another_setting(tmp_path):
+    rows(tmp_path, GOOD)
+    for i in range(3):
+        log(tmp_path, trial_text((10.8, 4.6, 3.4 + i / 1000), total=300), f"long{i}.txt")
+    finding = claims.check([tmp_path], claims.Claim("row", 250, "3.2780", 4), 3.28)
+    assert finding["follows"] and "left out are runs of other schedules: 3 of 300 steps" in finding["remarks"]
+    mixed = claims.check([tmp_path], claims.Claim("row", 250, None, None), 3.28)
+    assert "the runs have schedules of 250, 300 steps: they are not of one setting" in mixed["problems"]
+
+
+def test_more_runs_than_claimed_say_which_of_them_fit(tmp_path):
+    for name, shift in (("chosen", 0.0), ("other", 0.004)):
+        (tmp_path / name).mkdir()
+        rows(tmp_path / name, [loss + shift for loss in GOOD])
+    finding = claims.check([tmp_path], claims.Claim("row", 250, "3.2780", 4), 3.28)
+    assert not finding["follows"] and finding["trials"] == 8
+    assert "the 4 in the folder chosen have the mean that is claimed" in finding["problems"][0]
+
+
+def test_runs_stopped_where_they_meet_the_target_flatter(tmp_path):
+    for i, stop in enumerate((225, 250, 275)):
+        log(tmp_path, trial_text((10.8 + i, 3.29, 3.279), steps=(0, 200, stop), total=300), f"{i}.txt")
+    finding = claims.check([tmp_path], claims.Claim("row", None, None, None), 3.28)
+    assert any("own first look below the target" in problem for problem in finding["problems"])
+    folder = tmp_path / "fixed"
+    folder.mkdir()
+    rows(folder, GOOD)
+    assert claims.check([folder], claims.Claim("row", 250, "3.2780", 4), 3.28)["problems"] == []
+
+
+def test_runs_capped_by_time_are_taken_at_their_ends(tmp_path):
+    """parameter-golf: the step differs from run to run, the last metrics belong to each run's end."""
+    for i in range(3):
+        text = (
+            f"0/20000 val_loss: 9.0{i} val_bpb: 4.1159\n{8000 + i}/20000 val_loss: 2.9{i} val_bpb: 1.3\n"
+            f"stopping_early: wallclock_cap train_time: 600036ms\nfinal_roundtrip val_loss:1.99 val_bpb:1.17{i}\n"
+        )
+        log(tmp_path, text, f"{i}.log")
+    finding = claims.check([tmp_path], claims.Claim("golf", None, "1.171", 3), 1.18, "final_roundtrip val_bpb")
+    assert finding["follows"] and finding["complete"] == 3 and finding["mean"] == pytest.approx(1.171)
+    assert "at the end" in claims.as_text(finding)
+
+
+def test_another_metric_with_the_claimed_mean_is_named_with_its_statistics(tmp_path):
     folder = tmp_path / "ema"
     folder.mkdir()
     for i in range(3):
         text = trial_text((10.8, 4.6, 3.29 + i / 1e4)).replace(" train_time", f" val_ema_loss:3.27{i} train_time")
         log(folder, text, f"{i}.txt")
     finding = claims.check([folder], claims.Claim("row", 250, "3.2710", 3), 3.28)
-    assert "that is the mean of val_ema_loss, whose gate is" in finding["problems"][0]
+    assert "not 3.2710; val_ema_loss has it" in finding["problems"][0] and not finding["follows"]
+    assert finding["other_metric"]["gate"] == pytest.approx(0.009 * 3**0.5)
+    assert "val_ema_loss at step 250: mean 3.27100" in claims.as_text(finding)
+
+
+def test_a_claim_that_the_gate_alone_supports_says_so(tmp_path):
+    spread = rows(tmp_path, [3.2750, 3.2799, 3.2800, 3.2766])
+    finding = claims.check([spread], claims.Claim("row", 250, "3.2779", 4), 3.28)
+    assert finding["follows"] and "by the gate alone" in claims.as_text(finding)
+
+
+def test_sets_of_logs_compare_by_loss_within_a_schedule_and_by_arrival_across(tmp_path):
+    same, short, long, never = (tmp_path / name for name in ("same", "short", "long", "never"))
+    for folder, finals, steps in (
+        *((same, GOOD, 250), (short, [loss - 0.01 for loss in GOOD], 250)),
+        *((long, GOOD, 400), (never, [3.3, 3.31, 3.29, 3.32], 400)),
+    ):
+        folder.mkdir()
+        for i, loss in enumerate(finals):
+            text = trial_text((10.8 + i / 1000, 4.6, loss), steps=(0, 125, steps), total=steps)
+            log(folder, text, f"{i}.txt")
+    by_loss = claims.compare([short], [same], 250, "val_loss", 3.28)
+    assert by_loss["measure"] == "val_loss at step 250" and by_loss["difference"] == pytest.approx(-0.01)
+    with pytest.raises(ValueError, match="--steps"):
+        claims.compare([short], [same], None, "val_loss", 3.28)
+    across = claims.compare([short], [long], None, "val_loss", 3.28)
+    assert "steps to a val_loss of 3.28" in across["measure"] and across["difference"] < -100 and across["p"] < 0.01
+    censored = claims.compare([short], [never], 250, "val_loss", 3.28)
+    assert censored["share"] == 1 and censored["arrived"] == [4, 0] and censored["p"] == pytest.approx(2 / 70)
+    assert "0 of 4 arrived, the first is earlier in 100% of pairs" in claims.as_text(censored)
+    with pytest.raises(ValueError, match="of 2 schedules"):
+        claims.compare([tmp_path], [long], 250, "val_loss", 3.28)
+
+
+def test_pipes_and_endless_logs_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(LogError, match="no regular file"):
+        read_log(tmp_path / "pipe.txt")
+    with open(log(tmp_path, "", "large.txt"), "wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(LogError, match="larger than"):
+        read_log(tmp_path / "large.txt")
+    with pytest.raises(LogError, match="trials"):
+        read_log(log(tmp_path, trial_text() * 1100))
 
 
 def test_command_line(tmp_path):

@@ -23,6 +23,7 @@ ALLOWED = {
 EXCEPTIONS = {
     "results/checkpoint.py": {"torch", "aurora", "configs", "results"},
     "results/momentum.py": {"torch", "aurora", "configs"},
+    "results/neurons.py": {"torch", "aurora", "configs"},
     "results/describe.py": {"torch", "numpy", "aurora", "configs", "data", "results"},
     "results/statistics.py": {"numpy", "scipy"},
     "results/claims.py": {"numpy", "results"},
@@ -30,7 +31,10 @@ EXCEPTIONS = {
     # Counts the shards of a run, so it reads the run's config.
     "data/fineweb.py": {"configs", "data"},
     "scripts/benchmark_data.py": {"numpy", "data"},
+    # Compares the configs of runs with the one at hand.
+    "scripts/tune.py": {"configs", "results", "scripts"},
     "scripts/benchmark.py": {"torch", "aurora", "configs", "scripts"},
+    "scripts/findings.py": {"numpy", "scipy", "results", "scripts"},
 }
 
 

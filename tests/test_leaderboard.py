@@ -15,23 +15,25 @@ from tests.conftest import ROOT
 HOSTILE = "<script>alert(1)</script>|](http://evil)\n# x\x1b[31m![i](javascript:a) $\\frac$ `c` =1+1"
 
 
-def record(optimizer="muon", seed=0, losses=(4.0, 3.0, 1.5), text="plain", **changes):
+def record(optimizer="muon", seed=0, losses=(4.0, 3.0, 1.5), text="plain", steps=20, **changes):
     """Lines of a record, with a text of one's choice in every field that can hold one."""
     start = {
         "event": "run", "schema": 1, "run_id": text, "utc": text, "argv": [text], "optimizer": optimizer, "seed": seed,
         "task_hash": "0123abcd" + text, "world_size": 1, "device": "cpu", "compiled": False, "code_hash": text,
         "hparams": {"lr": 0.1, "note": text}, "git": {"commit": text, "dirty": True}, "sources": {f"{text}.toml": ""},
         "config": {
-            "model": {"vocab_size": 64}, "eval": {"target": 2.0}, "train": {"steps": 20, "batch_tokens": 512},
+            "model": {"vocab_size": 64}, "eval": {"target": 2.0}, "train": {"steps": steps, "batch_tokens": 512},
         },
         "data": {"stream_id": text},
         "env": {"device_name": text, "cpu": text, "torch": text, "torch_threads": 1},
     }  # fmt: skip
     looks = [
-        {"event": "val", "step": 10 * i, "val_loss": loss + seed / 1000, "train_time_s": 5.0 * i}
+        {"event": "val", "step": i * steps // 2, "val_loss": loss + seed / 1000, "train_time_s": i * steps / 4}
         for i, loss in enumerate(losses)
     ]
-    end = {"event": "end", "status": "done", "step": 20, "val_loss": losses[-1] + seed / 1000, "train_time_s": 10.0}
+    end = {
+        "event": "end", "status": "done", "step": steps, "val_loss": losses[-1] + seed / 1000, "train_time_s": steps / 2
+    }  # fmt: skip
     return "".join(json.dumps(event) + "\n" for event in (start | changes, *looks, end))
 
 
@@ -55,8 +57,11 @@ def run(*arguments):
 
 
 def cells(page, rule):
-    line = next(line for line in page.splitlines() if line.startswith(f"| {rule} "))
-    return [cell.strip() for cell in line.strip("|").split(" | ")]
+    """The row of a rule in the leaderboard and its row of evidence, without the row's number."""
+    lines = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in page.splitlines() if line[:2] == "| "]
+    number = next(line[0] for line in lines if line[1] == rule)
+    found = [line[1:] for line in lines if line[0] == number]
+    return found[0], found[1]
 
 
 def test_the_committed_page_is_what_the_records_give(capsys):
@@ -80,11 +85,40 @@ def test_row_counts_seeds_arrivals_and_tuning_trials(results):
     run("--results", results)
     page = (results / "README.md").read_text()
     # Straight line from 3 at step 10 to 1.5 at step 20: the target of 2 is met at 16.67.
-    assert cells(page, "muon")[:6] == ["muon", "3", "3/3", "16.7 [16.7, 16.7]", "8.3 [8.3, 8.3]", "20"]
-    assert cells(page, "muon")[10] == "2" and cells(page, "adamw")[10] == "0"
-    assert cells(page, "adamw")[2:6] == ["0/3", "> 20.0", "> 10.0", "-"]
-    assert "[2](quick/muon-2.jsonl)" in page and "quick_tuning/muon-7.jsonl" not in page
+    muon, muon_evidence = cells(page, "muon")
+    assert muon[:7] == ["muon", "20", "3", "3/3", "16.7 [16.7, 16.7]", "8.3 [8.3, 8.3]", "A"]
+    assert muon[7] == "2" and muon[8] == "quick" and muon_evidence[4] == "20"
+    adamw, adamw_evidence = cells(page, "adamw")
+    assert adamw[2:6] == ["3", "0/3", "> 20.0", "> 10.0"] and adamw[7] == "0" and adamw_evidence[4] == "-"
+    name = re.search(r"\[2\]\[(r\d+)\]", muon_evidence[-1])[1]
+    assert f"[{name}]: quick/muon-2.jsonl" in page and "quick_tuning/muon-7.jsonl" not in page
     assert "supported: muon is lower" in page
+
+
+def test_longer_schedule_is_a_row_that_is_compared_by_its_arrival(results):
+    """It never had the lower loss at a common step, and has it at its own end: neither counts."""
+    for seed in range(3):
+        slow = record(
+            "normuon", seed, (4.0, 3.2, 1.4), steps=50, env={"device_name": "GPU", "torch": "2"}, device="cuda"
+        )
+        (results / "quick" / f"normuon-{seed}.jsonl").write_text(slow)
+    assert run("--results", results) == 0
+    page = (results / "README.md").read_text()
+    row, evidence = cells(page, "normuon")
+    assert row[1:4] == ["50", "3", "3/3"] and float(row[4].split()[0]) > 40 and evidence[0] == "1.4010"
+    assert {cells(page, "muon")[0][6], row[6]} == {"A", "B"} and "- machine B: " in page
+    assert "supported: muon arrives before normuon" in page and "Schedules of 20, 50 steps" in page
+    pair = next(line for line in page.splitlines() if line.startswith("| muon \\- normuon"))
+    assert "steps to target" in pair and "loss at step" not in pair and pair.split(" | ")[5].strip() == "-"
+
+
+def test_page_of_a_record_that_lacks_what_it_shows_is_an_error_in_one_line(results, capsys):
+    start, *rest = record(seed=5).splitlines()
+    start = {key: value for key, value in json.loads(start).items() if key != "code_hash"}
+    (results / "quick" / "muon-5.jsonl").write_text("\n".join([json.dumps(start), *rest]) + "\n")
+    assert run("--results", results) == 2
+    error = capsys.readouterr().err
+    assert "a record lacks what the page shows (KeyError('code_hash'))" in error and error.count("\n") == 1
 
 
 def test_failed_run_stays_in_its_row(results):
@@ -92,7 +126,7 @@ def test_failed_run_stays_in_its_row(results):
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-2]))
     run("--results", results)
     page = (results / "README.md").read_text()
-    assert cells(page, "muon")[1:4] == ["3", "2/3", "> 14.4"]
+    assert cells(page, "muon")[0][2:5] == ["3", "2/3", "> 14.4"]
     assert "without a final loss: seed 1 \\(cut short\\)" in page or "without a final loss: seed 1 (cut short)" in page
 
 
@@ -104,11 +138,12 @@ def test_text_of_a_record_is_text_on_the_page_and_in_the_plot(results):
     outside_comment = page.replace(page.splitlines()[0], "")
     assert "<" not in outside_comment and "\x1b" not in page
     assert not re.search(r"(?<!\\)\]\((http|javascript)", page) and "\n# x" not in page
-    for target in re.findall(r"(?<!\\)\]\(([^)]*)\)", page):
+    for target in re.findall(r"(?<!\\)\]\(([^)]*)\)|^\[r\d+\]: (.*)$", page, re.M):
+        target = "".join(target)
         assert (results / target).resolve().is_relative_to(results.resolve())
     for line in page.splitlines():
         if line.startswith("|"):
-            assert len(re.findall(r"(?<!\\)\|", line)) in (7, 8, 16), "a cell ran into the next"
+            assert len(re.findall(r"(?<!\\)\|", line)) in (8, 9, 11), "a cell ran into the next"
     task = [found for found in read_folder(results / "quick")[0] if found.start["optimizer"] == HOSTILE]
     plot.plot_loss_curves(task, results / "evil.svg")
     assert "<script" not in (results / "evil.svg").read_text()

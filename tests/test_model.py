@@ -24,10 +24,11 @@ def model_with_random_weights(config):
     return model
 
 
-@pytest.fixture(params=["tiny", "gpt2_small, fewer and narrower layers"])
+@pytest.fixture(params=["tiny", "tiny with SwiGLU", "gpt2_small, fewer and narrower layers"])
 def config(request, tiny_track):
-    if request.param == "tiny":
-        return load_config(tiny_track, "muon").model
+    if request.param.startswith("tiny"):
+        swiglu = ["model.mlp=swiglu", "model.mlp_expansion=3"] if "SwiGLU" in request.param else []
+        return load_config(tiny_track, "muon", swiglu).model
     config = load_config(ROOT / "configs/gpt2_small.toml", "muon").model
     return dataclasses.replace(config, num_layers=2, model_dim=256, num_heads=2, seq_len=96, activation_dtype="float32")
 
@@ -151,8 +152,9 @@ def test_bfloat16_activations_leave_weights_and_logits_in_float32(config):
     torch.testing.assert_close(logits, reference.gpt_logits(model.state_dict(), config, tokens), atol=0.15, rtol=0.05)
 
 
-def test_memory_estimate_is_what_autograd_keeps():
-    config = load_config(ROOT / "configs/quick.toml", "muon")
+@pytest.mark.parametrize("overrides", [[], ["model.mlp=swiglu", "model.mlp_expansion=16"]])
+def test_memory_estimate_is_what_autograd_keeps(overrides):
+    config = load_config(ROOT / "configs/quick.toml", "muon", overrides)
     model = train_gpt.GPT(config.model)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept_bytes = {}

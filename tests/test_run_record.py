@@ -44,7 +44,7 @@ def test_record_follows_the_contract(trained, tiny_track, optimizer):
         "status": "done", "step": 30, "val_loss": vals[-1]["val_loss"], "reached_target": True, "segments": 1,
         "steps_to_target": reached[0]["step"], "time_to_target_s": reached[0]["train_time_s"],
     }  # fmt: skip
-    assert set(end["untimed"]) == {"import_s", "setup_s", "warmup_s", "val_s", "checkpoint_s"}
+    assert set(end["untimed"]) == {"import_s", "setup_s", "warmup_s", "val_s", "checkpoint_s", "end_s"}
     assert start["compiled"] is False and end["peak_mem_mib"] > 50
     matrix_group = next(group for group in start["param_groups"] if group["role"] == "matrix")
     if optimizer != "adamw":
@@ -55,8 +55,20 @@ def test_record_follows_the_contract(trained, tiny_track, optimizer):
 def test_task_hash_tells_tasks_apart_but_not_optimizers_seeds_or_steps(tiny_track, trained, tmp_path):
     hashes = {record[0]["task_hash"] for record in trained.values()}
     assert len(hashes) == 1
-    same = ["train.steps=5", "train.micro_batch=8", "optimizer.muon.lr=0.01"]
-    different = ["eval.target=3.5", "model.mlp_expansion=2", "eval.tokens=256", "train.batch_tokens=256"]
+    same = [
+        "train.steps=5",
+        "optimizer.muon.steps=5",
+        "model.mlp=relu2",
+        "train.micro_batch=8",
+        "optimizer.muon.lr=0.01",
+    ]
+    different = [
+        "eval.target=3.5",
+        "model.mlp=swiglu",
+        "model.mlp_expansion=2",
+        "eval.tokens=256",
+        "train.batch_tokens=256",
+    ]
     for index, override in enumerate(same + different):
         out = tmp_path / str(index)
         arguments = ["--optimizer", "muon", "--seed", "3", "--set", "train.steps=5", "--set", override]
@@ -171,10 +183,10 @@ def test_wandb_offline_file_holds_the_values_of_the_record(tiny_track, tmp_path,
             rows.append({key: value for key, value in items.items() if not key.startswith("_")})
         elif record.WhichOneof("record_type") == "metric":
             step_metrics[record.metric.glob_name or record.metric.name] = record.metric.step_metric
-    mirrored = [event for event in events(tmp_path / "out") if event["event"] in ("train", "val")]
+    mirrored = [event for event in events(tmp_path / "out") if event["event"] in ("train", "val", "neurons")]
     expected = [
         {"step": event["step"]}
-        | {f"{event['event']}/{key}": value for key, value in event.items() if key not in ("event", "step")}
+        | {f"{event['event']}/{k}": v for k, v in event.items() if isinstance(v, int | float) and k != "step"}
         for event in mirrored
     ]
     assert rows == expected

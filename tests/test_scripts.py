@@ -1,9 +1,12 @@
 """Reading records, the comparison, its plot."""
 
 import json
+import math
+import os
 import types
 
 import pytest
+from scipy import stats
 
 from results import verdict
 from results.record import RecordError, Validation, read_folder, read_record
@@ -84,10 +87,11 @@ def test_report_orders_by_loss_and_never_averages_over_the_seeds_that_made_it(tm
     write(tmp_path / "a0.jsonl", record_lines("aurora", losses=((0, 4.0), (10, 2.4), (20, 1.9))))
     groups = groups_of(tmp_path)
     aurora, muon = map(verdict.group_cells, groups)
-    assert aurora == ("aurora", "1", "1.9000", "-", "-", "-", "1/1", "9.4", "4.7", "500.0", "30.0")
-    assert muon == ("muon", "2", "2.3000", "0.4243", "-", "-", "1/2", "> 17.5", "> 8.8", "500.0", "20.0")
+    assert aurora == ("aurora", "20", "1", "1.9000", "-", "-", "-", "1/1", "9.4", "4.7", "500.0", "30.0")
+    assert muon == ("muon", "20", "2", "2.3000", "0.4243", "-", "-", "1/2", "> 17.5", "> 8.8", "500.0", "20.0")
     text = verdict.report(groups)
-    assert "Lowest validation loss: aurora, 0.4000 below muon." in text and "n = 1 is a lead, not evidence" in text
+    assert "Lowest validation loss after 20 steps: aurora, 0.4000 below muon." in text
+    assert "First at the target: aurora after 9.4 steps." in text and "n = 1 is a lead, not evidence" in text
 
 
 def write_seeds(folder, **losses_of):
@@ -106,7 +110,92 @@ def test_verdicts_say_what_the_seeds_can_tell_apart(tmp_path):
     clear = pairs["muon", "adamw"]
     assert clear.p == pytest.approx(0.00026, abs=1e-5) and 2 * clear.p <= clear.p_holm <= 3 * clear.p
     assert clear.verdict == "supported: muon is lower"
-    assert clear.time_ratio[0] == 1.0
+    assert clear.measure == "loss at step 20" and clear.step_ratio[0] == 1.0 and clear.target_ratio is None
+
+
+def write_schedules(folder, **losses_of):
+    """Runs whose name ends with their number of steps: losses at the end of each seed."""
+    for name, losses in losses_of.items():
+        optimizer, steps = name.split("_")
+        for seed, loss in enumerate(losses):
+            looks = ((0, 4.0 + seed / 100), (int(steps), loss))
+            start, *rest = map(json.loads, record_lines(optimizer, seed, losses=looks))
+            start["config"]["train"]["steps"] = rest[-1]["step"] = int(steps)
+            write(folder / f"{name}-{seed}.jsonl", map(json.dumps, (start, *rest)))
+
+
+def test_other_schedules_are_compared_by_steps_to_the_target_and_never_by_loss(tmp_path):
+    """Muon is lower than adamw at every common step and at the end; what counts is when each meets the target."""
+    write_schedules(tmp_path, muon_20=[2.0, 2.1, 1.9], aurora_20=[1.8, 1.7, 1.9], adamw_50=[2.3, 2.35, 2.25])
+    pairs = {(pair.first.label, pair.second.label): pair for pair in verdict.compare_pairs(groups_of(tmp_path))}
+    assert pairs["aurora", "muon"].measure == "loss at step 20"
+    across = pairs["muon", "adamw"]
+    crossings = [[hit.step for hit in group.crossings()] for group in (across.first, across.second)]
+    assert across.measure == "steps to target"
+    assert across.p == pytest.approx(stats.ttest_ind(*crossings, equal_var=False).pvalue, abs=1e-12)
+    assert across.verdict == "supported: muon arrives before adamw"
+    assert across.difference == pytest.approx(sum(crossings[0]) / 3 - sum(crossings[1]) / 3)
+    # 0.5 s a step in all of them, so the ratio is that of the steps: each pair of one seed.
+    ratios = [a / b for a, b in zip(*crossings, strict=True)]
+    assert across.target_ratio[0] == pytest.approx(stats.gmean(ratios))
+    text = verdict.report(groups_of(tmp_path))
+    assert "Schedules of 20, 50 steps" in text and "Lowest validation loss after 20 steps: aurora" in text
+    assert "after 50 steps" not in text
+
+
+def test_across_schedules_runs_that_never_arrive_are_ranked_last_and_none_is_dropped(tmp_path):
+    write_schedules(tmp_path, muon_20=[2.0, 2.1, 1.9, 2.05, 2.15], adamw_50=[2.6, 2.45, 2.7, 2.8, 2.9])
+    (pair,) = verdict.compare_pairs(groups_of(tmp_path))
+    assert pair.share == 1.0 and pair.p == pytest.approx(2 / math.comb(10, 5))
+    assert pair.verdict == "supported: muon arrives before adamw" and math.isnan(pair.difference)
+    assert "earlier in 100% of pairs of runs" in verdict.report(groups_of(tmp_path))
+    for seed in (3, 4):
+        (tmp_path / f"muon_20-{seed}.jsonl").unlink()
+    (pair,) = verdict.compare_pairs(groups_of(tmp_path))
+    assert pair.p == pytest.approx(2 / math.comb(8, 3)) and pair.verdict.startswith("supported")
+    for seed in (3, 4):
+        (tmp_path / f"adamw_50-{seed}.jsonl").unlink()
+    (pair,) = verdict.compare_pairs(groups_of(tmp_path))
+    assert pair.verdict == "not supported: ranks need at least 4 runs a side"
+    write_schedules(tmp_path, muon_20=[2.6, 2.7, 2.8], adamw_50=[2.6, 2.7, 2.8])
+    assert "no run of either met the target" in verdict.compare_pairs(groups_of(tmp_path))[0].verdict
+
+
+def test_runs_of_one_optimizer_with_several_schedules_are_groups_of_their_own(tmp_path):
+    write_schedules(tmp_path, muon_20=[2.0, 2.1, 1.9], muon_30=[1.9, 1.95])
+    groups = groups_of(tmp_path)
+    assert [(group.label, len(group.runs)) for group in groups] == [("muon steps=20", 3), ("muon steps=30", 2)]
+    lines = [json.loads(line) for line in (tmp_path / "muon_20-0.jsonl").read_text().splitlines()]
+    lines[0]["config"]["schedule"] = {"cooldown_frac": 0.1}
+    write(tmp_path / "muon_20-0.jsonl", map(json.dumps, lines))
+    assert len(groups_of(tmp_path)) == 3, "another cooldown is another setting"
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        *({"torch_threads": 1}, {"cpu_count": 64}, {"usable_cpus": 1}, {"device_name": "GPU"}, {"torch": "3"}),
+        {"variables": {"SPEEDRUN_JOBS": "2"}},
+    ],
+)
+def test_times_of_unlike_machines_are_never_compared(tmp_path, env):
+    write_seeds(tmp_path, muon=[2.0, 2.1, 1.9], aurora=[1.0, 1.1, 1.2])
+    assert verdict.compare_pairs(groups_of(tmp_path))[0].step_ratio
+    lines = [json.loads(line) for line in (tmp_path / "muon1.jsonl").read_text().splitlines()]
+    lines[0]["env"] |= env
+    write(tmp_path / "muon1.jsonl", map(json.dumps, lines))
+    (pair,) = verdict.compare_pairs(groups_of(tmp_path))
+    assert pair.step_ratio is None and pair.target_ratio is None and pair.verdict.startswith("supported")
+    assert "Times are not comparable" in verdict.report(groups_of(tmp_path))
+
+
+def test_seconds_of_a_resumed_run_are_not_compared(tmp_path):
+    write_seeds(tmp_path, muon=[2.0, 2.1, 1.9], aurora=[1.0, 1.1, 1.2])
+    lines = [json.loads(line) for line in (tmp_path / "muon1.jsonl").read_text().splitlines()]
+    lines[-1]["segments"] = 2
+    write(tmp_path / "muon1.jsonl", map(json.dumps, lines))
+    assert verdict.compare_pairs(groups_of(tmp_path))[0].step_ratio is None
+    assert "seconds are not comparable: muon seed 1" in verdict.report(groups_of(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -197,6 +286,22 @@ def test_compare_runs_skips_what_is_finished_and_goes_on_after_a_failure(tiny_tr
     assert len(set(tmp_path.glob("*.jsonl")) - records) == 1, "the failed run alone is tried again"
 
 
+def test_jobs_run_side_by_side_on_cores_of_their_own(tiny_track, tmp_path):
+    code, out, err = compare_command(
+        *(tiny_track, tmp_path, "--optimizers", "muon", "adamw", "--seeds", "0", "1", "--jobs", "2"),
+        *("--set", "train.steps=10"),
+    )
+    assert (code, err) == (0, "") and "    [4/4] adamw, seed 1: val_loss" in out
+    runs, _ = read_folder(tmp_path)
+    assert len(runs) == len(list(tmp_path.glob("*.jsonl"))) == 4
+    for run in runs:
+        assert run.start["env"]["variables"]["SPEEDRUN_JOBS"] == "2"
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        assert run.start["env"]["torch_threads"] == max(1, cores // 2)
+    code, _, err = compare_command(tiny_track, tmp_path, "--jobs", "2", "--nproc", "2")
+    assert code == 2 and "--jobs must be at least 1, and 1 with --nproc above 1" in err
+
+
 def test_finished_run_must_match_arguments_sources_and_world_size(tmp_path):
     write(tmp_path / "a.jsonl", record_lines())
     runs, _ = read_folder(tmp_path)
@@ -227,7 +332,7 @@ def test_plot_of_the_committed_runs_and_of_what_cannot_be_written(tmp_path):
 
 
 def test_progress_time_left_is_the_mean_of_the_runs_so_far(tiny_track, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(compare, "run_one", lambda *args: 5)
+    monkeypatch.setattr(compare.Workers, "train", lambda *args: 5)
     clock = iter(range(0, 10_000, 120))
     monkeypatch.setattr(compare, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
     monkeypatch.setattr("sys.argv", ["compare.py", "--config", str(tiny_track), "--out", str(tmp_path)])

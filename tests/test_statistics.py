@@ -44,6 +44,22 @@ def test_too_few_or_equal_losses_give_no_p(values):
         assert math.isnan(ours.welch(values, values).p)
 
 
+def test_rank_test_agrees_with_all_permutations_with_ties_at_infinity():
+    a, b = [3.0, 5.0, math.inf], [4.0, 6.0, math.inf, math.inf]
+    values, u = np.array([*a, *b]), []
+    for chosen in itertools.combinations(range(7), 3):
+        others = [i for i in range(7) if i not in chosen]
+        u.append(sum((values[i] < values[j]) + (values[i] == values[j]) / 2 for i in chosen for j in others))
+    found = ours.rank_test(a, b)
+    assert found.share == pytest.approx(u[0] / 12)
+    tail = min(np.mean(np.array(u) >= u[0]), np.mean(np.array(u) <= u[0]))
+    assert found.p == pytest.approx(min(1, 2 * tail), abs=1e-12)
+    plain = ours.rank_test(A, B)
+    assert plain.p == pytest.approx(stats.mannwhitneyu(A, B, method="exact").pvalue, abs=1e-12)
+    assert math.isnan(ours.rank_test([1.0, 2.0], B).p)
+    assert ours.ranks_needed(0.05) == 4 and ours.ranks_needed(0.11) == 3
+
+
 def test_holm_agrees_with_its_definition_over_all_orders():
     p = [0.01, 0.04, 0.03, 0.005, 0.04]
 

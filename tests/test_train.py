@@ -180,6 +180,8 @@ def test_only_steps_are_timed_and_the_wall_clock_may_jump(tiny_track, tmp_path, 
     assert [e["train_time_s"] for e in record if e["event"] == "val"][-1] == end["train_time_s"] == 8 * 0.25
     untimed = end["untimed"]
     assert (untimed["checkpoint_s"], untimed["warmup_s"]) == (2 * 2.0, 30.0 + 2 * 1.0) and untimed["val_s"] >= 4 * 0.5
+    assert untimed["end_s"] == 1.0  # the digest of the weights
+    assert end["wall_s"] == pytest.approx(now_ns[0] / 1e9 + untimed["import_s"])  # all that the clock has ever moved
     assert sum(untimed.values()) + end["train_time_s"] == pytest.approx(end["wall_s"])
 
 

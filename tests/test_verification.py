@@ -1,5 +1,6 @@
 """Records are verified: honest ones pass, tampered and broken ones get a verdict, hostile ones harm nothing."""
 
+import contextlib
 import copy
 import json
 import math
@@ -10,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from results.foreign import LogError, read_log
-from results.record import RecordError, Run, code_hash
+from results.record import RecordError, Run, code_hash, read_record
 from results.replay import restore_sources
 from results.reproduction import reproduce
+from results.verdict import as_json, group_runs, report
 from results.verification import verify_folder, verify_run
 from scripts import verify
 from tests.conftest import OPTIMIZERS, ROOT, train_here
@@ -52,6 +54,19 @@ def test_honest_runs_are_consistent(trained, tiny_track, tmp_path):
     assert len(verdicts) == 20
     verdicts += verify_folder(ROOT / "results")
     assert [(verdict.path, verdict.reasons) for verdict in verdicts if verdict.word != "consistent"] == []
+
+
+def test_honest_runs_of_own_steps_and_swiglu_are_consistent_and_replay(tiny_track, tmp_path):
+    track = tmp_path / "own.toml"
+    track.write_text(tiny_track.read_text().replace("[optimizer.adamw]", "[optimizer.adamw]\nsteps = 15"))
+    assert train_here(track, tmp_path, "--optimizer", "adamw", "--set", "model.mlp=swiglu") == 0
+    (path,) = tmp_path.glob("*.jsonl")
+    record = [json.loads(line) for line in path.read_text().splitlines()]
+    assert record[0]["config"]["train"]["steps"] == record[-1]["step"] == 15
+    assert record[0]["params_by_role"]["matrix"] == 2 * (4 + 3 * 4) * 32**2
+    assert verify.main([str(path), "--replay", "--looks", "2"]) == 0
+    record[0]["config"]["train"]["steps"] = 30
+    assert any("15" in reason for reason in verify_run(write(path, record)).reasons)
 
 
 # Each changes a record in place as a cheat would; what comes after needs more than the record.
@@ -188,7 +203,7 @@ def test_replay_catches_what_the_record_hides(muon, tmp_path, capsys):
 
 
 def test_anything_gets_a_verdict(muon, tmp_path):
-    """1,000 broken records and logs: none raises, and memory stays small."""
+    """1,000 broken records and logs: none raises, what can be read is reported, and memory stays small."""
     rng = random.Random(0)
     muon[0]["sources"] = {"train_gpt.py": "x = 1\n", "tiny.toml": ""}
     muon[0]["code_hash"] = code_hash(muon[0]["sources"])
@@ -198,11 +213,30 @@ def test_anything_gets_a_verdict(muon, tmp_path):
     for i in range(1000):
         path.write_bytes(mutated(originals[i % 2], rng))
         assert verify_run(path).word in ("consistent", "refuted")
+        runs = []
+        with contextlib.suppress(RecordError):
+            runs.append(read_record(path))
+        for groups in group_runs(runs[: i % 10 == 0]).values():  # of every tenth, it is slow under tracemalloc
+            assert report(groups) and json.dumps(as_json(groups), allow_nan=False)
         try:
             assert all(trial.status in ("complete", "torn", "diverged", "open") for trial in read_log(path))
         except LogError as error:
             assert str(path) in str(error)
     assert tracemalloc.get_traced_memory()[1] < 100 * 2**20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("value", [[0] * 1000, "x" * 1000, None, True, 10**30, {}])
+@pytest.mark.parametrize("path", ["params_by_role.matrix", "config.train.batch_tokens", "env.cpu_count"])
+def test_what_is_no_number_is_not_multiplied(path, value, muon, tmp_path):
+    """A list times a number of FLOP would fill the memory."""
+    table, (*tables, key) = muon[0], path.split(".")
+    for name in tables:
+        table = table[name]
+    table[key] = value
+    tracemalloc.start()
+    assert f"{path} is no number" in verify_run(write(tmp_path / "a.jsonl", muon)).reasons[0]
+    assert tracemalloc.get_traced_memory()[1] < 20 * 2**20
     tracemalloc.stop()
 
 
@@ -278,7 +312,7 @@ def test_terminal_escapes_are_not_printed(muon, tmp_path, capsys):
 
 def test_seeds_of_ones_own_reproduce_or_refute(tmp_path):
     def runs(first_seed, losses):
-        start = {"task_hash": "t", "hparams": {"lr": 1}}
+        start = {"task_hash": "t", "hparams": {"lr": 1}, "config": {"train": {"steps": 9}}}
         return [
             Run(tmp_path, start | {"seed": first_seed + i}, end={"status": "done", "val_loss": loss})
             for i, loss in enumerate(losses)

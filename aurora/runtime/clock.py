@@ -9,13 +9,13 @@ from aurora.runtime.ranks import Ranks
 
 
 class Clock:
-    """Charges all wall time from begin_ns on to one account or another, so that the accounts add up to the whole.
+    """Charges all wall time from begin_ns to the last reading to one account or another: they add up to the whole.
 
     Only "train" is timed for the comparison. Ranks align before every reading, so the slowest one counts. After a
     resume the accounts hold the sums over all segments. A clock that is set, or jumps, changes nothing.
     """
 
-    ACCOUNTS = ("import", "setup", "warmup", "train", "val", "checkpoint")
+    ACCOUNTS = ("import", "setup", "warmup", "train", "val", "checkpoint", "end")
 
     def __init__(self, ranks: Ranks, begin_ns: int, import_ns: int = 0):
         self.ranks, self.begin_ns, self.last_ns = ranks, begin_ns, begin_ns
@@ -38,13 +38,14 @@ class Clock:
     def spent_s(self, account: str) -> float:
         return self.spent_ns[account] / 1e9
 
-    def wall_s(self) -> float:
-        """Wall time up to now, of this segment and those before."""
-        return (self.before_begin_ns + time.perf_counter_ns() - self.begin_ns) / 1e9
-
     def running_train_s(self) -> float:
         """Train time up to now as this rank sees it, without waiting for the device: for progress lines only."""
         return self.spent_s("train") + (time.perf_counter_ns() - self.last_ns) / 1e9
+
+    def of_slowest_rank(self) -> tuple[dict[str, int], int]:
+        """Accounts and wall time in ns, of all segments up to the last reading, of the slowest rank. Collective."""
+        wall_ns = self.before_begin_ns + self.last_ns - self.begin_ns
+        return max(self.ranks.all_gather_object((self.spent_ns, wall_ns)), key=lambda rank: rank[0]["train"])
 
     def slowest_train_s(self) -> float:
         """Train time of the slowest rank. Collective."""

@@ -2,6 +2,7 @@
 
 import math
 import time
+from typing import Any
 
 from aurora.runtime.clock import Clock
 from aurora.runtime.ranks import Ranks
@@ -26,6 +27,10 @@ class Console:
         )
         self.num_validations += 1
         self.last_s = time.monotonic()
+
+    def show_neurons(self, event: dict[str, Any]) -> None:
+        shares = " ".join(f"{key}:{100 * event[key]:.1f}%" for key in ("dead", "silent", "starved"))
+        self.ranks.say(f"step:{event['step']}/{self.steps} neurons {shares}")
 
     def tick(self, step: int, validations_left: int) -> None:
         """After each step; says something only when nothing was said for a while."""

@@ -1,4 +1,4 @@
-"""This process among others of the machine: signals, its launcher's death, its folder, its exit code."""
+"""This process among others of the machine: signals, its launcher's death, its folder, console and exit code."""
 
 import contextlib
 import ctypes
@@ -51,21 +51,24 @@ def lock_folder(out: Path) -> TextIO:
     """Take the run folder until the file returned is closed, or this process ends in whatever way.
 
     Raises:
-        HarnessError: CONFIG, when another process has it, naming that.
+        HarnessError: CONFIG, when another process has it, naming that; DISK, when the disk is full or has no locks.
     """
-    file = open(out / ".lock", "a+")  # noqa: SIM115
     try:
+        file = open(out / ".lock", "a+")  # noqa: SIM115
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        return file
     except BlockingIOError:
         file.seek(0)
         owner = file.read(200) or "another process"
         file.close()
         message = f"--out {out} is in use by {owner}: wait for it, or choose another folder"
         raise HarnessError(Exit.CONFIG, message) from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-    return file
+    except OSError as error:
+        message = f"--out {out}: its file .lock cannot be written and locked: {error.strerror}; choose another disk"
+        raise HarnessError(Exit.DISK, message) from error
 
 
 def check_writable(out: Path) -> None:
@@ -75,6 +78,15 @@ def check_writable(out: Path) -> None:
             pass
     except OSError as error:
         raise HarnessError(Exit.DISK, f"--out {out} is not a folder that can be written: {error.strerror}") from error
+
+
+def tell(line: str, stream: str = "stderr") -> None:
+    """Print a line to that stream of sys. A console that is full or gone is no reason to stop, or not to."""
+    try:
+        print(line, file=getattr(sys, stream), flush=True)
+    except OSError:
+        # At exit Python would try once more, and exit with 120.
+        setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115
 
 
 def report_exit(code: int) -> int:

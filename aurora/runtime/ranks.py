@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from aurora.runtime.process import tell
 from configs.schema import Exit, HarnessError
 
 # Of a single collective where the watch does not apply: long enough for the slowest rank to compile.
@@ -33,7 +34,7 @@ class Ranks:
 
     def say(self, line: str) -> None:
         if self.is_main:
-            print(line, flush=True)
+            tell(line, "stdout")
 
     def all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
         if self.world_size > 1:

@@ -10,7 +10,6 @@ import json
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from typing import NamedTuple
@@ -18,7 +17,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from aurora.runtime.faults import last_point
-from aurora.runtime.process import report_exit
+from aurora.runtime.process import report_exit, tell
 from aurora.runtime.ranks import SETUP_TIMEOUT_S, Ranks, connect_store
 from configs.schema import Exit
 
@@ -48,7 +47,7 @@ class Watch:
 
     def __init__(self, ranks: Ranks, timeout_s: float):
         self.ranks, self.timeout_s = ranks, timeout_s
-        self.poll_s = min(0.5, timeout_s / 10)
+        self.poll_s = min(0.5, timeout_s / 50)
         self.leaving = threading.Event()
         self.beat = 0
         self.states: dict[int, State] = {}
@@ -78,7 +77,8 @@ class Watch:
     def publish(self) -> None:
         """Tell the others where this rank is."""
         self.beat += 1
-        collectives = dist.group.WORLD._get_sequence_number_for_group() if dist.is_initialized() else 0
+        group = dist.group.WORLD  # read once: the main thread may be leaving it
+        collectives = group._get_sequence_number_for_group() if group else 0
         passed, name, step = last_point()
         state = State(
             self.beat, passed, collectives, name, step, os.getpid(), socket.gethostname(), self.leaving.is_set()
@@ -101,22 +101,23 @@ class Watch:
 
     def silent(self, than_s: float) -> str | None:
         """The rank that has not answered for longest, if for as long as that and not because it leaves, in words."""
+        now_s = time.monotonic()
         candidates = [rank for rank, state in self.states.items() if not state.is_leaving]
         rank = min(candidates, key=lambda rank: self.answered_s[rank], default=None)
-        if rank is None or rank == self.ranks.rank or time.monotonic() - self.answered_s[rank] < than_s:
+        if rank is None or rank == self.ranks.rank or now_s - self.answered_s[rank] < than_s:
             return None
-        state = self.states[rank]
-        return f"rank {rank} (process {state.pid} on {state.host}) does not answer; last seen at {state.place}"
+        state, silent_s = self.states[rank], now_s - self.answered_s[rank]
+        return (
+            f"rank {rank} (process {state.pid} on {state.host}) has not answered for {silent_s:.1f} s; "
+            f"last seen at {state.place}"
+        )
 
     def behind(self) -> str:
         """The rank on which all others wait, in words."""
         fewest = min(state.collectives for state in self.states.values())
         late = [rank for rank, state in self.states.items() if state.collectives == fewest]
-        where = {rank: f"rank {rank} (process {self.states[rank].pid}) at {self.states[rank].place}" for rank in late}
-        places = "; ".join(where.values())
-        if len(late) == len(self.states):
-            return f"no rank moves: {places}"
-        return f"the others wait for {places}"
+        places = "; ".join(f"rank {r} (process {self.states[r].pid}) at {self.states[r].place}" for r in late)
+        return places if len(late) == len(self.states) else f"the others wait for {places}"
 
     def run(self) -> None:
         moved_s = time.monotonic()
@@ -132,13 +133,14 @@ class Watch:
             if finding is None:
                 slow = any(state.point in SLOW_POINTS for state in self.states.values())
                 limit_s = max(self.timeout_s, SETUP_TIMEOUT_S) if slow else self.timeout_s
-                finding = self.behind() if time.monotonic() - moved_s > limit_s else None
+                still_s = time.monotonic() - moved_s
+                finding = f"no rank has moved for {still_s:.1f} s: {self.behind()}" if still_s > limit_s else None
             if finding and not self.leaving.is_set():
-                self.end(f"after {self.timeout_s:g} s: {finding}")
+                self.end(finding)
 
     def end(self, message: str) -> None:
         """Say why, kill the rank that does not answer if it is on this machine, and end this process."""
-        print(f"error: rank {self.ranks.rank} gives up {message}", file=sys.stderr, flush=True)
+        tell(f"error: rank {self.ranks.rank} gives up: {message}")
         for rank, state in self.states.items():
             is_silent = time.monotonic() - self.answered_s[rank] > self.timeout_s
             if is_silent and state.pid and state.host == socket.gethostname() and not state.is_leaving:

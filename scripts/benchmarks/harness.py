@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import train_gpt
 from aurora.polar import SCHEDULES, PolarSchedule
-from aurora.runtime.ranks import keep_freed_memory
+from aurora.runtime.ranks import SETUP_TIMEOUT_S, Ranks, join_ranks, keep_freed_memory, leave_ranks
+from aurora.runtime.watch import Watch
 from configs.schema import ModelConfig, load_config
 from train_gpt import ROOT
 
@@ -44,7 +45,7 @@ class PlainMuon(torch.optim.Optimizer):
                 p.add_(X, alpha=-group["lr"] * math.sqrt(max(1, p.shape[0] / p.shape[1])))
 
 
-def harness_step(hparams: dict[str, str], num_steps: int, is_guarded: bool = True) -> Callable[[], None]:
+def harness_step(hparams: dict[str, str], num_steps: int, ranks: Ranks, is_guarded: bool = True) -> Callable[[], None]:
     """One call is one step of the trainer, everything that its clock sees included; the guards only if wanted."""
     overrides = [f"optimizer.muon.{key}={value}" for key, value in hparams.items()]
     overrides.append(f"train.steps={num_steps}")
@@ -52,10 +53,9 @@ def harness_step(hparams: dict[str, str], num_steps: int, is_guarded: bool = Tru
     data = train_gpt.open_data(config)
     model = train_gpt.GPT(config.model)
     model.init_weights(0)
-    ranks = train_gpt.Ranks(0, 1, torch.device("cpu"))
     loader = train_gpt.make_loader(config, data, ranks)
     optimizers = train_gpt.build_optimizers(config, model)
-    run = train_gpt.Training(config, train_gpt.plan_batch(config, 1), ranks, model, optimizers, loader)
+    run = train_gpt.Training(config, train_gpt.plan_batch(config, ranks.world_size), ranks, model, optimizers, loader)
     guard, log = train_gpt.Guard(model, ranks), train_gpt.StepLog(config.train.log_every, ranks)
     steps, point = iter(range(config.train.steps)), train_gpt.point
     if not is_guarded:
@@ -161,6 +161,7 @@ def interleaved_ms(first: Callable[[], None], second: Callable[[], None], rounds
 def harness(rounds: int) -> str:
     """A Markdown table of the trainer's step against bare loops."""
     keep_freed_memory()
+    ranks = Ranks(0, 1, torch.device("cpu"))
     lines = [
         f"quick track, Muon, torch {torch.__version__}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, "
         f"{rounds} interleaved rounds",
@@ -169,7 +170,7 @@ def harness(rounds: int) -> str:
         "|---|---|---|---|",
     ]
     for name, (hparams, make_peer) in HARNESS_PAIRS.items():
-        pairs = interleaved_ms(harness_step(hparams, UNTIMED_ROUNDS + rounds), make_peer(), rounds)
+        pairs = interleaved_ms(harness_step(hparams, UNTIMED_ROUNDS + rounds, ranks), make_peer(), rounds)
         ours, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
         ratio = statistics.median(a / b for a, b in pairs)
         lines.append(f"| {name} | {ours:.1f} | {theirs:.1f} | {ratio:.3f} |")
@@ -177,13 +178,73 @@ def harness(rounds: int) -> str:
 
 
 def guards(rounds: int) -> str:
-    """One line: what the guards of a step cost. Of a process alone; with several, ranks also exchange four numbers."""
-    keep_freed_memory()
-    on, off = (harness_step({}, UNTIMED_ROUNDS + rounds, is_guarded) for is_guarded in (True, False))
+    """A Markdown table of one row: what the guards of a step cost; under torchrun, on several ranks.
+
+    These also exchange four numbers a step, and their watch looks twice a second, in a thread of its own.
+    """
+    os.environ["SPEEDRUN_DEVICE"] = "cpu"
+    ranks = join_ranks(SETUP_TIMEOUT_S)
+    on, off = (harness_step({}, UNTIMED_ROUNDS + rounds, ranks, is_guarded) for is_guarded in (True, False))
     pairs = interleaved_ms(on, off, rounds)
     on_ms, off_ms = (statistics.median(column) for column in zip(*pairs, strict=True))
     ratio = statistics.median(a / b for a, b in pairs)
+    look = "-"
+    if ranks.world_size > 1:
+        watch = Watch(ranks, timeout_s=60)
+        watch.start()
+        looks_ms = []
+        for _ in range(rounds):
+            begin_ns = time.perf_counter_ns()
+            watch.look()
+            looks_ms.append((time.perf_counter_ns() - begin_ns) / 1e6)
+        watch.stop()
+        look = f"{statistics.median(looks_ms):.2f} ms each {1000 * watch.poll_s:.0f} ms"
+        ranks.align()
+        leave_ranks()
+    return "\n".join([
+        f"quick track, Muon, torch {torch.__version__}, {torch.get_num_threads()} threads a rank, "
+        f"{rounds} rounds in turn",
+        "",
+        "| ranks | ms/step with guards | without | median ratio | a look of the watch |",
+        "|---|---|---|---|---|",
+        f"| {ranks.world_size} | {on_ms:.1f} | {off_ms:.1f} | {ratio:.4f} | {look} |",
+    ]) * ranks.is_main  # fmt: skip
+
+
+def telemetry(rounds: int) -> str:
+    """One line: the share of a quick run's steps and validations that its looks at neurons take, all off the clock."""
+    keep_freed_memory()
+    config = load_config(ROOT / "configs" / "quick.toml", "muon", [f"train.steps={UNTIMED_ROUNDS + rounds}"])
+    data = train_gpt.open_data(config)
+    model = train_gpt.GPT(config.model)
+    model.init_weights(0)
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    loader = train_gpt.make_loader(config, data, ranks)
+    optimizers = train_gpt.build_optimizers(config, model)
+    run = train_gpt.Training(config, train_gpt.plan_batch(config, 1), ranks, model, optimizers, loader)
+    guard, log = train_gpt.Guard(model, ranks), train_gpt.StepLog(config.train.log_every, ranks)
+    whole = load_config(ROOT / "configs" / "quick.toml", "muon")
+    looks = train_gpt.validation_steps(whole)
+    neurons = train_gpt.Neurons(whole, looks, model, optimizers[-1], ranks)
+    window = train_gpt.stage(data.val_tokens[: neurons.num_tokens + 1], ranks.device)
+    inputs, _ = train_gpt.to_device(window, config.model.seq_len, ranks.device)
+    ms: dict[str, list[float]] = {"keep": [], "step": [], "validate": [], "measure": []}
+    for step in range(UNTIMED_ROUNDS + rounds):
+        for name, call in (
+            ("keep", neurons.before_update),
+            ("step", lambda step=step: train_gpt.train_step(run, model, step, guard, log)),
+            ("validate", lambda: train_gpt.validate(model, data, run)),
+            ("measure", lambda step=step: neurons.measure(step, inputs)),
+        ):
+            begin_ns = time.perf_counter_ns()
+            call()
+            ms[name].append((time.perf_counter_ns() - begin_ns) / 1e6)
+    median = {name: statistics.median(times[UNTIMED_ROUNDS:]) for name, times in ms.items()}
+    look_ms = median["keep"] + median["measure"]
+    rest_ms = whole.train.steps * median["step"] + len(looks) * median["validate"]
+    share = len(neurons.steps) * look_ms / (len(neurons.steps) * look_ms + rest_ms)
     return (
         f"quick track, Muon, torch {torch.__version__}, {torch.get_num_threads()} threads, {rounds} rounds in turn: "
-        f"{on_ms:.1f} ms/step with guards, {off_ms:.1f} without, median ratio {ratio:.4f}"
+        f"{look_ms:.0f} ms a look at the neurons, {len(neurons.steps)} of them in a run, {share:.2%} of steps of "
+        f"{median['step']:.0f} ms and validations of {median['validate']:.0f} ms"
     )

@@ -1,0 +1,382 @@
+"""The published claims against our own records: results/FINDINGS.md and its plots.
+
+    python scripts/findings.py              write the page
+    python scripts/findings.py --check      exit 1 if it is not what the records give
+
+results/findings.toml names the evidence. Every number on the page is computed here from records; a claim without
+sufficient records is "not testable", never skipped. Tests are two-sided at 5 %, Holm-corrected within a claim.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import sys
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+from scipy import stats
+
+from results.record import Run, by_optimizer, read_folder
+from results.statistics import MIN_RUNS, Welch, holm, mean_interval, ratio_interval, welch
+from results.text import cell
+from results.verdict import ALPHA, Group, group_cells, group_runs, markdown_table, step_seconds, time_ratio
+
+PAGE = "FINDINGS.md"
+SUPPORTED, NOT_SUPPORTED, NOT_TESTABLE = "supported", "not supported", "not testable"
+NAMES = {"adamw": "AdamW", "muon": "Muon", "unormuon": "U-NorMuon", "aurora": "Aurora"}
+STARVED_CLAIM, DEAD_STEP = 0.25, 500  # "more than a quarter of the neurons", "by about step 500"
+COST_CLAIM = 1.06
+
+
+class Finding(NamedTuple):
+    """One line of the page. verdict: one of the three words; why: in one sentence."""
+
+    claim: str
+    verdict: str
+    figure: str
+    why: str
+    evidence: str  # plot and command, in Markdown
+
+
+def not_testable(claim: str, why: str, evidence: str) -> Finding:
+    return Finding(claim, NOT_TESTABLE, "-", why, evidence)
+
+
+def groups_in(results: Path, folder: str) -> dict[str, list[Group]]:
+    """Groups by task of the records of a folder; empty without any."""
+    runs, errors = read_folder(results / folder) if (results / folder).is_dir() else ([], [])
+    if errors:
+        raise ValueError(str(errors[0]))
+    return group_runs(runs)
+
+
+def flaw_of(groups: dict[str, Group], names: Sequence[str]) -> str | None:
+    """What forbids a test between these optimizers, in words."""
+    if lacking := [NAMES[name] for name in names if name not in groups]:
+        return f"no single setting of {', '.join(lacking)} is recorded on one task"
+    flaws = [f"{NAMES[name]}: {flaw}" for name in names for flaw in groups[name].flaws()]
+    return "; ".join(flaws) or None
+
+
+def steps_paid(group: Group) -> list[float]:
+    """Steps of each run to the target; where it did not arrive, all that it took, which flatters it."""
+    pairs = zip(group.runs, group.crossings(), strict=True)
+    return [found.step if found else float(run.validations[-1].step) for run, found in pairs]
+
+
+def interval(value: float, low: float, high: float, digits: int = 1, unit: str = "") -> str:
+    return f"{value:+.{digits}f}{unit} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
+def order_findings(groups: dict[str, Group], evidence: str) -> list[Finding]:
+    """Claims 1 and 3: who arrives first, in steps."""
+    pairs = [
+        ("1. Muon beats AdamW", "muon", "adamw"),
+        ("3a. U-NorMuon reaches the target before Muon", "unormuon", "muon"),
+        ("3b. Aurora reaches the target before U-NorMuon", "aurora", "unormuon"),
+    ]
+    tests: list[Welch | None] = []
+    for _, first, second in pairs:
+        is_open = flaw_of(groups, (first, second))
+        tests.append(None if is_open else welch(steps_paid(groups[first]), steps_paid(groups[second])))
+    p_values = [math.nan if test is None else test.p for test in tests]
+    adjusted = [p_values[0], *holm(p_values[1:])]
+    findings = []
+    for (claim, first, second), test, p in zip(pairs, tests, adjusted, strict=True):
+        if test is None or math.isnan(p):
+            why = flaw_of(groups, (first, second)) or "neither arrives, or steps have no spread"
+            findings.append(not_testable(claim, why, evidence))
+            continue
+        counts = [groups[name].steps_to_target() for name in (first, second)]
+        arrived = ", ".join(f"{NAMES[n]} {c.count} of {c.runs}" for n, c in zip((first, second), counts, strict=True))
+        why = f"p = {p:.2g}; arrived: {arrived}"
+        if any(count.count < count.runs for count in counts):
+            why += "; a run that did not arrive counts as arriving at its end, which favours it"
+        if p < ALPHA and test.difference > 0:
+            why += "; the opposite is significant"
+        is_supported = p < ALPHA and test.difference < 0
+        figure = interval(test.difference, test.low, test.high, unit=" steps")
+        findings.append(Finding(claim, SUPPORTED if is_supported else NOT_SUPPORTED, figure, why, evidence))
+    return findings
+
+
+def starved(run: Run) -> float:
+    """Mean over the looks of the share of up's rows that got under a tenth of an even update's energy."""
+    return float(np.mean([event["starved"] for event in run.neuron_events]))
+
+
+def neuron_findings(groups: dict[str, Group], evidence: str) -> list[Finding]:
+    """Claim 2: starved rows and dead neurons."""
+    names = ("muon", "unormuon", "aurora")
+    claims = [
+        "2a. Muon starves more rows than U-NorMuon",
+        "2b. Muon starves more rows than Aurora",
+        "2c. Muon starves more than a quarter of the rows of up",
+        f"2d. More than a quarter of Muon's neurons are dead by step {DEAD_STEP}",
+        "2e. U-NorMuon's and Aurora's neurons do not die",
+    ]
+    flaw = flaw_of(groups, names)
+    if not flaw and any(not run.neuron_events for name in names for run in groups[name].runs):
+        flaw = "the records hold no telemetry of neurons (made before it was there, or with eval.telemetry = false)"
+    if flaw:
+        return [not_testable(claim, flaw, evidence) for claim in claims]
+    shares = {name: [100 * starved(run) for run in groups[name].runs] for name in names}
+    dead = {name: [100 * run.neuron_events[-1]["dead"] for run in groups[name].runs] for name in names}
+    last = min(run.neuron_events[-1]["step"] for name in names for run in groups[name].runs)
+    findings = []
+    tests = [welch(shares["muon"], shares[name]) for name in names[1:]]
+    for claim, test, p in zip(claims, tests, holm([test.p for test in tests]), strict=False):
+        verdict = SUPPORTED if p < ALPHA and test.difference > 0 else NOT_SUPPORTED
+        why = "no test without spread between seeds" if math.isnan(p) else f"p = {p:.2g}"
+        figure = interval(test.difference, test.low, test.high, unit=" points")
+        findings.append(Finding(claim, verdict, figure, why, evidence))
+
+    def share(claim: str, values: list[float], is_more: bool, why: str, can_tell: bool = True) -> Finding:
+        """Whether the mean is above (or below) a quarter, by its interval."""
+        found, limit = mean_interval(values), 100 * STARVED_CLAIM
+        is_supported = found.low > limit if is_more else found.high < limit
+        verdict = NOT_TESTABLE if not can_tell else SUPPORTED if is_supported else NOT_SUPPORTED
+        figure = f"{np.mean(values):.1f} % [{found.low:.1f}, {found.high:.1f}]"
+        return Finding(claim, verdict, figure, why, evidence)
+
+    findings.append(share(claims[2], shares["muon"], True, "mean over the looks of each run; interval over seeds"))
+    reaches = last >= DEAD_STEP
+    why = f"dead at the last look, step {last}" + ("" if reaches else f": these runs do not get to step {DEAD_STEP}")
+    findings.append(share(claims[3], dead["muon"], True, why, reaches))
+    worst = max(("unormuon", "aurora"), key=lambda name: np.mean(dead[name]))
+    why += f"; the higher of the two, {NAMES[worst]}; judged by whether it is below a quarter"
+    findings.append(share(claims[4], dead[worst], False, why, reaches))
+    return findings
+
+
+def cost_findings(groups: dict[str, Group], evidence: str, cost: dict[str, Any], results: Path) -> list[Finding]:
+    """Claim 4: seconds of whole training steps, and of the optimizer's step alone."""
+    claim = f"4a. A training step with Aurora takes at most {COST_CLAIM - 1:.0%} longer than with Muon"
+    flaw = flaw_of(groups, ("aurora", "muon"))
+    ratio = None if flaw else time_ratio(groups["aurora"], groups["muon"], step_seconds)
+    if ratio is None:
+        findings = [not_testable(claim, flaw or "the runs come from more than one machine or stack", evidence)]
+    else:
+        findings = [judged_ratio(claim, *ratio, "whole steps of the runs, paired by seed", evidence)]
+    claim = f"4b. Aurora's optimizer step alone takes at most {COST_CLAIM - 1:.0%} longer than Muon's"
+    path = results / cost["file"]
+    if not path.is_file():
+        return [*findings, not_testable(claim, f"there is no {cost['file']}", "-")]
+    table = json.loads(path.read_text(encoding="utf-8"))
+    rounds = {name: table["speed"][name]["rounds_ms"] for name in ("aurora folded", "muon")}
+    where = f"{len(rounds['muon'])} interleaved rounds on the matrices of {table['config']}, {table['device']}"
+    evidence = f"[table]({cost['file'].replace('.json', '.md')}), `{table['command']}`"
+    return [*findings, judged_ratio(claim, *ratio_interval(rounds["aurora folded"], rounds["muon"]), where, evidence)]
+
+
+def judged_ratio(claim: str, ratio: float, found: Any, why: str, evidence: str) -> Finding:
+    is_supported = found.high <= COST_CLAIM
+    if not is_supported:
+        why += "; the interval lies above" if found.low > COST_CLAIM else "; the interval does not rule out more"
+    figure = f"{ratio:.3f} [{found.low:.3f}, {found.high:.3f}]"
+    return Finding(claim, SUPPORTED if is_supported else NOT_SUPPORTED, figure, why, evidence)
+
+
+def expansion_gains(tasks: dict[str, list[Group]]) -> dict[int, dict[int, float]]:
+    """Muon's final loss minus Aurora's, by expansion factor and seed, where both finished at one width and task."""
+    gains: dict[int, dict[int, float]] = {}
+    for groups in tasks.values():
+        runs = by_optimizer(run for group in groups for run in group.runs if run.is_done)
+        expansion = groups[0].runs[0].start["config"]["model"]["mlp_expansion"]
+        losses = {name: {run.start["seed"]: run.end["val_loss"] for run in runs.get(name, [])} for name in NAMES}
+        shared = losses["muon"].keys() & losses["aurora"].keys()
+        gains[expansion] = {seed: losses["muon"][seed] - losses["aurora"][seed] for seed in sorted(shared)}
+    return {expansion: by_seed for expansion, by_seed in sorted(gains.items()) if by_seed}
+
+
+def expansion_finding(gains: dict[int, dict[int, float]], is_equal: bool, evidence: str) -> Finding:
+    """Claim 5: slope of the gain against log2 of the expansion factor, over all pairs of runs."""
+    claim = "5. Aurora's gain over Muon grows with the MLP's expansion factor"
+    if len(gains) < 3 or min(map(len, gains.values())) < MIN_RUNS:
+        counts = ", ".join(f"{len(by_seed)} pairs at {e}" for e, by_seed in gains.items()) or "none"
+        return not_testable(
+            claim, f"it takes three factors with {MIN_RUNS} pairs of runs each; there are {counts}", evidence
+        )
+    points = [(math.log2(e), gain) for e, by_seed in gains.items() for gain in by_seed.values()]
+    fit = stats.linregress(*zip(*points, strict=True))
+    half = stats.t.ppf(0.975, len(points) - 2) * fit.stderr
+    is_supported = fit.slope - half > 0
+    why = f"slope of the gain in final loss for each doubling, {len(points)} pairs of runs, p = {fit.pvalue:.2g}; "
+    why += "one setting for all factors" if is_equal else "settings differ between factors"
+    figure = interval(fit.slope, fit.slope - half, fit.slope + half, 4, " nats")
+    return Finding(claim, SUPPORTED if is_supported else NOT_SUPPORTED, figure, why, evidence)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The page
+
+
+def single_groups(tasks: dict[str, list[Group]]) -> dict[str, Group]:
+    """By optimizer, those with one setting, of a folder of one task."""
+    groups = next(iter(tasks.values())) if len(tasks) == 1 else []
+    counted = [group.optimizer for group in groups]
+    return {group.optimizer: group for group in groups if counted.count(group.optimizer) == 1}
+
+
+def make_page(results: Path) -> tuple[str, dict[Path, tuple[str, Any]]]:
+    """The page, and for each plot that it shows its digest and what draws it."""
+    evidence = tomllib.loads((results / "findings.toml").read_text(encoding="utf-8"))
+    comparison, expansion, cost = (evidence[key] for key in ("comparison", "expansion", "cost"))
+    tasks, wide = groups_in(results, comparison["folder"]), groups_in(results, expansion["folder"])
+    groups = single_groups(tasks)
+    has_telemetry = groups and all(run.neuron_events for group in groups.values() for run in group.runs)
+    plots: dict[Path, tuple[str, Any]] = {}
+
+    def plot(name: str, values: Any, draw: Any) -> str:
+        plots[results / name] = (hashlib.sha256(json.dumps(values).encode()).hexdigest(), draw)
+        return f"[plot]({name}), "
+
+    first, neurons = "", ""
+    if groups:
+        looks = [(g.label, g.runs[0].target, run.validations) for g in groups.values() for run in g.runs]
+        first = plot(f"{comparison['folder']}/findings-loss.png", looks, lambda p, d: draw_loss(groups, p, d))
+    if has_telemetry:
+        events = [(g.label, run.neuron_events) for g in groups.values() for run in g.runs]
+        neurons = plot(f"{comparison['folder']}/findings-neurons.png", events, lambda p, d: draw_neurons(groups, p, d))
+    gains = expansion_gains(wide)
+    settings = {json.dumps([run.start["optimizer"], run.setting]) for gs in wide.values() for g in gs for run in g.runs}
+    is_equal = len(settings) == len({json.loads(setting)[0] for setting in settings})
+    third = ""
+    if gains:
+        third = plot(f"{expansion['folder']}/findings-gain.png", gains, lambda p, d: draw_gains(gains, p, d))
+    command = f"`{comparison['command']}`"
+    findings = [
+        *order_findings(groups, first + command),
+        *neuron_findings(groups, neurons + command),
+        *cost_findings(groups, first + command, cost, results),
+        expansion_finding(gains, is_equal, f"{third}`{expansion['command']}`"),
+    ]
+    findings.sort(key=lambda finding: finding.claim)
+    rows = [(f.claim, f"**{f.verdict}**", f.figure, cell(f.why, 500), f.evidence) for f in findings]
+    lines = ["<!-- Written by scripts/findings.py from the records named in findings.toml; do not edit. -->", ""]
+    lines += ["# The published claims, by our own runs", "", conditions(groups), ""]
+    lines += [markdown_table(("claim", "verdict", "figure [95 %]", "because", "evidence"), rows), ""]
+    lines += [
+        "A verdict holds for the conditions above and no others. Not supported does not mean refuted: the interval",
+        "",
+    ]
+    lines[-2] += " says what remains possible."
+    if groups:
+        header = (
+            "optimizer",
+            "n",
+            "val loss",
+            "sd",
+            "reached",
+            "steps to target [95 %]",
+            "starved rows",
+            "dead, last look",
+        )
+        lines += [markdown_table(header, [group_row(group) for group in groups.values()]), ""]
+    if gains:
+        gain_rows = []
+        for e, by_seed in gains.items():
+            found, mean = mean_interval(list(by_seed.values())), np.mean(list(by_seed.values()))
+            gain_rows.append((str(e), str(len(by_seed)), interval(mean, found.low, found.high, 4)))
+        lines += [markdown_table(("expansion factor", "pairs", "Muon's loss - Aurora's [95 %]"), gain_rows), ""]
+    return "\n".join(lines), plots
+
+
+def conditions(groups: dict[str, Group]) -> str:
+    """What the runs were, in a sentence or two."""
+    if not groups:
+        return "No comparison on one task is recorded yet."
+    runs = [run for group in groups.values() for run in group.runs]
+    config, counts = runs[0].start["config"], runs[0].start["params_by_role"]
+    steps = ", ".join(f"{NAMES.get(n, cell(n))} {g.runs[0].setting['steps']}" for n, g in groups.items())
+    machines = ", ".join(sorted({cell(f"{r.start['world_size']} x {r.start['env']['device_name']}") for r in runs}))
+    seeds = ", ".join(map(str, sorted({run.start["seed"] for run in runs})))
+    return (
+        f"Claims 1 to 4: {sum(counts.values()):,} parameters, {config['model']['num_layers']} layers of width "
+        f"{config['model']['model_dim']}, expansion factor {config['model']['mlp_expansion']}, "
+        f"{config['train']['batch_tokens']:,} tokens a step, target {runs[0].target:g} on "
+        f"{config['eval']['tokens']:,} validation tokens; steps: {steps}; seeds {seeds}; {machines}."
+    )
+
+
+def group_row(group: Group) -> tuple[str, ...]:
+    label, _, n, loss, sd, _, _, reached, steps, *_ = group_cells(group)
+    events = [run.neuron_events for run in group.runs]
+    shares = ("-", "-")
+    if all(events):
+        dead = np.mean([found[-1]["dead"] for found in events])
+        shares = f"{100 * np.mean([starved(run) for run in group.runs]):.1f} %", f"{100 * dead:.1f} %"
+    return (cell(label), n, loss, sd, reached, steps, *shares)
+
+
+def draw_loss(groups: dict[str, Group], path: Path, description: str) -> None:
+    from scripts.plot import plot_groups
+
+    plot_groups(list(groups.values()), path, description)
+
+
+def draw_neurons(groups: dict[str, Group], path: Path, description: str) -> None:
+    from scripts.neurons import plot_neurons
+
+    plot_neurons(list(groups.values()), path, description)
+
+
+def draw_gains(gains: dict[int, dict[int, float]], path: Path, description: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from scripts.plot import save_figure
+
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    for expansion, by_seed in gains.items():
+        axis.plot([expansion] * len(by_seed), list(by_seed.values()), "o", color="#D55E00", alpha=0.5)
+    means = [np.mean(list(by_seed.values())) for by_seed in gains.values()]
+    axis.plot(list(gains), means, "-", color="black", label="mean of the seeds")
+    axis.axhline(0, color="0.5", linewidth=1)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(list(gains), list(map(str, gains)))
+    axis.set_xlabel("MLP expansion factor")
+    axis.set_ylabel("Muon's final loss - Aurora's (nats per token)")
+    axis.legend()
+    save_figure(figure, path, description)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing, exit 1 if the page is stale")
+    parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of the records and the page")
+    args = parser.parse_args(argv)
+    page = args.results / PAGE
+    try:
+        text, plots = make_page(args.results)
+        stale = [] if page.is_file() and page.read_text(encoding="utf-8") == text else [page]
+        stale += [p for p, (digest, _) in plots.items() if not p.is_file() or digest.encode() not in p.read_bytes()]
+        if not args.check:
+            for path in stale:
+                if path in plots:
+                    digest, draw = plots[path]
+                    draw(path, digest)
+            page.write_text(text, encoding="utf-8")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"error: {error!r}: is {args.results}/findings.toml right, and are its records whole?", file=sys.stderr)
+        return 2
+    if args.check:
+        for path in stale:
+            print(f"error: {path} is not what the records give: python scripts/findings.py", file=sys.stderr)
+        return 1 if stale else 0
+    print(page)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

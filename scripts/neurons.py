@@ -1,0 +1,98 @@
+"""The plot `python scripts/plot.py neurons DIR --out FILE`: how neurons fare over training, by layer and optimizer."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from results.verdict import Group
+from scripts.plot import printable, save_figure, styles_of
+
+# What is drawn, see results/neurons.py for the events.
+STARVED = "starved rows of up (%)"
+DEAD = "dead neurons (%)"
+UNEVEN = "row norms of up's update, sd / mean"
+
+
+def starved_share(event: dict[str, Any], layer: int) -> float:
+    return event["matrices"][f"blocks.{layer}.mlp.up"]["starved"] / event["width"]
+
+
+def dead_share(event: dict[str, Any], layer: int) -> float:
+    return event["layers"][layer]["dead"] / event["width"]
+
+
+def update_cv(event: dict[str, Any], layer: int) -> float:
+    return event["matrices"][f"blocks.{layer}.mlp.up"]["update_cv"]
+
+
+def over_training(group: Group, value: Callable[[dict[str, Any], int], float]) -> tuple[list[int], np.ndarray]:
+    """Steps that all runs have measured, and values (runs, layers, steps).
+
+    Raises:
+        ValueError: a run has no telemetry, or runs of unlike models.
+    """
+    by_step = [{event["step"]: event for event in run.neuron_events} for run in group.runs]
+    steps = sorted(set.intersection(*map(set, by_step)))
+    depths = {len(event["layers"]) for events in by_step for event in events.values()}
+    if not steps or len(depths) != 1:
+        raise ValueError(f"runs of {group.label} have no telemetry of neurons in common (eval.telemetry)")
+    layers = range(depths.pop())
+    try:
+        values = [[[float(value(events[s], i)) for s in steps] for i in layers] for events in by_step]
+    except (KeyError, TypeError, IndexError, ZeroDivisionError) as error:
+        raise ValueError(f"runs of {group.label}: telemetry is not whole ({error!r})") from error
+    return steps, np.array(values)
+
+
+def plot_neurons(groups: Sequence[Group], path: Path, description: str = "") -> None:
+    """Heat maps of layer against step for each group, starved rows above dead neurons, on one scale; below, curves.
+
+    Starved: under 10 % of an even row's share of the update's energy. Dead: under 1 % of the mean neuron's part in its
+    layer's output. Maps show means over seeds; curves means over layers, with the range of seeds as a band.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    settings = {"text.parse_math": False, "svg.hashsalt": "", "font.size": 9}
+    with matplotlib.rc_context(settings):
+        figure = plt.figure(figsize=(max(9.0, 2.6 * len(groups) + 1), 8.5), layout="constrained")
+        top, bottom = figure.subfigures(2, 1, height_ratios=[3, 2])
+        maps = top.subplots(2, len(groups), squeeze=False, sharey=True)
+        for index, (title, value) in enumerate(((STARVED, starved_share), (DEAD, dead_share))):
+            found = [over_training(group, value) for group in groups]
+            means = [100 * values.mean(axis=0) for _, values in found]
+            highest = max(1.0, *(mean.max() for mean in means))
+            for axis, group, (steps, _), mean in zip(maps[index], groups, found, means, strict=True):
+                # Cividis looks alike to readers of any colour vision, and darkens evenly in grey print.
+                image = axis.pcolormesh(mean, cmap="cividis", vmin=0, vmax=highest)
+                shown = range(0, len(steps), max(1, len(steps) // 4))
+                axis.set_xticks([i + 0.5 for i in shown], [str(steps[i]) for i in shown])
+                axis.set_yticks([i + 0.5 for i in range(len(mean))], [str(i) for i in range(len(mean))])
+                if index == 0:
+                    axis.set_title(f"{printable(group.label)} (n = {len(group.runs)})")
+                else:
+                    axis.set_xlabel("step")
+            maps[index][0].set_ylabel("layer")
+            top.colorbar(image, ax=list(maps[index]), label=title)
+        curves = bottom.subplots(1, 3)
+        drawn = ((STARVED, starved_share, 100), (DEAD, dead_share, 100), (UNEVEN, update_cv, 1))
+        for axis, (title, value, scale) in zip(curves, drawn, strict=True):
+            for group, (color, line, marker) in zip(groups, styles_of(groups), strict=True):
+                steps, values = over_training(group, value)
+                by_seed = scale * values.mean(axis=1)
+                axis.fill_between(steps, by_seed.min(axis=0), by_seed.max(axis=0), color=color, alpha=0.15, lw=0)
+                axis.plot(
+                    *(steps, by_seed.mean(axis=0)),
+                    color=color, linestyle=line, marker=marker, markersize=4.5, label=printable(group.label),
+                )  # fmt: skip
+            axis.set_title(title)
+            axis.set_xlabel("step")
+            axis.set_ylim(bottom=0)
+            axis.grid(alpha=0.3)
+        curves[0].legend()
+        save_figure(figure, path, description)
+        plt.close(figure)

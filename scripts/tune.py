@@ -1,0 +1,235 @@
+"""The command `python scripts/compare.py tune`: as many trials for each optimizer, chosen values into the track.
+
+    python scripts/compare.py tune --trials 20 --jobs 2 --out results/quick_tuning
+    python scripts/compare.py tune --trials 20 --jobs 2 --out results/quick_tuning --write
+    python scripts/compare.py tune --set model.mlp=swiglu --out runs/quick_swiglu_tuning
+
+The search and its space are declared in advance: results/tuning.py and --space. Each trial is an ordinary run with a
+record in --out. A trial that diverged counts, at an infinite loss. Stopped, the same command goes on: a trial whose
+arguments, config and code have a record is not run again. Writes ledger.json (one trial a line) and tuning.md to --out.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TextIO
+
+from configs.schema import HarnessError, load_config
+from results.record import ROOT, Run, code_hash, read_folder, read_sources
+from results.tuning import Search, Space, is_finite, neighbours_tried, read_space, write_setting
+from scripts.runs import PREEMPTED, Workers, was_interrupted, without_out
+
+LEDGER, PAGE = "ledger.json", "tuning.md"
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="compare.py tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", default="configs/quick.toml", help="track (TOML)")
+    parser.add_argument("--space", type=Path, default=ROOT / "configs/tuning/quick.toml", help="search space (TOML)")
+    parser.add_argument("--optimizers", nargs="+", metavar="NAME", help="default: all of the search space")
+    parser.add_argument("--trials", type=int, default=20, metavar="N", help="of each optimizer")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="optimizers at a time, with cores / N each")
+    parser.add_argument("--out", type=Path, default=Path("runs/quick_tuning"), help="folder of records and ledger")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=V", help="as train_gpt.py")
+    parser.add_argument("--write", action="store_true", help="at the end, write the chosen values into the track")
+    args = parser.parse_args(argv)
+    if args.trials < 1 or args.jobs < 1:
+        parser.error("--trials and --jobs must be at least 1")
+    if args.write and args.overrides:
+        parser.error("--write takes values into the track, so they must be found on it: without --set")
+    return args
+
+
+class Stopped(Exception):
+    """The exit code of a trial that neither finished nor diverged."""
+
+
+class Ledger:
+    """All trials so far, one a line, rewritten after each: {optimizer, trial, knob, value, setting, why, ...}."""
+
+    def __init__(self, path: Path):
+        self.path, self.entries, self.lock = path, [], threading.Lock()
+
+    def add(self, entry: dict[str, Any]) -> None:
+        with self.lock:
+            self.entries.append(entry)
+            ordered = sorted(self.entries, key=lambda e: (e["optimizer"], e["trial"]))
+            text = "[\n" + ",\n".join(map(json.dumps, ordered)) + "\n]\n"
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(self.path)
+
+
+class Tuner:
+    """The trials of all optimizers: run, or found again among the records."""
+
+    def __init__(self, args: argparse.Namespace, space: Space, progress: TextIO):
+        self.args, self.space, self.progress = args, space, progress
+        self.workers, self.ledger = Workers(args.jobs, args.out), Ledger(args.out / LEDGER)
+        self.code_hash = code_hash(read_sources(ROOT / args.config))
+        self.is_stopped = threading.Event()
+
+    def search(self, optimizer: str) -> Search:
+        """All trials of one optimizer. Raises Stopped."""
+        knobs = self.space.knobs[optimizer]
+
+        def evaluate(number: int, knob: str, setting: dict[str, Any], why: str) -> float:
+            argv = self.argv(optimizer, setting)
+            place = f"[{optimizer} {number}/{self.args.trials}]"
+            run, is_found = self.find(argv), True
+            if run is None:
+                self.say(f"{place} {why}: " + ", ".join(f"{k} {v}" for k, v in setting.items()))
+                run, is_found = self.train(argv, place), False
+            loss = run.end["val_loss"] if run.is_done else math.inf
+            self.say(f"{place} {'found' if is_found else 'done'}: {run.end['status']}, val_loss {loss:.5f}")
+            self.ledger.add({
+                "optimizer": optimizer, "trial": number, "knob": knob, "value": setting[knob], "setting": setting,
+                "why": why, "status": run.end["status"], "val_loss": loss if is_finite(loss) else None,
+                "record": run.path.name,
+            })  # fmt: skip
+            return loss
+
+        search = Search(knobs, self.args.trials, evaluate)
+        search.run()
+        return search
+
+    def argv(self, optimizer: str, setting: dict[str, Any]) -> list[str]:
+        """Of train_gpt.py, without --out."""
+        argv = ["--config", self.args.config, "--optimizer", optimizer, "--seed", str(self.space.seed)]
+        values = keys_of(self.space, optimizer, setting)
+        own = [f"optimizer.{optimizer}.{key}={json.dumps(value)}" for key, value in values.items()]
+        return argv + [word for override in (*self.space.overrides, *self.args.overrides, *own)
+                       for word in ("--set", override)]  # fmt: skip
+
+    def train(self, argv: list[str], place: str) -> Run:
+        if self.is_stopped.is_set():
+            raise Stopped(PREEMPTED)
+        code = self.workers.train(argv, 1, self.progress, f"    {place} ")
+        run = self.find(argv)
+        if run is None:
+            self.is_stopped.set()
+            raise Stopped(PREEMPTED if was_interrupted(read_folder(self.args.out)[0], argv) else code or 1)
+        return run
+
+    def find(self, argv: list[str]) -> Run | None:
+        """The newest run with these arguments, this code and this config that finished or diverged."""
+        config = load_config(ROOT / self.args.config, argv[3], argv[argv.index("--set") + 1 :: 2])
+        wanted = as_read(dataclasses.asdict(config))
+        for run in reversed(read_folder(self.args.out)[0]):
+            is_over = run.end is not None and run.end["status"] in ("done", "diverged")
+            same_arguments = without_out(run.start["argv"][1:]) == argv and run.start["code_hash"] == self.code_hash
+            if is_over and same_arguments and as_read(run.start["config"]) == wanted:
+                return run
+        return None
+
+    def say(self, text: str) -> None:
+        self.progress.write(f"{text}\n")
+        self.progress.flush()
+
+
+def as_read(config: dict[str, Any]) -> dict[str, Any]:
+    """A config in which 1 and 1.0 are the same, whoever has read it."""
+    return json.loads(json.dumps(config), parse_int=float)
+
+
+def keys_of(space: Space, optimizer: str, setting: dict[str, Any]) -> dict[str, Any]:
+    """The values of the optimizer's table that a setting of knobs means."""
+    return {key: setting[knob.name] for knob in space.knobs[optimizer] for key in knob.keys}
+
+
+def report(searches: dict[str, Search], args: argparse.Namespace) -> str:
+    """What was chosen and why, and every trial, in Markdown."""
+    from results.verdict import markdown_table
+
+    chosen, trials = [], []
+    for optimizer, search in searches.items():
+        best, first = search.best, search.knobs[0].name
+        around = neighbours_tried(search.trials, first)
+        texts = [f"{t.setting[first]:g}: {as_loss(t.val_loss)}" if t else "not tried" for t in around]
+        setting = ", ".join(f"{key} {value}" for key, value in best.setting.items())
+        diverged = sum(not is_finite(trial.val_loss) for trial in search.trials)
+        chosen.append((optimizer, str(len(search.trials)), str(diverged), setting, as_loss(best.val_loss), *texts))
+        for trial in search.trials:
+            setting = ", ".join(f"{key} {value}" for key, value in trial.setting.items())
+            is_best = " (chosen)" if trial is best else ""
+            trials.append(
+                (optimizer, str(trial.number), trial.why, trial.knob, setting, as_loss(trial.val_loss) + is_best)
+            )
+    header = ("optimizer", "trials", "diverged", "chosen", "val loss", "next lower lr: loss", "next higher lr: loss")
+    command = f"python scripts/compare.py tune --config {args.config} --trials {args.trials}"
+    command += "".join(f" --set {override}" for override in args.overrides)
+    return (
+        f"Made by `{command}` (search space `{args.space.name}`, one seed that no comparison uses).\n\n"
+        + markdown_table(header, chosen)
+        + "\n\n"
+        + markdown_table(("optimizer", "trial", "why", "knob", "setting", "val loss"), trials)
+        + "\n"
+    )
+
+
+def as_loss(loss: float) -> str:
+    return f"{loss:.5f}" if is_finite(loss) else "diverged"
+
+
+def write_track(path: Path, space: Space, searches: dict[str, Search], out: Path) -> None:
+    """The chosen values into the track's tables, all or none."""
+    text = path.read_text(encoding="utf-8")
+    for optimizer, search in searches.items():
+        values = keys_of(space, optimizer, search.best.setting)
+        text = write_setting(text, optimizer, values, f"{len(search.trials)} trials, {out.as_posix()}")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    try:
+        for optimizer, search in searches.items():
+            config = load_config(temporary, optimizer)
+            found = config.hparams | {"warmup_steps": config.warmup_steps}
+            assert all(found[key] == value for key, value in keys_of(space, optimizer, search.best.setting).items())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def main(argv: Sequence[str]) -> int:
+    args = parse_args(argv)
+    searches: dict[str, Search] = {}
+    try:
+        space = read_space(args.space)
+        optimizers = args.optimizers or list(space.knobs)
+        if unknown := [name for name in optimizers if name not in space.knobs]:
+            print(f"error: {args.space} has no knobs for {', '.join(unknown)}", file=sys.stderr)
+            return 2
+        for optimizer in optimizers:  # before hours of runs
+            load_config(ROOT / args.config, optimizer, [*space.overrides, *args.overrides])
+        args.out.mkdir(parents=True, exist_ok=True)
+        tuner = Tuner(args, space, sys.stdout)
+        with ThreadPoolExecutor(args.jobs) as pool:
+            try:
+                futures = {optimizer: pool.submit(tuner.search, optimizer) for optimizer in optimizers}
+                searches = {optimizer: future.result() for optimizer, future in futures.items()}
+            except KeyboardInterrupt:  # the runs got it too
+                tuner.is_stopped.set()
+                raise Stopped(PREEMPTED) from None
+        if args.write:
+            if lost := [optimizer for optimizer, search in searches.items() if not is_finite(search.best.val_loss)]:
+                print(f"error: every trial of {', '.join(lost)} diverged; nothing is written", file=sys.stderr)
+                return 1
+            write_track(ROOT / args.config, space, searches, args.out)
+    except (HarnessError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Stopped as stopped:
+        words = "stopped" if stopped.args[0] == PREEMPTED else f"error: a trial ended with exit code {stopped.args[0]}"
+        print(f"{words}; the same command goes on with the trials that are left", file=sys.stderr)
+        return int(stopped.args[0])
+    text = report(searches, args)
+    (args.out / PAGE).write_text(text, encoding="utf-8")
+    print("\n" + text)
+    return 0

@@ -1,0 +1,119 @@
+"""The page of claims and the plot of neurons, from records made up here."""
+
+import json
+
+import pytest
+
+from scripts import findings, plot
+from tests.test_leaderboard import record
+
+EXPANSIONS = (2, 4, 8)
+
+
+def neurons(step, starved, dead):
+    matrix = {"update_cv": 0.1, "update_quantiles": [1] * 5, "starved": starved, "starved_momentum": 0}
+    matrix["effective_rank"] = 2.0
+    return {
+        "event": "neurons", "step": step, "tokens": 8, "width": 16, "dead": dead / 16, "silent": 0.0,
+        "starved": starved / 16, "starved_momentum": 0.0,
+        "layers": [{"dead": dead, "silent": 0, "still_dead": 0}],
+        "matrices": {"blocks.0.mlp.up": matrix, "blocks.0.mlp.down": matrix},
+    }  # fmt: skip
+
+
+def write_run(folder, optimizer, seed, losses, starved=0, dead=0, last=20, expansion=4):
+    start, *looks, end = (json.loads(line) for line in record(optimizer, seed, losses).splitlines())
+    model = {"vocab_size": 64, "num_layers": 1, "model_dim": 4, "mlp_expansion": expansion}
+    start["config"] |= {"model": model, "eval": {"target": 2.0, "tokens": 512}}
+    start |= {"task_hash": f"0123abcd{expansion}", "params_by_role": {"matrix": 100}, "hparams": {"lr": 0.1}}
+    end["train_time_s"] = 10.0 + seed + (0.2 if optimizer == "aurora" else 0.0)
+    told = [neurons(10, starved, 0), neurons(last, starved + seed % 2, dead + seed % 2)]
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [start, *looks, *told, end]
+    path = folder / f"{optimizer}-{seed}-{expansion}.jsonl"
+    path.write_text("".join(json.dumps(event) + "\n" for event in lines))
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Aurora before U-NorMuon before Muon; AdamW never arrives; Muon alone starves rows; the gain grows with width."""
+    ends = {"aurora": 1.0, "unormuon": 1.2, "muon": 1.5, "adamw": 2.5}
+    for seed in (0, 1, 2):
+        for optimizer, end in ends.items():
+            starved, dead = (9, 8) if optimizer == "muon" else (0, 0)
+            write_run(tmp_path / "quick", optimizer, seed, (4.0, 3.0, end), starved, dead)
+            for expansion in EXPANSIONS if optimizer in ("aurora", "muon") else ():
+                gain = 0.1 * expansion + seed / 100 if optimizer == "aurora" else 0
+                write_run(tmp_path / "wide", optimizer, seed, (4.0, 3.0, 1.5 - gain), expansion=expansion)
+    (tmp_path / "findings.toml").write_text(
+        '[comparison]\nfolder = "quick"\ncommand = "one"\n[expansion]\nfolder = "wide"\ncommand = "two"\n'
+        '[cost]\nfile = "cost.json"\n'
+    )
+    rounds = {"muon": {"rounds_ms": [10.0, 10.1, 9.9]}, "aurora folded": {"rounds_ms": [10.2, 10.3, 10.0]}}
+    cost = {"speed": rounds, "config": "gpt2_small.toml", "device": "CPU", "command": "three"}
+    (tmp_path / "cost.json").write_text(json.dumps(cost))
+    return tmp_path
+
+
+def verdicts(results):
+    assert findings.main(["--results", str(results)]) == 0
+    page = (results / "FINDINGS.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ") and "**" in line]
+    return {row[0].split(" ")[0]: row[1].strip(" *") for row in rows}, page
+
+
+def test_claims_that_hold_are_supported_with_their_figures(results):
+    found, page = verdicts(results)
+    supported = {"1.", "2a.", "2b.", "2c.", "3a.", "3b.", "4a.", "4b.", "5."}
+    assert found == dict.fromkeys(supported, "supported") | dict.fromkeys(("2d.", "2e."), "not testable")
+    assert "step 20: these runs do not get to step 500" in page and "Muon 3 of 3, AdamW 0 of 3" in page
+    assert "+0.2000" not in page and "| 8                | 3     | +0.8100 [" in page
+    assert (results / "quick/findings-neurons.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_claims_that_do_not_hold_are_not_supported(results):
+    for seed in (0, 1, 2):
+        write_run(results / "quick", "aurora", seed, (4.0, 3.0, 1.9), starved=9, dead=9, last=600)
+        write_run(results / "quick", "unormuon", seed, (4.0, 3.0, 1.5), last=600)
+        write_run(results / "quick", "muon", seed, (4.0, 3.0, 1.5), starved=9, dead=2, last=600)
+        for expansion in EXPANSIONS:
+            write_run(results / "wide", "aurora", seed, (4.0, 3.0, 1.4 - seed / 100), expansion=expansion)
+    found, page = verdicts(results)
+    not_supported = {"2b.", "2d.", "2e.", "3a.", "3b.", "5."}
+    assert {claim for claim, verdict in found.items() if verdict == "not supported"} == not_supported
+    assert "the opposite is significant" in page
+
+
+def test_claims_without_records_are_not_testable_and_say_why(results):
+    for path in [*results.glob("quick/*"), *results.glob("wide/*"), results / "cost.json"]:
+        path.unlink()
+    found, page = verdicts(results)
+    assert set(found.values()) == {"not testable"} and len(found) == 11
+    assert "no single setting of Muon, AdamW is recorded" in page and "there are none" in page
+
+
+def test_check_finds_a_page_or_plot_that_the_records_do_not_give(results, capsys):
+    assert findings.main(["--results", str(results), "--check"]) == 1
+    verdicts(results)
+    assert findings.main(["--results", str(results), "--check"]) == 0
+    write_run(results / "quick", "muon", 0, (4.0, 3.0, 1.6), starved=9, dead=8)
+    assert findings.main(["--results", str(results), "--check"]) == 1
+    assert "FINDINGS.md is not what the records give" in capsys.readouterr().err
+    (results / "findings.toml").unlink()
+    assert findings.main(["--results", str(results)]) == 2
+
+
+def test_the_committed_page_is_what_the_records_give():
+    assert findings.main(["--check"]) == 0
+
+
+def test_plot_of_neurons_and_of_runs_without_telemetry(results, tmp_path, monkeypatch, capsys):
+    def draw(folder, name):
+        monkeypatch.setattr("sys.argv", ["plot.py", "neurons", str(results / folder), "--out", str(tmp_path / name)])
+        return plot.main()
+
+    assert draw("quick", "n.svg") == 0 and b"dead neurons" in (tmp_path / "n.svg").read_bytes()
+    assert draw("quick", "n.png") == 0 and (tmp_path / "n.png").read_bytes().startswith(b"\x89PNG")
+    path = results / "quick" / "muon-0-4.jsonl"
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if '"neurons"' not in line))
+    assert draw("quick", "none.png") == 2 and "have no telemetry" in capsys.readouterr().err
