@@ -598,7 +598,7 @@ def test_launch_script_hands_on_sigterm_and_the_exit_code(twelve_steps, tmp_path
     run.terminate()
     _, said = run.communicate(timeout=120)
     assert run.returncode == Exit.PREEMPTED and "launch:" not in said, said
-    assert next(tmp_path.glob("*.jsonl")).stat().st_mtime - begin_s <= 5  # to the end event, which follows the checkpoint
+    assert next(tmp_path.glob("*.jsonl")).stat().st_mtime - begin_s <= 5  # the end event follows the checkpoint
     (newest,) = checkpoints(tmp_path)
     end = events(tmp_path)[-1]
     assert end["status"] == "interrupted" and end["step"] == load_checkpoint(newest)["step"]
