@@ -21,6 +21,7 @@ ALLOWED = {
 EXCEPTIONS = {
     "results/checkpoint.py": {"torch", "aurora", "configs", "results"},
     "results/momentum.py": {"torch", "aurora", "configs"},
+    "results/neurons.py": {"torch", "aurora", "configs"},
     "results/describe.py": {"torch", "numpy", "aurora", "configs", "data", "results"},
     "results/statistics.py": {"numpy", "scipy"},
     "results/claims.py": {"numpy", "results"},

@@ -186,7 +186,7 @@ def test_wandb_offline_file_holds_the_values_of_the_record(tiny_track, tmp_path,
     mirrored = [event for event in events(tmp_path / "out") if event["event"] in ("train", "val", "neurons")]
     expected = [
         {"step": event["step"]}
-        | {f"{event['event']}/{key}": value for key, value in event.items() if key not in ("event", "step")}
+        | {f"{event['event']}/{k}": v for k, v in event.items() if k != "step" and isinstance(v, int | float)}
         for event in mirrored
     ]
     assert rows == expected
