@@ -98,7 +98,7 @@ from aurora.runtime.watch import Watch
 from configs.schema import Config, Exit, HarnessError, ModelConfig, load_config, typed_table
 from data.loader import RunData, TokenLoader, open_run_data
 from data.shards import ShardError
-from results.checkpoint import first_line, newest_checkpoint, save_checkpoint
+from results.checkpoint import first_line, go_on_from, newest_checkpoint, save_checkpoint
 from results.describe import dry_run_report, memory_estimate_gib, peak_memory_mib, run_event
 from results.momentum import Dump, checked_dump, record_momentum
 from results.neurons import Neurons
@@ -782,28 +782,6 @@ def fix_polar_dtype(optimizers: list[torch.optim.Optimizer], ranks: Ranks) -> No
         if group.get("polar_dtype") == "auto":
             dtype = str(aurora.compute_dtype("auto", ranks.device)).removeprefix("torch.")
             group["polar_dtype"] = ranks.all_gather_object(dtype)[0]
-
-
-def go_on_from(state: dict[str, Any], run: Training) -> None:
-    """Take over the training state of a checkpoint, all of it or HarnessError. Collective."""
-    try:
-        for optimizer, saved in zip(run.optimizers, state["optimizers"], strict=True):
-            params = [p for group in optimizer.param_groups for p in group["params"]]
-            if state["loader"]["step"] > 0 and len(saved["state"]) != len(params):
-                kept = f"{len(saved['state'])} of {len(params)} parameters"
-                raise ValueError(f"it holds the state of {kept} of {type(optimizer).__name__}")
-            if isinstance(optimizer, torch.optim.AdamW):  # whose loader takes any shape
-                for index, entry in saved["state"].items():
-                    found = {key: (tuple(value.shape), value.dtype) for key, value in entry.items() if key != "step"}
-                    wanted = dict.fromkeys(("exp_avg", "exp_avg_sq"), (tuple(params[index].shape), params[index].dtype))
-                    if found != wanted or "step" not in entry:
-                        raise ValueError(f"AdamW's state {index} is {found}, not {wanted}")
-        run.load_state_dict(state)
-        if digest(run.state_dict()) != digest(state):
-            raise ValueError("what was loaded is not what was saved")
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        message = f"--resume: the checkpoint does not fit this run: {first_line(error)}; start over in another --out"
-        raise HarnessError(Exit.CHECKPOINT, message) from error
 
 
 def check_schedule(config: Config) -> None:

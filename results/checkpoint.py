@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import torch
 
 from aurora.runtime.faults import point
+from aurora.runtime.ranks import digest
 from configs.schema import Exit, HarnessError
 from results.record import RecordError, read_record
 
@@ -142,3 +143,25 @@ def is_finished(run_folder: Path) -> bool:
         return read_record(run_folder.with_name(run_folder.name.removesuffix(".checkpoints") + ".jsonl")).is_done
     except RecordError:
         return False
+
+
+def go_on_from(state: dict[str, Any], run: Any) -> None:
+    """Take over the training state of a checkpoint, all of it or HarnessError. Collective."""
+    try:
+        for optimizer, saved in zip(run.optimizers, state["optimizers"], strict=True):
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            if state["loader"]["step"] > 0 and len(saved["state"]) != len(params):
+                kept = f"{len(saved['state'])} of {len(params)} parameters"
+                raise ValueError(f"it holds the state of {kept} of {type(optimizer).__name__}")
+            if isinstance(optimizer, torch.optim.AdamW):  # whose loader takes any shape
+                for index, entry in saved["state"].items():
+                    found = {key: (tuple(value.shape), value.dtype) for key, value in entry.items() if key != "step"}
+                    wanted = dict.fromkeys(("exp_avg", "exp_avg_sq"), (tuple(params[index].shape), params[index].dtype))
+                    if found != wanted or "step" not in entry:
+                        raise ValueError(f"AdamW's state {index} is {found}, not {wanted}")
+        run.load_state_dict(state)
+        if digest(run.state_dict()) != digest(state):
+            raise ValueError("what was loaded is not what was saved")
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        message = f"--resume: the checkpoint does not fit this run: {first_line(error)}; start over in another --out"
+        raise HarnessError(Exit.CHECKPOINT, message) from error

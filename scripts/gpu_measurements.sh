@@ -62,7 +62,7 @@ if wants losses; then
     part losses 140 $BENCHMARK runs --config configs/gpt2_small.toml --optimizers $RULES "${REAL[@]}" \
         --set "data.train=$DATA/text/local_train_*.bin" --set "data.val=$DATA/text/local_val_*.bin" \
         --set data.allow_epochs=true --set eval.every=50 --set eval.late_every=50 \
-        --set optimizer.adamw.warmup_steps=10 --out "$OUT/losses"
+        --set optimizer.adamw.warmup_steps=5 --out "$OUT/losses"
 fi
 if wants target; then
     part corpus 20 $PYTHON data/local.py
