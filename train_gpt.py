@@ -80,7 +80,7 @@ from aurora.runtime.clock import Clock, elapsed_ms, time_mark
 from aurora.runtime.compiled import Model, compiled_where_possible
 from aurora.runtime.console import Console
 from aurora.runtime.faults import point
-from aurora.runtime.functions import Held, HeldWeights, SoftCapCrossEntropy, soft_cap
+from aurora.runtime.functions import Held, HeldWeights, ReluSquared, SoftCapCrossEntropy, soft_cap
 from aurora.runtime.gradients import GradientSum
 from aurora.runtime.guard import Guard
 from aurora.runtime.memory import available_gib, first_that_fits
@@ -156,21 +156,20 @@ def side_by_side(x: Tensor, first: Linear, *others: Linear) -> Tensor:
 
 
 class Rotary(nn.Module):
-    """Rotary positions on half of each head: pairs (i, i + K/2), the second half of the frequencies zero."""
+    """Rotary positions on half of each head: of the pairs (i, i + K/2) those with i < K/4 turn."""
 
     def __init__(self, head_dim: int, seq_len: int, base: float):
         super().__init__()
         frequencies = (1 / base) ** torch.linspace(0, 1, head_dim // 4)
-        frequencies = torch.cat([frequencies, torch.zeros(head_dim // 4)])
-        angles_T11K = torch.outer(torch.arange(seq_len, dtype=torch.float32), frequencies)[:, None, None, :]
-        self.register_buffer("cos_T11K", angles_T11K.cos(), persistent=False)
-        self.register_buffer("sin_T11K", angles_T11K.sin(), persistent=False)
+        angles_T11F = torch.outer(torch.arange(seq_len, dtype=torch.float32), frequencies)[:, None, None, :]
+        self.register_buffer("cos_T11F", angles_T11F.cos(), persistent=False)
+        self.register_buffer("sin_T11F", angles_T11F.sin(), persistent=False)
 
     def forward(self, x_BT2HK: Tensor) -> Tensor:
         """Queries and keys at once: each operation that a CPU or an eager GPU starts is one for both."""
-        cos, sin = self.cos_T11K[: x_BT2HK.size(1)], self.sin_T11K[: x_BT2HK.size(1)]
-        x1, x2 = x_BT2HK.float().chunk(2, dim=-1)
-        return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1).type_as(x_BT2HK)
+        cos, sin = self.cos_T11F[: x_BT2HK.size(1)], self.sin_T11F[: x_BT2HK.size(1)]
+        x1, still1, x2, still2 = x_BT2HK.float().chunk(4, dim=-1)
+        return torch.cat([x1 * cos + x2 * sin, still1, x2 * cos - x1 * sin, still2], dim=-1).type_as(x_BT2HK)
 
 
 class Attention(nn.Module):
@@ -205,8 +204,10 @@ class MLP(nn.Module):
 
     def activations(self, x_BTD: Tensor) -> Tensor:
         """(B, T, D) to (B, T, hidden width)."""
-        up = self.up(x_BTD)
-        return up.relu().square() if self.gate is None else F.silu(self.gate(x_BTD)) * up
+        if self.gate is None:
+            return ReluSquared.apply(self.up(x_BTD))
+        gate, up = side_by_side(x_BTD, self.gate, self.up).chunk(2, dim=-1)
+        return F.silu(gate) * up
 
 
 class Block(nn.Module):
@@ -258,6 +259,7 @@ class GPT(nn.Module):
         """While weights do not change, matmuls can use copies made once: in the activations' dtype, q, k, v as one."""
         if self.held is None:
             packs = [(module.q, module.k, module.v) for module in self.modules() if isinstance(module, Attention)]
+            packs += [(block.mlp.gate, block.mlp.up) for block in self.blocks if block.mlp.gate]
             if self.activation_dtype != self.head.weight.dtype:
                 packed = {layer for pack in packs for layer in pack}
                 packs += [(m,) for m in self.modules() if isinstance(m, Linear) and m not in packed]

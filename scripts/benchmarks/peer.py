@@ -80,6 +80,7 @@ def against_peer(args: argparse.Namespace) -> str:
         for suffix in (".json", ".md"):
             out.with_suffix(suffix).unlink()
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    result["command"] = "python scripts/benchmark.py " + shlex.join(sys.argv[1:])
     result |= {"peer": args.peer, "ours_ms": ours, "peer_ms": theirs, "ratio": statistics.median(ratios)}
     lines = [
         f"`{args.peer}` in turn with ours:",
