@@ -445,6 +445,7 @@ def warm_up(model: Model, run: Training) -> None:
             for optimizer in run.optimizers:
                 optimizer.step()
             run.model.zero_grad()
+        point("warm_up", 0)  # compiling for validation may take as long again
         with torch.no_grad(), run.model.weights_at_rest():
             for sequences in {plan.val_batch, plan.val_sequences % plan.val_batch} - {0}:
                 model(*made_up_batch(sequences, run))
@@ -475,9 +476,11 @@ def fit_micro_batch(model: Model, run: Training) -> None:
     sizes = halvings(run.plan)
     gib = {size: memory_estimate_gib(run.config, params, run.optimizers, world_size, size) for size in sizes}
     # The estimate is for eager mode, and compiled code keeps less: what it puts far too high is not worth compiling.
-    limit_gib = 2 * available_gib(run.ranks)
-    sizes = [size for size in sizes if gib[size]["activations"] < limit_gib] or sizes[-1:]
-    later_gib = gib[1]["optimizer state"] + (gib[1]["weights"] if world_size > 1 else 0)  # and gradients on their way
+    # Where the host's memory is used, no attempt fails: the kernel would kill this process, or others.
+    limit_gib = (2 if run.ranks.device.type == "cuda" else 0.5) * available_gib(run.ranks)
+    sizes = [size for size in sizes if sum(gib[size].values()) < limit_gib] or sizes[-1:]
+    # Warm-up keeps a copy of the weights, and gradients on their way to other ranks are copies, too.
+    later_gib = gib[1]["optimizer state"] + gib[1]["weights"] * (2 if world_size > 1 else 1)
     run.plan = plan_batch(run.config, world_size, first_that_fits(sizes, attempt, run.ranks, later_gib))
 
 
@@ -561,10 +564,13 @@ def train_in_folder(
     )
     clock.charge("setup")
 
+    if checkpoint and (config.train.micro_batch, ranks.world_size) == ("auto", checkpoint["world_size"]):
+        run.plan = plan_batch(config, ranks.world_size, checkpoint["micro_batch"])  # which was found before
     point("warm_up", 0)
     start["attention"] = choose_attention(config.model, ranks.device)
     callable_model = compiled_where_possible(model, config.train.compile, ranks, lambda called: prepare(called, run))
     start |= {"compiled": callable_model is not model, "micro_batch": run.plan.micro_batch}
+    ranks.check_agree(**{key: start[key] for key in ("attention", "compiled", "micro_batch")})
     progress = Progress()
     if checkpoint:
         ranks.together(lambda: go_on_from(checkpoint["training"], run))
@@ -592,6 +598,7 @@ def train_in_folder(
         point("checkpoint_gather", progress.step)
         spent_ns, _ = clock.of_slowest_rank()
         state = {"training": run.state_dict(), "identity": identity, "run_id": run_id, "spent_ns": spent_ns}
+        state |= {"world_size": ranks.world_size, "micro_batch": run.plan.micro_batch}
         state |= vars(progress) | {"validations": [tuple(look) for look in progress.validations]}
         folder = args.out / f"{run_id}.checkpoints"
         ranks.together(lambda: save_checkpoint(folder, progress.step, state) if ranks.is_main else None)

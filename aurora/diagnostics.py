@@ -4,6 +4,9 @@ A neuron is a row of the up-projection (and of SwiGLU's gate) and a column of th
 here with their M neurons as rows, so a down-projection transposed. All results are float64.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,7 +33,7 @@ def leverage_scores(X_MN: Tensor) -> Tensor:
     """
     X = X_MN.double()
     gram = X.T @ X if X.size(0) >= X.size(1) else X @ X.T
-    squares, vectors = torch.linalg.eigh(gram)
+    squares, vectors = on_host_if_need_be(torch.linalg.eigh, gram)
     is_kept = squares > squares[-1] * RANK_TOLERANCE**2
     if X.size(0) < X.size(1):
         return (vectors * is_kept).square().sum(dim=1)
@@ -56,7 +59,7 @@ def norm_quantiles(energies_M: Tensor) -> tuple[float, list[float]]:
 def effective_rank(W_MN: Tensor) -> float:
     """exp of the entropy of the singular values' shares (Roy and Vetterli 2007), from 1 to min(M, N); 0 for zeros."""
     W = W_MN.double()
-    squares = torch.linalg.eigvalsh(W.T @ W if W.size(0) >= W.size(1) else W @ W.T)
+    squares = on_host_if_need_be(torch.linalg.eigvalsh, W.T @ W if W.size(0) >= W.size(1) else W @ W.T)
     values = squares.clamp(min=0).sqrt()
     if values.sum() == 0:
         return 0.0
@@ -85,3 +88,12 @@ def silent_neurons(activations: Tensor, is_gated: bool) -> Tensor:
 def column_norms(X: Tensor) -> Tensor:
     """(M,) norms over all but the last dimension of (..., M)."""
     return torch.linalg.vector_norm(X.flatten(0, -2), dim=0, dtype=torch.float64)
+
+
+def on_host_if_need_be(decompose: Callable[[Tensor], Any], gram: Tensor) -> Any:
+    """The decomposition of a symmetric matrix: GPUs' solvers do not always converge, and no look is worth a run."""
+    try:
+        return decompose(gram)
+    except torch.linalg.LinAlgError:
+        found = decompose(gram.cpu())
+        return found.to(gram.device) if isinstance(found, Tensor) else [part.to(gram.device) for part in found]

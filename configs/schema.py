@@ -127,7 +127,7 @@ def load_config(path: Path, optimizer: str, overrides: Iterable[str] = ()) -> Co
             f"{path.name} has {', '.join(optimizer_tables) or 'none'}",
         )
     hparams = dict(optimizer_tables[optimizer])
-    if (steps := pop_steps(hparams, overrides)) is not None:
+    if (steps := pop_steps(hparams, overrides)) is not None and isinstance(tables["train"], dict):
         tables["train"] = tables["train"] | {"steps": coerce(f"optimizer.{optimizer}.steps", steps, int)}
     parts = {
         name: cls(**typed_table(tables[name], get_type_hints(cls), name, with_default(cls)))

@@ -102,7 +102,8 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
     if file.stat().st_size != manifest["bytes"] or sha256(file) != manifest["sha256"]:
         raise ValueError("its bytes do not match its manifest")
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    missing = {"training", "identity", "run_id", "step", "validations", "segments", "spent_ns"} - set(state)
+    progress = {"step", "validations", "segments", "spent_ns"}
+    missing = {"training", "identity", "run_id", "world_size", "micro_batch", *progress} - set(state)
     if missing:
         raise ValueError(f"it lacks {', '.join(sorted(missing))}")
     if not state["step"] == manifest["step"] == int(folder.name.removeprefix("step-")):

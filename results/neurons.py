@@ -29,7 +29,8 @@ TOKENS = 2048  # of the validation tokens, from the first: whole sequences, at l
 class Neurons:
     """The telemetry of one run.
 
-    steps: after which it measures: the validations at multiples of eval.every, and the last.
+    steps: after which it measures: the validations at multiples of eval.every, and the last. What was dead at the look
+    before is not kept over a resume.
     """
 
     def __init__(

@@ -117,12 +117,13 @@ STACK_KEYS = ("device_name", "cpu", "cpu_count", "usable_cpus", "torch", "torch_
 
 
 def stack_of(run: Run) -> tuple:
-    """What times depend on besides the code: kind and number of devices, cores and threads, versions, compilation.
+    """What times depend on besides the code: kind and number of devices, cores and threads, versions, kernels.
 
     SPEEDRUN_JOBS: so many runs shared the machine.
     """
     start, env = run.start, run.start["env"]
-    values = [start["world_size"], start.get("compiled"), *map(env.get, STACK_KEYS)]
+    chosen = map(start.get, ("compiled", "attention", "micro_batch"))
+    values = [start["world_size"], *chosen, *map(env.get, STACK_KEYS)]
     if isinstance(variables := env.get("variables"), dict):
         values.append(variables.get("SPEEDRUN_JOBS"))
     return tuple(map(str, values))

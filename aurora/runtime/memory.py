@@ -16,6 +16,7 @@ SPARE_GIB = 0.5  # for fragments, and what else comes and goes
 def available_gib(ranks: Ranks) -> float:
     """Memory that the rank with the least has to give. Collective."""
     if ranks.device.type == "cuda":
+        torch.cuda.empty_cache()  # what torch keeps for later use counts as taken
         num_bytes = torch.cuda.mem_get_info(ranks.device)[0]
     else:
         num_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks.world_size
@@ -36,12 +37,13 @@ def first_that_fits(sizes: Sequence[int], attempt: Callable[[int], None], ranks:
     """
     for size in sizes:
         has_failed = torch.tensor([not fits(size, attempt, ranks, taken_gib)], device=ranks.device, dtype=torch.int64)
-        if not ranks.all_reduce(has_failed, dist.ReduceOp.MAX).item():
-            return size
-        torch._dynamo.reset()  # graphs of that size, which count against the limit of graphs
+        has_failed = ranks.all_reduce(has_failed, dist.ReduceOp.MAX).item()
         gc.collect()
         if ranks.device.type == "cuda":
-            torch.cuda.empty_cache()
+            torch.cuda.empty_cache()  # libraries beside torch need some memory, too
+        if not has_failed:
+            return size
+        torch._dynamo.reset()  # graphs of that size, which count against the limit of graphs
     raise HarnessError(Exit.CONFIG, f"out of memory even with a micro-batch of {sizes[-1]}; use a smaller model")
 
 

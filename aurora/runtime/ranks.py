@@ -154,7 +154,8 @@ def keep_freed_memory() -> None:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    words = ("out of memory", "ALLOC_FAILED", "can't allocate memory")  # of CUDA's libraries, and of the host
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def is_peer_failure(error: Exception) -> bool:
