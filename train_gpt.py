@@ -348,8 +348,7 @@ class Training:
     loader: TokenLoader
 
     def __post_init__(self) -> None:
-        """Sums are prepared here: with several ranks, parameters get hooks."""
-        params = reversed(list(self.model.parameters()))
+        params = reversed(list(self.model.parameters()))  # as gradients arrive; with several ranks, they get hooks
         wire_dtype = self.model.activation_dtype  # to which autograd has rounded the gradients of a pass anyway
         self.sum = GradientSum(params, self.optimizers, wire_dtype) if self.ranks.world_size > 1 else None
 
