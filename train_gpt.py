@@ -723,12 +723,13 @@ def train_step(run: Training, model: Model, step: int, guard: Guard, log: StepLo
     batch = to_device(run.loader.next_batch(), run.config.model.seq_len, device)
     loss = forward_backward(model, batch, run)
     point("check", step, [p.grad for p in run.model.parameters()])
-    guard.check(step, loss, getattr(run.optimizers[-1], "found_non_finite", None))
+    guard.look(loss)
     optimizer_begin = time_mark(device)
     point("gradient_sum", step)
     if run.sum:
         run.sum.finish()
     point("update", step, [p.grad for p in run.optimizers[-1].param_groups[0]["params"] if p.grad is not None])
+    guard.check(step, getattr(run.optimizers[-1], "found_non_finite", None))
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_scale(step, run.config)

@@ -9,7 +9,8 @@ from configs.schema import Exit, HarnessError
 
 
 class Guard:
-    """Each step, on all ranks at once: are loss, gradients and the update before finite, and was a stop asked for?
+    """Each step, on all ranks at once: are loss, gradients, their sums over ranks and the update before finite, and was
+    a stop asked for?
 
     The answer is found on the device and, on CUDA, read one step later, so that the host never waits for it; a
     non-finite step is reported before anything more is measured or saved. Ranks reduce whole numbers with MIN: a MAX
@@ -23,23 +24,36 @@ class Guard:
         self.must_stop = False  # agreed upon by all ranks
         # Of a bad parameter and the rank that has it; MIN gives the first parameter on the first rank.
         self.codes = torch.arange(len(self.params), device=ranks.device) * ranks.world_size + ranks.rank
+        self.zero = torch.zeros((), device=ranks.device)
+        self.found: list[Tensor] = []
         self.pending: list[tuple[int, Tensor, torch.cuda.Event | None]] = []
 
     def request_stop(self) -> None:
         self.stop_requested = True
 
-    def check(self, step: int, loss: Tensor, bad_update: Tensor | None = None) -> None:
-        """Call between backward and update. Raises HarnessError naming step, parameter and rank; on CUDA one step late.
+    def first_bad(self) -> Tensor:
+        """Code of the first parameter here whose gradient is not finite, or more than any code."""
+        norms = iter(torch._foreach_norm([p.grad for p in self.params if p.grad is not None]))
+        norms = torch.stack([self.zero if p.grad is None else next(norms).float() for p in self.params])
+        return torch.where(norms.isfinite(), len(self.params) * self.ranks.world_size, self.codes).min()
+
+    def look(self, loss: Tensor) -> None:
+        """Call after backward, before gradients are summed over ranks: then nothing would tell whose was bad."""
+        self.found = [loss.isfinite().long(), *([self.first_bad()] if self.ranks.world_size > 1 else [])]
+
+    def check(self, step: int, bad_update: Tensor | None = None) -> None:
+        """Call after look(), when all is ready for the update.
 
         Args:
             bad_update: the optimizer's found_non_finite so far, a 0-dim bool.
+
+        Raises:
+            HarnessError: NON_FINITE, naming step, parameter and rank; on CUDA one step late.
         """
-        norms = torch.stack(torch._foreach_norm([p.grad for p in self.params]))
-        first_bad = torch.where(norms.isfinite(), len(self.params) * self.ranks.world_size, self.codes).min()
         # torch.full fills on the device; torch.tensor would copy from the host and wait for it.
         go_on = torch.full((), not self.stop_requested, device=self.ranks.device, dtype=torch.int64)
         update_is_finite = torch.ones_like(go_on) if bad_update is None else (~bad_update).long()
-        flags = torch.stack([first_bad, loss.isfinite().long(), update_is_finite, go_on])
+        flags = torch.stack([go_on, update_is_finite, self.first_bad(), *self.found])
         status = self.ranks.all_reduce(flags, dist.ReduceOp.MIN)
         event = None
         if self.ranks.device.type == "cuda":
@@ -55,14 +69,18 @@ class Guard:
             step, status, event = self.pending.pop(0)
             if event is not None:
                 event.synchronize()
-            first_bad, loss_is_finite, update_is_finite, go_on = status.tolist()
+            go_on, update_is_finite, first_bad_sum, loss_is_finite, *first_bad_part = status.tolist()
             self.must_stop |= not go_on
-            index, rank = divmod(first_bad, self.ranks.world_size)
-            is_bad_gradient = index < len(self.names)
-            if is_bad_gradient or not loss_is_finite or not update_is_finite:
-                where = f"first bad gradient: {self.names[index]}" if is_bad_gradient else "gradients are finite"
-                where += f" on rank {rank}" if is_bad_gradient and self.ranks.world_size > 1 else ""
-                loss_text = "loss is finite" if loss_is_finite else "loss is not finite"
-                where += "" if update_is_finite else f", the update of step {step} was not finite"
-                message = f"step {step + 1}: {loss_text}, {where}; lower the learning rate"
-                raise HarnessError(Exit.NON_FINITE, message)
+            world_size = self.ranks.world_size
+            first_bad = min([first_bad_sum, *first_bad_part])
+            if first_bad >= len(self.names) * world_size and loss_is_finite and update_is_finite:
+                continue
+            where = "gradients are finite"
+            for code, what in [(first_bad_sum, "sum of gradients" if first_bad_part else "gradient"),
+                               *((code, "gradient") for code in first_bad_part)]:  # fmt: skip
+                index, rank = divmod(code, world_size)
+                if index < len(self.names):
+                    where = f"first bad {what}: {self.names[index]}" + f" on rank {rank}" * (world_size > 1)
+            loss_text = "loss is finite" if loss_is_finite else "loss is not finite"
+            where += "" if update_is_finite else f", the update of step {step} was not finite"
+            raise HarnessError(Exit.NON_FINITE, f"step {step + 1}: {loss_text}, {where}; lower the learning rate")

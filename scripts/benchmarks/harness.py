@@ -59,7 +59,8 @@ def harness_step(hparams: dict[str, str], num_steps: int, ranks: Ranks, is_guard
     guard, log = train_gpt.Guard(model, ranks), train_gpt.StepLog(config.train.log_every, ranks)
     steps, point = iter(range(config.train.steps)), train_gpt.point
     if not is_guarded:
-        guard.check, point = (lambda step, loss, bad_update=None: None), (lambda name, step, tensors=(): None)
+        guard.look, guard.check = (lambda loss: None), (lambda step, bad_update=None: None)
+        point = lambda name, step, tensors=(): None  # noqa: E731
 
     def step() -> None:
         train_gpt.point = point

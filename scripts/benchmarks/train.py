@@ -2,7 +2,8 @@
 
 A step's parts lie between marks in the order of the device's work, so they add up to it:
 data wait (the loader, and the copy to the device), forward, backward (with what of the gradients' sum over ranks it
-hides), check (the guard), communication (what is left of that sum), optimizer (with the gathering of weights), rest.
+hides), check (the guard's look at gradients; what it asks before the update counts to the optimizer), communication
+(what is left of that sum), optimizer (with the gathering of weights), rest.
 """
 
 import argparse
