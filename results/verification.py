@@ -327,10 +327,17 @@ def check_losses(run: Events) -> Iterator[str]:
     untrained = math.log(config["model"]["vocab_size"])
     if looks and looks[0]["step"] == 0 and abs(looks[0]["val_loss"] - untrained) > UNTRAINED_TOLERANCE:
         yield f"step 0: val_loss {looks[0]['val_loss']} is not the {untrained:.4f} of an untrained model"
+    # train_loss is a mean over the steps before a look; while it falls fast, the look is nearer to the mean after it,
+    # or, where there is none, to what the fall so far lets expect.
     train_losses = {event["step"]: event["train_loss"] for event in run.of("train")}
+    before = [looks[0]["val_loss"] if looks else untrained, *train_losses.values()]
+    expected = [2 * now - earlier for earlier, now in itertools.pairwise(before)][-1:]
+    lows = dict(zip(train_losses, [*before[2:], *expected], strict=True))
     for event in looks[1:]:
         near = train_losses.get(event["step"])
-        if near is not None and not 0.75 * near - 0.05 <= event["val_loss"] <= 1.6 * near + 0.2:
+        if near is None:
+            continue
+        if not 0.75 * min(near, lows[event["step"]]) - 0.05 <= event["val_loss"] <= 1.6 * near + 0.2:
             yield f"step {event['step']}: val_loss {event['val_loss']} is too far from train_loss {near}"
 
 

@@ -56,6 +56,14 @@ def test_honest_runs_are_consistent(trained, tiny_track, tmp_path):
     assert [(verdict.path, verdict.reasons) for verdict in verdicts if verdict.word != "consistent"] == []
 
 
+@pytest.mark.parametrize("steps", [1, 5, 12])
+def test_short_runs_whose_loss_still_falls_steeply_are_consistent(tiny_track, tmp_path, steps):
+    arguments = ["--optimizer", "aurora", "--set", "optimizer.aurora.lr=0.1", "--set", "optimizer.aurora.embed_lr=0.1"]
+    assert train_here(tiny_track, tmp_path, *arguments, "--set", f"train.steps={steps}") == 0
+    (verdict,) = verify_folder(tmp_path)
+    assert (verdict.word, verdict.reasons) == ("consistent", [])
+
+
 def test_honest_runs_of_own_steps_and_swiglu_are_consistent_and_replay(tiny_track, tmp_path):
     track = tmp_path / "own.toml"
     track.write_text(tiny_track.read_text().replace("[optimizer.adamw]", "[optimizer.adamw]\nsteps = 15"))
