@@ -8,7 +8,7 @@ One file, in the order in which the data flows: command line, config, data, mode
 warm-up, checkpoint, record, run. What surrounds it, ranks, clock, guard and watch, is in aurora/runtime/. Shape legend:
 B batch, T time, D model, H heads, K head dim, V vocabulary. Losses are nats per token. Exit codes: 0 done,
 2 usage or config, 3 data, 4 checkpoint, 5 non-finite number, 6 peer lost, 7 disk, 8 ranks disagree,
-75 stopped on request with a checkpoint saved.
+75 stopped on request with a checkpoint saved, 130 Ctrl-C twice.
 """
 
 import argparse

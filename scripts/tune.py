@@ -1,7 +1,7 @@
 """The command `python scripts/compare.py tune`: as many trials for each optimizer, chosen values into the track.
 
-    python scripts/compare.py tune --trials 20 --jobs 2 --out results/quick_tuning
-    python scripts/compare.py tune --trials 20 --jobs 2 --out results/quick_tuning --write
+    python scripts/compare.py tune --trials 20 --jobs 2 --out runs/quick_tuning
+    python scripts/compare.py tune --trials 20 --jobs 2 --out runs/quick_tuning --write
     python scripts/compare.py tune --set model.mlp=swiglu --out runs/quick_swiglu_tuning
 
 The search and its space are declared in advance: results/tuning.py and --space. Each trial is an ordinary run with a
