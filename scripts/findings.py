@@ -31,7 +31,9 @@ from results.verdict import ALPHA, Group, group_cells, group_runs, markdown_tabl
 PAGE = "FINDINGS.md"
 SUPPORTED, NOT_SUPPORTED, NOT_TESTABLE = "supported", "not supported", "not testable"
 NAMES = {"adamw": "AdamW", "muon": "Muon", "unormuon": "U-NorMuon", "aurora": "Aurora"}
-CLAIMS_SOURCE = "[the paper](https://arxiv.org/abs/2606.27715) and [its blog](https://blog.tilderesearch.com/blog/aurora)"
+CLAIMS_SOURCE = (
+    "[the paper](https://arxiv.org/abs/2606.27715) and [its blog](https://blog.tilderesearch.com/blog/aurora)"
+)
 STARVED_CLAIM, DEAD_STEP = 0.25, 500  # "more than a quarter of the neurons", "by about step 500"
 COST_CLAIM = 1.06
 

@@ -404,7 +404,7 @@ def test_a_rank_that_hangs_is_named_and_the_job_ends(twelve_steps, launch, tmp_p
     assert max(outcome.ended_s) - begin_s <= 2 + 7
 
 
-STOPS = {"gradient_sum:5:1": 7, "measure:4:1": 5, "checkpoint_gather:3:1": 4, "checkpoint_state:3:0": 4}
+STOPS = {"gradient_sum:5:1": 6, "measure:4:1": 5, "checkpoint_gather:3:1": 4, "checkpoint_state:3:0": 4}
 
 
 @pytest.mark.parametrize("place,step", STOPS.items() if FULL else list(STOPS.items())[::3])

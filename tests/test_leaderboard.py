@@ -173,7 +173,7 @@ def test_records_behind_links_are_refused(results, tmp_path, capsys):
 def test_add_copies_new_records_once_and_refuses_what_is_refuted(results, tmp_path, capsys):
     new = tmp_path / "mine"
     new.mkdir()
-    (honest,) = (ROOT / "results" / "quick").glob("*-adamw-s0-*.jsonl")
+    (honest,) = (ROOT / "results" / "quick").rglob("*-adamw-s0-*.jsonl")
     shutil.copy(honest, new / "a.jsonl")
     assert run("add", new, "--results", results) == 0
     assert (results / "mine" / "a.jsonl").read_bytes() == honest.read_bytes()
