@@ -80,6 +80,7 @@ from aurora.runtime.clock import Clock, elapsed_ms, time_mark
 from aurora.runtime.compiled import Model, compiled_where_possible
 from aurora.runtime.console import Console
 from aurora.runtime.faults import point
+from aurora.runtime.float8 import check_float8, float8_linear
 from aurora.runtime.functions import Held, HeldWeights, ReluSquared, SoftCapCrossEntropy, soft_cap
 from aurora.runtime.gradients import GradientSum
 from aurora.runtime.guard import Guard
@@ -140,6 +141,7 @@ class Linear(nn.Linear):
     """A linear layer with bias that computes in the dtype of its input."""
 
     held: tuple[Tensor, Tensor] | None = None  # see GPT.weights_at_rest()
+    multiply = staticmethod(F.linear)
 
     def forward(self, x: Tensor) -> Tensor:
         return side_by_side(x, self)
@@ -152,7 +154,7 @@ def side_by_side(x: Tensor, first: Linear, *others: Linear) -> Tensor:
         weight, bias = (Held.apply(copy, *tensors) for copy, tensors in zip(first.held, parts, strict=True))
     else:
         weight, bias = ((torch.cat(tensors) if others else tensors[0]).type_as(x) for tensors in parts)
-    return F.linear(x, weight, bias)
+    return first.multiply(x, weight, bias)
 
 
 class Rotary(nn.Module):
@@ -232,6 +234,8 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
         self.head_norm = RMSNorm(config.model_dim)
         self.head = Linear(config.model_dim, config.vocab_size)
+        if config.head_dtype == "float8":
+            self.head.multiply = float8_linear
         self.held: HeldWeights | None = None
 
     @torch.no_grad()
@@ -523,6 +527,8 @@ def check_run(args: argparse.Namespace, ranks: Ranks) -> tuple[Config, BatchPlan
     config = load_config(args.config, args.optimizer, args.overrides)
     config = dataclasses.replace(config, hparams=checked_hparams(config))
     check_schedule(config)
+    if config.model.head_dtype == "float8":
+        check_float8(ranks.device)
     plan = plan_batch(config, ranks.world_size)
     with torch.device("meta"):
         shapes = GPT(config.model)

@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 
 DTYPES = ("float32", "bfloat16")
 MLPS = ("relu2", "swiglu")
+HEAD_DTYPES = ("activation", "float8")
 
 
 class Exit(enum.IntEnum):
@@ -51,6 +52,7 @@ class ModelConfig:
     logit_softcap: float
     activation_dtype: str  # of activations; weights are float32
     mlp: str = "relu2"  # or swiglu; both are mlp_expansion x model_dim wide
+    head_dtype: str = "activation"  # or float8: of what the head's matmuls read, see aurora/runtime/float8.py
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +228,7 @@ def check_bounds(config: Config) -> None:
         ("model.logit_softcap", model.logit_softcap, model.logit_softcap > 0, "positive"),
         ("model.activation_dtype", model.activation_dtype, model.activation_dtype in DTYPES, " or ".join(DTYPES)),
         ("model.mlp", model.mlp, model.mlp in MLPS, " or ".join(MLPS)),
+        ("model.head_dtype", model.head_dtype, model.head_dtype in HEAD_DTYPES, " or ".join(HEAD_DTYPES)),
         ("train.compile", train.compile, train.compile in ("auto", "on", "off"), "auto, on or off"),
         ("train.batch_tokens", train.batch_tokens, train.batch_tokens % (model.seq_len or 1) == 0, whole_sequences),
         ("eval.tokens", evaluation.tokens, evaluation.tokens % (model.seq_len or 1) == 0, whole_sequences),
@@ -235,6 +238,12 @@ def check_bounds(config: Config) -> None:
         ("schedule.final_lr_frac", schedule.final_lr_frac, 0 <= schedule.final_lr_frac <= 1, "in [0, 1]"),
         (f"optimizer.{config.optimizer}.warmup_steps", config.warmup_steps, config.warmup_steps >= 0, "at least 0"),
     ]
+    if model.head_dtype == "float8":
+        sixteens = 'a multiple of 16 for model.head_dtype = "float8" (or set that to "activation")'
+        bounds += [
+            ("model.vocab_size", model.vocab_size, model.vocab_size % 16 == 0, sixteens),
+            ("model.model_dim", model.model_dim, model.model_dim % 16 == 0, sixteens),
+        ]
     for name in ("model", "train", "eval"):
         for key, value in vars(getattr(config, name)).items():
             if type(value) is int:  # no bool

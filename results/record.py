@@ -99,9 +99,12 @@ def task_hash(config: dict[str, Any], stream_id: str) -> str:
     return json_hash(task | {"data": stream_id})
 
 
+LATER_SETTINGS = {"mlp": "relu2", "head_dtype": "activation"}  # the values of records that have none
+
+
 def model_of(config: dict[str, Any]) -> dict[str, Any]:
-    """The model's settings, as the first records have them: those without mlp trained with relu2."""
-    return {key: value for key, value in config["model"].items() if (key, value) != ("mlp", "relu2")}
+    """The model's settings, as the first records have them."""
+    return {key: value for key, value in config["model"].items() if LATER_SETTINGS.get(key) != value}
 
 
 def describe_git() -> dict[str, Any] | None:

@@ -20,12 +20,13 @@ import tomllib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from results.record import RecordError, Run, model_of, read_record
+from results.record import LATER_SETTINGS, RecordError, Run, model_of, read_record
 from results.statistics import MIN_RUNS, common_step, gate, t_below
 from results.text import cell, plain
 from results.verdict import (
@@ -169,6 +170,11 @@ def letter(index: int) -> str:
     return chr(ord("A") + index % 26) + (str(index // 26) if index > 25 else "")
 
 
+def unlike_first(run: Run) -> dict[str, Any]:
+    """The settings by which a track's model is not the one that the track was made for."""
+    return {key: value for key, value in model_of(run.start["config"]).items() if key in LATER_SETTINGS}
+
+
 def by_task(runs: Iterable[Run], results: Path) -> dict[str, list[Run]]:
     """Runs by task_hash, without tuning trials."""
     tasks: dict[str, list[Run]] = {}
@@ -187,8 +193,9 @@ def task_section(task: str, runs: Sequence[Run], trials: Counter, links: dict[st
     machines = list({stack_of(group.runs[0]): hardware(group.runs[0]) for group in groups}.items())
     stacks = [stack for stack, _ in machines]
     track = ", ".join(sorted({Path(config_name(run)).stem for run in runs}))
+    variation = "".join(f", {key} {cell(value)}" for key, value in unlike_first(runs[0]).items())
     lines = [
-        f"## {cell(track)}: target {runs[0].target:g}, {config['train']['batch_tokens']:,} tokens a step",
+        f"## {cell(track)}{variation}: target {runs[0].target:g}, {config['train']['batch_tokens']:,} tokens a step",
         "",
         f"Task {cell(task[:12])}. Times compare within one machine only.",
         "",
@@ -262,7 +269,7 @@ def reference_section(tasks: dict[str, list[Run]], results: Path) -> list[str]:
         for runs in tasks.values():
             config = runs[0].start["config"]
             own = runs[0].target, config["train"]["batch_tokens"], config["model"]["vocab_size"]
-            if own == tuple(track[key] for key in same):
+            if own == tuple(track[key] for key in same) and not unlike_first(runs[0]):
                 for group in make_groups(runs, results):
                     steps, mean = to_target(group.steps_to_target(), 0), f"{mean_loss(group):.4f}"
                     rows.append((cell(group.label), steps, mean, str(len(group.runs)), "ours"))

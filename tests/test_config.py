@@ -46,6 +46,7 @@ BAD_VALUES = [
     ("train.micro_batch=0", "train.micro_batch must be at least 1, got 0"),
     ("train.compile=maybe", "train.compile must be auto, on or off, got 'maybe'"),
     ("model.mlp=gelu", "model.mlp must be relu2 or swiglu, got 'gelu'"),
+    ("model.head_dtype=fp8", "model.head_dtype must be activation or float8, got 'fp8'"),
     ("model.num_heads=3", "must be a multiple of 4"),
     ("model.num_heads=0", "model.num_heads must be at least 1"),
     ("model.activation_dtype=float16", "float32 or bfloat16"),

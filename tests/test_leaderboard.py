@@ -112,6 +112,22 @@ def test_longer_schedule_is_a_row_that_is_compared_by_its_arrival(results):
     assert "steps to target" in pair and "loss at step" not in pair and pair.split(" | ")[5].strip() == "-"
 
 
+def test_variation_of_a_track_has_a_table_of_its_own_and_is_not_set_beside_public_results(results):
+    (results / "reference.toml").write_text(
+        '[[track]]\nname = "tiny"\ntarget = 2.0\nbatch_tokens = 512\nvocab_size = 64\ntext = ""\nresult = []\n'
+    )
+    config = json.loads(record().splitlines()[0])["config"]
+    for folder, head_dtype in (("plain", "activation"), ("varied", "float8")):
+        (results / folder).mkdir()
+        model = config["model"] | {"head_dtype": head_dtype}
+        text = record(config=config | {"model": model}, task_hash=folder)
+        (results / folder / "muon-0.jsonl").write_text(text)
+    page = leaderboard.make_page(results, leaderboard.read_results(results))
+    assert "## plain, head_dtype float8: target 2, 512 tokens a step\n\nTask varied." in page
+    assert "## plain: target 2, 512 tokens a step\n\nTask plain." in page
+    assert page.count("| ours") == 3, "of the rules of quick, and of plain"
+
+
 def test_page_of_a_record_that_lacks_what_it_shows_is_an_error_in_one_line(results, capsys):
     start, *rest = record(seed=5).splitlines()
     start = {key: value for key, value in json.loads(start).items() if key != "code_hash"}

@@ -59,12 +59,14 @@ def test_task_hash_tells_tasks_apart_but_not_optimizers_seeds_or_steps(tiny_trac
         "train.steps=5",
         "optimizer.muon.steps=5",
         "model.mlp=relu2",
+        "model.head_dtype=activation",
         "train.micro_batch=8",
         "optimizer.muon.lr=0.01",
     ]
     different = [
         "eval.target=3.5",
         "model.mlp=swiglu",
+        "model.head_dtype=float8",
         "model.mlp_expansion=2",
         "eval.tokens=256",
         "train.batch_tokens=256",
