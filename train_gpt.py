@@ -273,6 +273,13 @@ class GPT(nn.Module):
     def embedded(self, inputs_BT: Tensor) -> Tensor:
         return self.embed_norm(self.embed(inputs_BT).to(self.activation_dtype))
 
+    def trunk(self, inputs_BT: Tensor) -> Tensor:
+        """(B, T) tokens to (B, T, D), what the head reads before its norm."""
+        x_BTD = self.embedded(inputs_BT)
+        for block in self.blocks:
+            x_BTD = block(x_BTD)
+        return x_BTD
+
     def loss(self, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
         z_NV = self.head(self.head_norm(x_BTD)).flatten(0, 1)
         return SoftCapCrossEntropy.apply(z_NV, targets_BT.flatten(), self.softcap)
@@ -288,17 +295,11 @@ class GPT(nn.Module):
 
     def forward(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Cross-entropy summed over the targets."""
-        x_BTD = self.embedded(inputs_BT)
-        for block in self.blocks:
-            x_BTD = block(x_BTD)
-        return self.loss(x_BTD, targets_BT)
+        return self.loss(self.trunk(inputs_BT), targets_BT)
 
     def logits(self, inputs_BT: Tensor) -> Tensor:
         """(B, T) tokens to (B, T, V) float32 logits, soft-capped."""
-        x_BTD = self.embedded(inputs_BT)
-        for block in self.blocks:
-            x_BTD = block(x_BTD)
-        return soft_cap(self.head(self.head_norm(x_BTD)).float(), self.softcap)
+        return soft_cap(self.head(self.head_norm(self.trunk(inputs_BT))).float(), self.softcap)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
