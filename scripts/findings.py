@@ -3,8 +3,9 @@
     python scripts/findings.py              write the page
     python scripts/findings.py --check      exit 1 if it is not what the records give
 
-results/findings.toml names the evidence. Every number on the page is computed here from records; a claim without
-sufficient records is "not testable", never skipped. Tests are two-sided at 5 %, Holm-corrected within a claim.
+results/findings.toml names the evidence: the settings in which claims 1 to 4a are tested, one folder of records each,
+and what claims 4b and 5 rest on. Every number on the page is computed here from records; a claim without sufficient
+records is "not testable", never skipped. Tests are two-sided at 5 %, Holm-corrected within a claim.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import json
 import math
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,35 +80,50 @@ def interval(value: float, low: float, high: float, digits: int = 1, unit: str =
 
 
 def order_findings(groups: dict[str, Group], evidence: str) -> list[Finding]:
-    """Claims 1 and 3: who arrives first, in steps."""
+    """Claims 1 and 3, in final loss where schedules are equally long, otherwise in steps to the target."""
     pairs = [
         ("1. Muon beats AdamW", "muon", "adamw"),
-        ("3a. U-NorMuon reaches the target before Muon", "unormuon", "muon"),
-        ("3b. Aurora reaches the target before U-NorMuon", "aurora", "unormuon"),
+        ("3a. U-NorMuon beats Muon", "unormuon", "muon"),
+        ("3b. Aurora beats U-NorMuon", "aurora", "unormuon"),
     ]
     tests: list[Welch | None] = []
     for _, first, second in pairs:
         is_open = flaw_of(groups, (first, second))
-        tests.append(None if is_open else welch(steps_paid(groups[first]), steps_paid(groups[second])))
+        tests.append(None if is_open else better(groups[first], groups[second]))
     p_values = [math.nan if test is None else test.p for test in tests]
     adjusted = [p_values[0], *holm(p_values[1:])]
     findings = []
     for (claim, first, second), test, p in zip(pairs, tests, adjusted, strict=True):
         if test is None or math.isnan(p):
-            why = flaw_of(groups, (first, second)) or "neither arrives, or steps have no spread"
+            why = flaw_of(groups, (first, second)) or "neither arrives, or there is no spread between seeds"
             findings.append(not_testable(claim, why, evidence))
             continue
-        counts = [groups[name].steps_to_target() for name in (first, second)]
-        arrived = ", ".join(f"{NAMES[n]} {c.count} of {c.runs}" for n, c in zip((first, second), counts, strict=True))
-        why = f"p = {p:.2g}; arrived: {arrived}"
-        if any(count.count < count.runs for count in counts):
-            why += "; a run that did not arrive counts as arriving at its end, which favours it"
+        if groups[first].planned_steps == groups[second].planned_steps:
+            why = f"p = {p:.2g}; loss after {groups[first].planned_steps} steps"
+            figure = interval(test.difference, test.low, test.high, 4, " nats")
+        else:
+            why = f"p = {p:.2g}; {arrivals(groups, (first, second))}"
+            figure = interval(test.difference, test.low, test.high, unit=" steps")
         if p < ALPHA and test.difference > 0:
             why += "; the opposite is significant"
         is_supported = p < ALPHA and test.difference < 0
-        figure = interval(test.difference, test.low, test.high, unit=" steps")
         findings.append(Finding(claim, SUPPORTED if is_supported else NOT_SUPPORTED, figure, why, evidence))
     return findings
+
+
+def better(first: Group, second: Group) -> Welch:
+    """Both cooled down after as many steps: their losses there mean the same. Otherwise only arrival does."""
+    if first.planned_steps == second.planned_steps:
+        return welch(first.losses(first.last_step), second.losses(second.last_step))
+    return welch(steps_paid(first), steps_paid(second))
+
+
+def arrivals(groups: dict[str, Group], names: Sequence[str]) -> str:
+    counts = [groups[name].steps_to_target() for name in names]
+    text = "arrived: " + ", ".join(f"{NAMES[n]} {c.count} of {c.runs}" for n, c in zip(names, counts, strict=True))
+    if any(count.count < count.runs for count in counts):
+        text += "; a run that did not arrive counts as arriving at its end, which favours it"
+    return text
 
 
 def starved(run: Run) -> float:
@@ -166,24 +182,27 @@ def neuron_findings(groups: dict[str, Group], evidence: str) -> list[Finding]:
     return findings
 
 
-def cost_findings(groups: dict[str, Group], evidence: str, cost: dict[str, Any], results: Path) -> list[Finding]:
-    """Claim 4: seconds of whole training steps, and of the optimizer's step alone."""
+def step_cost_finding(groups: dict[str, Group], evidence: str) -> Finding:
+    """Claim 4a: seconds of whole training steps."""
     claim = f"4a. A training step with Aurora takes at most {COST_CLAIM - 1:.0%} longer than with Muon"
     flaw = flaw_of(groups, ("aurora", "muon"))
     ratio = None if flaw else time_ratio(groups["aurora"], groups["muon"], step_seconds)
     if ratio is None:
-        findings = [not_testable(claim, flaw or "the runs come from more than one machine or stack", evidence)]
-    else:
-        findings = [judged_ratio(claim, *ratio, "whole steps of the runs, paired by seed", evidence)]
+        return not_testable(claim, flaw or "the runs come from more than one machine or stack", evidence)
+    return judged_ratio(claim, *ratio, "whole steps of the runs, paired by seed", evidence)
+
+
+def optimizer_cost_finding(cost: dict[str, Any], results: Path) -> Finding:
+    """Claim 4b: the optimizer's step alone."""
     claim = f"4b. Aurora's optimizer step alone takes at most {COST_CLAIM - 1:.0%} longer than Muon's"
     path = results / cost["file"]
     if not path.is_file():
-        return [*findings, not_testable(claim, f"there is no {cost['file']}", "-")]
+        return not_testable(claim, f"there is no {cost['file']}", "-")
     table = json.loads(path.read_text(encoding="utf-8"))
     rounds = {name: table["speed"][name]["rounds_ms"] for name in ("aurora folded", "muon")}
     where = f"{len(rounds['muon'])} interleaved rounds on the matrices of {table['config']}, {table['device']}"
     evidence = f"[table]({cost['file'].replace('.json', '.md')})"
-    return [*findings, judged_ratio(claim, *ratio_interval(rounds["aurora folded"], rounds["muon"]), where, evidence)]
+    return judged_ratio(claim, *ratio_interval(rounds["aurora folded"], rounds["muon"]), where, evidence)
 
 
 def judged_ratio(claim: str, ratio: float, found: Any, why: str, evidence: str) -> Finding:
@@ -194,15 +213,19 @@ def judged_ratio(claim: str, ratio: float, found: Any, why: str, evidence: str) 
     return Finding(claim, SUPPORTED if is_supported else NOT_SUPPORTED, figure, why, evidence)
 
 
-def expansion_gains(tasks: dict[str, list[Group]]) -> dict[int, dict[int, float]]:
-    """Muon's final loss minus Aurora's, by expansion factor and seed, where both finished at one width and task."""
+# Loss of the first optimizer of a pair minus that of the second, by pair, expansion factor and seed.
+Gains = dict[tuple[str, str], dict[int, dict[int, float]]]
+
+
+def expansion_gains(tasks: dict[str, list[Group]], base: str, other: str) -> dict[int, dict[int, float]]:
+    """base's final loss minus other's, by expansion factor and seed, where both finished at one width and task."""
     gains: dict[int, dict[int, float]] = {}
     for groups in tasks.values():
         runs = by_optimizer(run for group in groups for run in group.runs if run.is_done)
         expansion = groups[0].runs[0].start["config"]["model"]["mlp_expansion"]
         losses = {name: {run.start["seed"]: run.end["val_loss"] for run in runs.get(name, [])} for name in NAMES}
-        shared = losses["muon"].keys() & losses["aurora"].keys()
-        gains[expansion] = {seed: losses["muon"][seed] - losses["aurora"][seed] for seed in sorted(shared)}
+        shared = losses[base].keys() & losses[other].keys()
+        gains[expansion] = {seed: losses[base][seed] - losses[other][seed] for seed in sorted(shared)}
     return {expansion: by_seed for expansion, by_seed in sorted(gains.items()) if by_seed}
 
 
@@ -235,70 +258,111 @@ def single_groups(tasks: dict[str, list[Group]]) -> dict[str, Group]:
     return {group.optimizer: group for group in groups if counted.count(group.optimizer) == 1}
 
 
-def make_page(results: Path) -> tuple[str, dict[Path, tuple[str, Any]]]:
-    """The page, and for each plot that it shows its digest and what draws it."""
-    evidence = tomllib.loads((results / "findings.toml").read_text(encoding="utf-8"))
-    comparison, expansion, cost = (evidence[key] for key in ("comparison", "expansion", "cost"))
-    tasks, wide = groups_in(results, comparison["folder"]), groups_in(results, expansion["folder"])
-    groups = single_groups(tasks)
-    has_telemetry = groups and all(run.neuron_events for group in groups.values() for run in group.runs)
-    plots: dict[Path, tuple[str, Any]] = {}
+class Page:
+    """The text, and for each plot that it shows its digest and what draws it."""
 
-    def plot(name: str, values: Any, draw: Any) -> str:
-        plots[results / name] = (hashlib.sha256(json.dumps(values).encode()).hexdigest(), draw)
+    def __init__(self, results: Path):
+        self.results = results
+        self.plots: dict[Path, tuple[str, Callable[[Path, str], None]]] = {}
+        evidence = tomllib.loads((results / "findings.toml").read_text(encoding="utf-8"))
+        settings, expansion, cost = (evidence[key] for key in ("setting", "expansion", "cost"))
+        lines = ["<!-- Written by scripts/findings.py from the records named in findings.toml; do not edit. -->", ""]
+        lines += ["# The published claims, by our own runs", "", INTRODUCTION, ""]
+        sections, columns = [], {}
+        for setting in settings:
+            columns[setting["title"]], section = self.setting(**setting)
+            sections += section
+        overall, section = self.other_claims(expansion, cost)
+        lines += [summary(columns, overall), "", *sections, *section]
+        self.text = "\n".join(lines)
+
+    def plot(self, name: str, values: Any, draw: Callable[[Path, str], None]) -> str:
+        self.plots[self.results / name] = (hashlib.sha256(json.dumps(values).encode()).hexdigest(), draw)
         return f"[plot]({name})"
 
-    first, neurons, third = "-", "-", "-"
-    if groups:
-        looks = [(g.label, g.runs[0].target, run.validations) for g in groups.values() for run in g.runs]
-        first = plot(f"{comparison['folder']}/findings-loss.png", looks, lambda p, d: draw_loss(groups, p, d))
-    if has_telemetry:
-        events = [(g.label, run.neuron_events) for g in groups.values() for run in g.runs]
-        neurons = plot(f"{comparison['folder']}/findings-neurons.png", events, lambda p, d: draw_neurons(groups, p, d))
-    gains = expansion_gains(wide)
-    settings = {json.dumps([run.start["optimizer"], run.setting]) for gs in wide.values() for g in gs for run in g.runs}
-    is_equal = len(settings) == len({json.loads(setting)[0] for setting in settings})
-    if gains:
-        third = plot(f"{expansion['folder']}/findings-gain.png", gains, lambda p, d: draw_gains(gains, p, d))
-    findings = [
-        *order_findings(groups, first),
-        *neuron_findings(groups, neurons),
-        *cost_findings(groups, first, cost, results),
-        expansion_finding(gains, is_equal, third),
+    def setting(self, title: str, folder: str, command: str, note: str = "") -> tuple[list[Finding], list[str]]:
+        """Claims 1 to 4a in one setting: what was found, and its section of the page."""
+        groups = single_groups(groups_in(self.results, folder))
+        loss, neurons = "-", "-"
+        if groups:
+            looks = [(g.label, g.runs[0].target, run.validations) for g in groups.values() for run in g.runs]
+            loss = self.plot(f"{folder}/findings-loss.png", looks, lambda p, d: draw_loss(groups, p, d))
+        if groups and all(run.neuron_events for group in groups.values() for run in group.runs):
+            events = [(g.label, run.neuron_events) for g in groups.values() for run in g.runs]
+            neurons = self.plot(f"{folder}/findings-neurons.png", events, lambda p, d: draw_neurons(groups, p, d))
+        findings = [*order_findings(groups, loss), *neuron_findings(groups, neurons), step_cost_finding(groups, loss)]
+        findings.sort(key=lambda finding: finding.claim)
+        lines = [f"## {title}", "", conditions(groups), ""]
+        lines += [note, ""] if note else []
+        lines += [f"    {line}" for line in command.splitlines()] + ["", claims_table(findings), ""]
+        if groups:
+            lines += [markdown_table(GROUP_HEADER, [group_row(group) for group in groups.values()]), ""]
+        return findings, lines
+
+    def other_claims(self, expansion: dict[str, str], cost: dict[str, str]) -> tuple[list[Finding], list[str]]:
+        """Claims 4b and 5, which rest on evidence of their own."""
+        wide = groups_in(self.results, expansion["folder"])
+        gains = {pair: expansion_gains(wide, *pair) for pair in (("muon", "aurora"), ("muon", "unormuon"))}
+        has_gains = any(gains.values())
+        settings = {
+            json.dumps([run.start["optimizer"], run.setting]) for gs in wide.values() for g in gs for run in g.runs
+        }
+        is_equal = len(settings) == len({json.loads(setting)[0] for setting in settings})
+        evidence = "-"
+        if has_gains:
+            name, values = f"{expansion['folder']}/findings-gain.png", list(gains.values())
+            evidence = self.plot(name, values, lambda p, d: draw_gains(gains, p, d))
+        findings = [optimizer_cost_finding(cost, self.results)]
+        findings.append(expansion_finding(gains["muon", "aurora"], is_equal, evidence))
+        lines = ["## Cost of the optimizer, and width", "", "Claim 5 is held against", ""]
+        lines += [f"    {line}" for line in expansion["command"].splitlines()]
+        lines += ["", "claim 4b against a table, which names its command.", "", claims_table(findings), ""]
+        if has_gains:
+            lines += [gains_table(gains), ""]
+        return findings, lines
+
+
+INTRODUCTION = (
+    f"The claims are those of {CLAIMS_SOURCE}. A verdict holds for the conditions that stand above its figures and no "
+    "others. Not supported does not mean refuted: the interval says what remains possible. *Beats* means a lower loss "
+    "at the end of equally long schedules, or fewer steps to the target where each rule has a schedule of its own."
+)
+GROUP_HEADER = (
+    "optimizer",
+    "n",
+    "val loss",
+    "sd",
+    "reached",
+    "steps to target [95 %]",
+    "starved rows, mean of looks",
+    "last look",
+    "dead neurons, last look",
+)
+
+
+def summary(columns: dict[str, list[Finding]], overall: list[Finding]) -> str:
+    """Every claim with its verdicts, one column a setting."""
+    rows = [
+        (found[0].claim, *(f"**{f.verdict}** {f.figure}".removesuffix(" -") for f in found))
+        for found in zip(*columns.values(), strict=True)
     ]
-    findings.sort(key=lambda finding: finding.claim)
+    table = markdown_table(("claim", *columns), rows)
+    return table + "\n\n" + "\n".join(f"- {f.claim}: **{f.verdict}** {f.figure}".removesuffix(" -") for f in overall)
+
+
+def claims_table(findings: list[Finding]) -> str:
     rows = [(f.claim, f"**{f.verdict}**", f.figure, cell(f.why, 500), f.evidence) for f in findings]
-    lines = ["<!-- Written by scripts/findings.py from the records named in findings.toml; do not edit. -->", ""]
-    lines += ["# The published claims, by our own runs", "", conditions(groups), ""]
-    lines += [f"The claims are those of {CLAIMS_SOURCE}. Claims 1 to 4a are held against the runs of", ""]
-    lines += [f"    {comparison['command']}", "", "claim 4b against a table, which names its own, claim 5 against", ""]
-    lines += [f"    {expansion['command']}", ""]
-    lines += [markdown_table(("claim", "verdict", "figure [95 %]", "because", "evidence"), rows), ""]
-    lines += [
-        "A verdict holds for the conditions above and no others. Not supported does not mean refuted: the interval",
-        "",
-    ]
-    lines[-2] += " says what remains possible."
-    if groups:
-        header = (
-            "optimizer",
-            "n",
-            "val loss",
-            "sd",
-            "reached",
-            "steps to target [95 %]",
-            "starved rows, mean of looks",
-            "last look",
-            "dead neurons, last look",
-        )
-        lines += [markdown_table(header, [group_row(group) for group in groups.values()]), ""]
-    if gains:
-        gain_rows = []
-        for e, by_seed in gains.items():
+    return markdown_table(("claim", "verdict", "figure [95 %]", "because", "evidence"), rows)
+
+
+def gains_table(gains: Gains) -> str:
+    rows = []
+    for (base, other), by_expansion in gains.items():
+        for expansion, by_seed in by_expansion.items():
             found, mean = mean_interval(list(by_seed.values())), np.mean(list(by_seed.values()))
-            gain_rows.append((str(e), str(len(by_seed)), interval(mean, found.low, found.high, 4)))
-        lines += [markdown_table(("expansion factor", "pairs", "Muon's loss - Aurora's [95 %]"), gain_rows), ""]
-    return "\n".join(lines), plots
+            title = f"{NAMES[base]}'s loss - {NAMES[other]}'s"
+            rows.append((title, str(expansion), str(len(by_seed)), interval(mean, found.low, found.high, 4)))
+    return markdown_table(("gain", "expansion factor", "pairs", "nats [95 %]"), rows)
 
 
 def conditions(groups: dict[str, Group]) -> str:
@@ -311,8 +375,9 @@ def conditions(groups: dict[str, Group]) -> str:
     machines = ", ".join(sorted({cell(f"{r.start['world_size']} x {r.start['env']['device_name']}") for r in runs}))
     seeds = ", ".join(map(str, sorted({run.start["seed"] for run in runs})))
     return (
-        f"Claims 1 to 4: {sum(counts.values()):,} parameters, {config['model']['num_layers']} layers of width "
-        f"{config['model']['model_dim']}, expansion factor {config['model']['mlp_expansion']}, "
+        f"{sum(counts.values()):,} parameters, {config['model']['num_layers']} layers of width "
+        f"{config['model']['model_dim']}, {config['model'].get('mlp', 'relu2')} MLP with expansion factor "
+        f"{config['model']['mlp_expansion']}, activations in {config['model'].get('activation_dtype', 'float32')}, "
         f"{config['train']['batch_tokens']:,} tokens a step, target {runs[0].target:g} on "
         f"{config['eval']['tokens']:,} validation tokens; steps: {steps}; seeds {seeds}; {machines}."
     )
@@ -341,7 +406,7 @@ def draw_neurons(groups: dict[str, Group], path: Path, description: str) -> None
     plot_neurons(list(groups.values()), path, description)
 
 
-def draw_gains(gains: dict[int, dict[int, float]], path: Path, description: str) -> None:
+def draw_gains(gains: Gains, path: Path, description: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -350,15 +415,17 @@ def draw_gains(gains: dict[int, dict[int, float]], path: Path, description: str)
     from scripts.plot import save_figure
 
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-    for expansion, by_seed in gains.items():
-        axis.plot([expansion] * len(by_seed), list(by_seed.values()), "o", color="#D55E00", alpha=0.5)
-    means = [np.mean(list(by_seed.values())) for by_seed in gains.values()]
-    axis.plot(list(gains), means, "-", color="black", label="mean of the seeds")
+    for ((_, other), by_expansion), color in zip(gains.items(), ("#D55E00", "#0072B2"), strict=True):
+        for expansion, by_seed in by_expansion.items():
+            axis.plot([expansion] * len(by_seed), list(by_seed.values()), "o", color=color, alpha=0.5)
+        means = [np.mean(list(by_seed.values())) for by_seed in by_expansion.values()]
+        axis.plot(list(by_expansion), means, "-", color=color, label=f"{NAMES[other]}, mean of the seeds")
     axis.axhline(0, color="0.5", linewidth=1)
     axis.set_xscale("log", base=2)
-    axis.set_xticks(list(gains), list(map(str, gains)))
+    expansions = sorted({expansion for by_expansion in gains.values() for expansion in by_expansion})
+    axis.set_xticks(expansions, list(map(str, expansions)))
     axis.set_xlabel("MLP expansion factor")
-    axis.set_ylabel("Muon's final loss - Aurora's (nats per token)")
+    axis.set_ylabel("Muon's final loss - the other's (nats per token)")
     axis.legend()
     save_figure(figure, path, description)
     plt.close(figure)
@@ -371,7 +438,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     page = args.results / PAGE
     try:
-        text, plots = make_page(args.results)
+        made = Page(args.results)
+        text, plots = made.text, made.plots
         stale = [] if page.is_file() and page.read_text(encoding="utf-8") == text else [page]
         stale += [p for p, (digest, _) in plots.items() if not p.is_file() or digest.encode() not in p.read_bytes()]
         if not args.check:

@@ -1,6 +1,7 @@
 """The page of claims and the plot of neurons, from records made up here."""
 
 import json
+import re
 
 import pytest
 
@@ -21,8 +22,8 @@ def neurons(step, starved, dead):
     }  # fmt: skip
 
 
-def write_run(folder, optimizer, seed, losses, starved=0, dead=0, last=20, expansion=4):
-    start, *looks, end = (json.loads(line) for line in record(optimizer, seed, losses).splitlines())
+def write_run(folder, optimizer, seed, losses, starved=0, dead=0, last=20, expansion=4, steps=20):
+    start, *looks, end = (json.loads(line) for line in record(optimizer, seed, losses, steps=steps).splitlines())
     model = {"vocab_size": 64, "num_layers": 1, "model_dim": 4, "mlp_expansion": expansion}
     start["config"] |= {"model": model, "eval": {"target": 2.0, "tokens": 512}}
     start |= {"task_hash": f"0123abcd{expansion}", "params_by_role": {"matrix": 100}, "hparams": {"lr": 0.1}}
@@ -46,8 +47,8 @@ def results(tmp_path):
                 gain = 0.1 * expansion + seed / 100 if optimizer == "aurora" else 0
                 write_run(tmp_path / "wide", optimizer, seed, (4.0, 3.0, 1.5 - gain), expansion=expansion)
     (tmp_path / "findings.toml").write_text(
-        '[comparison]\nfolder = "quick"\ncommand = "one"\n[expansion]\nfolder = "wide"\ncommand = "two"\n'
-        '[cost]\nfile = "cost.json"\n'
+        '[[setting]]\ntitle = "Quick"\nfolder = "quick"\ncommand = "one"\n'
+        '[expansion]\nfolder = "wide"\ncommand = "two"\n[cost]\nfile = "cost.json"\n'
     )
     rounds = {"muon": {"rounds_ms": [10.0, 10.1, 9.9]}, "aurora folded": {"rounds_ms": [10.2, 10.3, 10.0]}}
     cost = {"speed": rounds, "config": "gpt2_small.toml", "device": "CPU", "command": "three"}
@@ -66,8 +67,9 @@ def test_claims_that_hold_are_supported_with_their_figures(results):
     found, page = verdicts(results)
     supported = {"1.", "2a.", "2b.", "2c.", "3a.", "3b.", "4a.", "4b.", "5."}
     assert found == dict.fromkeys(supported, "supported") | dict.fromkeys(("2d.", "2e."), "not testable")
-    assert "step 20: these runs do not get to step 500" in page and "Muon 3 of 3, AdamW 0 of 3" in page
-    assert "+0.2000" not in page and "| 8                | 3     | +0.8100 [" in page
+    assert "step 20: these runs do not get to step 500" in page and "loss after 20 steps" in page
+    assert "| Muon's loss - Aurora's | 8                | 3     | +0.8100 [" in page
+    assert "Muon's loss - U-NorMuon's" not in page, "U-NorMuon was not run at several widths"
     assert (results / "quick/findings-neurons.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -82,6 +84,24 @@ def test_claims_that_do_not_hold_are_not_supported(results):
     not_supported = {"2b.", "2d.", "2e.", "3a.", "3b.", "5."}
     assert {claim for claim, verdict in found.items() if verdict == "not supported"} == not_supported
     assert "the opposite is significant" in page
+
+
+def test_every_setting_has_a_column_and_schedules_of_unequal_length_are_compared_by_steps(results):
+    path = results / "findings.toml"
+    own = '[[setting]]\ntitle = "Own schedules"\nfolder = "own"\ncommand = "four"\nnote = "Noted."\n'
+    path.write_text(own + path.read_text())
+    lengths = {"muon": 20, "adamw": 60, "unormuon": 20, "aurora": 16}
+    for seed in (0, 1, 2):
+        for optimizer, steps in lengths.items():
+            write_run(results / "own", optimizer, seed, (4.0, 3.0, 1.5), last=steps, steps=steps)
+    _, page = verdicts(results)
+    assert re.search(r"\| claim +\| Own schedules +\| Quick +\|", page) and "\n\nNoted.\n\n    four\n" in page
+    assert re.search(r"\| 1\. Muon beats AdamW +\| \*\*supported\*\* -33.3 steps \[.*nats", page)
+    assert re.search(r"3b\. .*steps.*arrived: Aurora 3 of 3, U\\-NorMuon 3 of 3 ", page)
+    assert re.search(r"3a\. .*\*\*not supported\*\* \| \+0\.0000 nats.*loss after 20 steps", page)
+    for seed in (0, 1, 2):
+        write_run(results / "own", "adamw", seed, (4.0, 3.0, 2.5), last=60, steps=60)
+    assert "Muon 3 of 3, AdamW 0 of 3; a run that did not arrive counts" in verdicts(results)[1]
 
 
 def test_claims_without_records_are_not_testable_and_say_why(results):
