@@ -149,9 +149,10 @@ class SoftCapCrossEntropy(torch.autograd.Function):
         z_NV, targets_N, log_sums_N = ctx.saved_tensors
         columns = torch.arange(z_NV.size(1), device=z_NV.device)
         for z, targets, log_sums in parts_of(z_NV, targets_N, log_sums_N):
-            root = ctx.cap * (z.float().square() + ctx.cap**2).rsqrt()
-            error = (root * z - log_sums[:, None]).exp() - (columns == targets[:, None]).float()
-            z.copy_(error * root.pow(3) * grad)  # root^3 is the soft-cap's derivative
+            wide = z.float()
+            slope = wide.square().add_(ctx.cap**2).rsqrt_().mul_(ctx.cap)
+            error = (slope * wide).sub_(log_sums[:, None]).exp_().add_(columns == targets[:, None], alpha=-1)
+            z.copy_(error.mul_(slope).mul_(slope).mul_(slope).mul_(grad))  # slope^3 is the soft-cap's derivative
         return z_NV, None, None
 
 
