@@ -81,7 +81,7 @@ from aurora.runtime.compiled import Model, compiled_where_possible
 from aurora.runtime.console import Console
 from aurora.runtime.faults import point
 from aurora.runtime.float8 import check_float8, float8_linear
-from aurora.runtime.functions import Held, HeldWeights, ReluSquared, SoftCapCrossEntropy, soft_cap
+from aurora.runtime.functions import Held, HeldWeights, ReluSquared, Rotation, SoftCapCrossEntropy, rms_norm, soft_cap
 from aurora.runtime.gradients import GradientSum
 from aurora.runtime.guard import Guard
 from aurora.runtime.memory import available_gib, first_that_fits
@@ -134,7 +134,7 @@ class RMSNorm(nn.Module):
         self.gain = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.gain.shape, self.gain.type_as(x))
+        return rms_norm(x, self.gain)
 
 
 class Linear(nn.Linear):
@@ -170,8 +170,7 @@ class Rotary(nn.Module):
     def forward(self, x_BT2HK: Tensor) -> Tensor:
         """Queries and keys at once: each operation that a CPU or an eager GPU starts is one for both."""
         cos, sin = self.cos_T11F[: x_BT2HK.size(1)], self.sin_T11F[: x_BT2HK.size(1)]
-        x1, still1, x2, still2 = x_BT2HK.float().chunk(4, dim=-1)
-        return torch.cat([x1 * cos + x2 * sin, still1, x2 * cos - x1 * sin, still2], dim=-1).type_as(x_BT2HK)
+        return Rotation.apply(x_BT2HK, cos, sin)
 
 
 class Attention(nn.Module):
@@ -186,9 +185,9 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         qkv_BT3HK = side_by_side(x_BTD, self.q, self.k, self.v).unflatten(-1, (3, self.num_heads, -1))
-        qk_BT2HK, v_BTHK = qkv_BT3HK[:, :, :2], qkv_BT3HK[:, :, 2]
-        q_BTHK, k_BTHK = self.rotary(F.rms_norm(qk_BT2HK, qk_BT2HK.shape[-1:])).unbind(2)
-        q, k, v = (x_BTHK.transpose(1, 2) for x_BTHK in (q_BTHK, k_BTHK, v_BTHK))
+        qk_BT2HK, v_BT1HK = qkv_BT3HK.split((2, 1), dim=2)
+        qk_BT2HK = self.rotary(rms_norm(qk_BT2HK))
+        q, k, v = (x_BTHK.transpose(1, 2) for x_BTHK in (*qk_BT2HK.unbind(2), v_BT1HK.squeeze(2)))
         y_BHTK = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
         return self.out(y_BHTK.transpose(1, 2).flatten(-2))
 

@@ -98,6 +98,36 @@ def test_loss_and_gradient_of_soft_capped_logits_equal_autograds_in_float64(monk
     assert torch.equal(logits, z.grad), "the gradient takes the logits' place"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1.0, 1e-3])  # the second where epsilon counts
+@pytest.mark.parametrize("has_gain", [True, False])
+def test_norm_and_its_gradients_equal_autograds_in_float64(dtype, scale, has_gain):
+    generator = torch.Generator().manual_seed(0)
+    whole = (torch.randn(5, 3, 40, generator=generator) * scale).to(dtype)
+    x, grad = whole[:, :2].requires_grad_(), torch.randn(5, 2, 40, generator=generator).to(dtype)
+    gain = torch.randn(40, generator=generator).requires_grad_() if has_gain else None
+    inputs = [x, gain] if has_gain else [x]
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    expected = exact[0] / (exact[0].square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
+    expected = expected * exact[1] if has_gain else expected
+    ours = functions.rms_norm(x, gain)
+    assert ours.dtype == dtype
+    found = [ours, *torch.autograd.grad(ours, inputs, grad)]
+    for value, exact_value in zip(found, [expected, *torch.autograd.grad(expected, exact, grad.double())], strict=True):
+        error = (value.double() - exact_value).norm() / exact_value.norm()
+        assert error < (1e-6 if value.dtype == torch.float32 else 2**-8)
+
+
+def test_gradient_of_rotated_queries_and_keys_is_autograds():
+    rotary = train_gpt.Rotary(head_dim=16, seq_len=12, base=1024)
+    x = torch.randn(2, 10, 2, 3, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    plain = functions.turned(x, rotary.cos_T11F[:10], rotary.sin_T11F[:10])
+    (grad,) = torch.autograd.grad(rotary(x).square().sum() + rotary(x)[..., 3].sum(), x)
+    (expected,) = torch.autograd.grad(plain.square().sum() + plain[..., 3].sum(), x)
+    assert torch.equal(rotary(x), plain)
+    torch.testing.assert_close(grad, expected)
+
+
 def test_later_tokens_do_not_change_earlier_logits(config):
     model, tokens = model_with_random_weights(config), tokens_for(config)
     changed = tokens.clone()

@@ -200,9 +200,11 @@ def test_a_warm_up_that_fails_leaves_no_trace_either(tiny_track, optimizer):
     assert train_gpt.digest(run.state_dict()) == before
 
 
-def test_compiled_model_gives_the_same_losses_or_says_why_not(tiny_track, tmp_path, trained, capsys):
+@pytest.mark.parametrize("micro_batch", [1, 16])
+def test_compiled_model_gives_the_same_losses_or_says_why_not(tiny_track, tmp_path, trained, capsys, micro_batch):
     """A machine without a C++ compiler cannot compile on CPU: then the run stops with the reason before training."""
-    code = train_here(tiny_track, tmp_path, "--optimizer", "muon", "--set", "train.compile=on")
+    arguments = ["--set", "train.compile=on", "--set", f"train.micro_batch={micro_batch}"]
+    code = train_here(tiny_track, tmp_path, "--optimizer", "muon", *arguments)
     captured = capsys.readouterr()
     if code == Exit.CONFIG:
         assert "torch.compile failed" in captured.err and "set it to 'off'" in captured.err

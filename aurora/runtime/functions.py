@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -65,6 +66,61 @@ class ReluSquared(torch.autograd.Function):
         return (grad * root).mul_(2)
 
 
+class RMSNorm(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + eps) over the last dimension, times a gain (D,) if there is one; in float32 at least.
+
+    torch has one kernel for it on CUDA, but on a CPU a chain of operations, each with a backward of its own.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor | None) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.size(-1))
+        rstd.add_(torch.finfo(wide.dtype).eps).rsqrt_()
+        ctx.save_for_backward(x, rstd, gain)
+        y = wide * rstd
+        return (y if gain is None else y.mul_(gain)).type_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, rstd, gain = ctx.saved_tensors
+        wide = x.to(rstd.dtype)
+        products = grad * wide
+        if gain is None:
+            sums, grad_y, grad_gain = products.sum(-1, keepdim=True), grad, None
+        else:
+            sums, grad_y = (products @ gain).unsqueeze(-1), grad * gain
+            grad_gain = rstd.flatten() @ products.flatten(0, -2)
+        along_x = sums.mul_(rstd.square()).div_(-x.size(-1))
+        return torch.addcmul(grad_y, wide, along_x).mul_(rstd).type_as(x), grad_gain
+
+
+def rms_norm(x: Tensor, gain: Tensor | None = None) -> Tensor:
+    """F.rms_norm over the last dimension, with a gain (D,) in float32: torch's where torch has a kernel."""
+    if x.is_cpu and not torch.compiler.is_compiling():
+        return RMSNorm.apply(x, gain)
+    return F.rms_norm(x, x.shape[-1:], None if gain is None else gain.type_as(x))
+
+
+class Rotation(torch.autograd.Function):
+    """Of the pairs (i, i + K/2) along the last dimension K those with i < K/4 turned; gradients are turned back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return turned(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return turned(grad, cos, -sin), None, None
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x1, still1, x2, still2 = x.float().chunk(4, dim=-1)
+    return torch.cat([x1 * cos + x2 * sin, still1, x2 * cos - x1 * sin, still2], dim=-1).type_as(x)
+
+
 def soft_cap(z: Tensor, cap: float) -> Tensor:
     """cap z / sqrt(z^2 + cap^2), within (-cap, cap)."""
     return cap * z * (z.square() + cap**2).rsqrt()
@@ -93,9 +149,10 @@ class SoftCapCrossEntropy(torch.autograd.Function):
         z_NV, targets_N, log_sums_N = ctx.saved_tensors
         columns = torch.arange(z_NV.size(1), device=z_NV.device)
         for z, targets, log_sums in parts_of(z_NV, targets_N, log_sums_N):
-            root = ctx.cap * (z.float().square() + ctx.cap**2).rsqrt()
-            error = (root * z - log_sums[:, None]).exp() - (columns == targets[:, None]).float()
-            z.copy_(error * root.pow(3) * grad)  # root^3 is the soft-cap's derivative
+            wide = z.float()
+            slope = wide.square().add_(ctx.cap**2).rsqrt_().mul_(ctx.cap)
+            error = (slope * wide).sub_(log_sums[:, None]).exp_().add_(columns == targets[:, None], alpha=-1)
+            z.copy_(error.mul_(slope).mul_(slope).mul_(slope).mul_(grad))  # slope^3 is the soft-cap's derivative
         return z_NV, None, None
 
 
