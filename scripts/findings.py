@@ -136,6 +136,11 @@ def starved_last(group: Group) -> float:
     return float(100 * np.mean([run.neuron_events[-1]["starved"] for run in group.runs]))
 
 
+def dead_last(group: Group) -> float:
+    """Share of dead neurons at the runs' last looks, in per cent."""
+    return float(100 * np.mean([run.neuron_events[-1]["dead"] for run in group.runs]))
+
+
 def neuron_findings(groups: dict[str, Group], evidence: str) -> list[Finding]:
     """Claim 2: starved rows and dead neurons."""
     names = ("muon", "unormuon", "aurora")
@@ -217,16 +222,21 @@ def judged_ratio(claim: str, ratio: float, found: Any, why: str, evidence: str) 
 Gains = dict[tuple[str, str], dict[int, dict[int, float]]]
 
 
+def by_expansion(tasks: dict[str, list[Group]]) -> dict[int, list[Group]]:
+    """Groups by the expansion factor of their model, in its order."""
+    found = {groups[0].runs[0].start["config"]["model"]["mlp_expansion"]: groups for groups in tasks.values()}
+    return dict(sorted(found.items()))
+
+
 def expansion_gains(tasks: dict[str, list[Group]], base: str, other: str) -> dict[int, dict[int, float]]:
     """base's final loss minus other's, by expansion factor and seed, where both finished at one width and task."""
     gains: dict[int, dict[int, float]] = {}
-    for groups in tasks.values():
+    for expansion, groups in by_expansion(tasks).items():
         runs = by_optimizer(run for group in groups for run in group.runs if run.is_done)
-        expansion = groups[0].runs[0].start["config"]["model"]["mlp_expansion"]
         losses = {name: {run.start["seed"]: run.end["val_loss"] for run in runs.get(name, [])} for name in NAMES}
         shared = losses[base].keys() & losses[other].keys()
         gains[expansion] = {seed: losses[base][seed] - losses[other][seed] for seed in sorted(shared)}
-    return {expansion: by_seed for expansion, by_seed in sorted(gains.items()) if by_seed}
+    return {expansion: by_seed for expansion, by_seed in gains.items() if by_seed}
 
 
 def expansion_finding(gains: dict[int, dict[int, float]], is_equal: bool, evidence: str) -> Finding:
@@ -310,15 +320,15 @@ class Page:
         is_equal = len(settings) == len({json.loads(setting)[0] for setting in settings})
         evidence = "-"
         if has_gains:
-            name, values = f"{expansion['folder']}/findings-gain.png", list(gains.values())
-            evidence = self.plot(name, values, lambda p, d: draw_gains(gains, p, d))
+            name, values = f"{expansion['folder']}/findings-width.png", [list(gains.values()), widths_table(wide)]
+            evidence = self.plot(name, values, lambda p, d: draw_widths(gains, wide, p, d))
         findings = [optimizer_cost_finding(cost, self.results)]
         findings.append(expansion_finding(gains["muon", "aurora"], is_equal, evidence))
         lines = ["## Cost of the optimizer, and width", "", "Claim 5 is held against", ""]
         lines += [f"    {line}" for line in expansion["command"].splitlines()]
         lines += ["", "claim 4b against a table, which names its command.", "", claims_table(findings), ""]
         if has_gains:
-            lines += [gains_table(gains), ""]
+            lines += [gains_table(gains), "", widths_table(wide), ""]
         return findings, lines
 
 
@@ -365,6 +375,11 @@ def gains_table(gains: Gains) -> str:
     return markdown_table(("gain", "expansion factor", "pairs", "nats [95 %]"), rows)
 
 
+def widths_table(tasks: dict[str, list[Group]]) -> str:
+    rows = [(str(e), *group_row(group)) for e, groups in by_expansion(tasks).items() for group in groups]
+    return markdown_table(("expansion factor", *GROUP_HEADER), rows)
+
+
 def conditions(groups: dict[str, Group]) -> str:
     """What the runs were, in a sentence or two."""
     if not groups:
@@ -385,12 +400,10 @@ def conditions(groups: dict[str, Group]) -> str:
 
 def group_row(group: Group) -> tuple[str, ...]:
     label, _, n, loss, sd, _, _, reached, steps, *_ = group_cells(group)
-    events = [run.neuron_events for run in group.runs]
     shares = ("-", "-", "-")
-    if all(events):
-        dead = 100 * np.mean([found[-1]["dead"] for found in events])
+    if all(run.neuron_events for run in group.runs):
         mean = 100 * np.mean([starved(run) for run in group.runs])
-        shares = f"{mean:.1f} %", f"{starved_last(group):.1f} %", f"{dead:.1f} %"
+        shares = f"{mean:.1f} %", f"{starved_last(group):.1f} %", f"{dead_last(group):.1f} %"
     return (cell(label), n, loss, sd, reached, steps, *shares)
 
 
@@ -406,7 +419,8 @@ def draw_neurons(groups: dict[str, Group], path: Path, description: str) -> None
     plot_neurons(list(groups.values()), path, description)
 
 
-def draw_gains(gains: Gains, path: Path, description: str) -> None:
+def draw_widths(gains: Gains, tasks: dict[str, list[Group]], path: Path, description: str) -> None:
+    """Gain over Muon, starved rows and dead neurons against the expansion factor."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -414,19 +428,29 @@ def draw_gains(gains: Gains, path: Path, description: str) -> None:
 
     from scripts.plot import save_figure
 
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-    for ((_, other), by_expansion), color in zip(gains.items(), ("#D55E00", "#0072B2"), strict=True):
-        for expansion, by_seed in by_expansion.items():
-            axis.plot([expansion] * len(by_seed), list(by_seed.values()), "o", color=color, alpha=0.5)
-        means = [np.mean(list(by_seed.values())) for by_seed in by_expansion.values()]
-        axis.plot(list(by_expansion), means, "-", color=color, label=f"{NAMES[other]}, mean of the seeds")
-    axis.axhline(0, color="0.5", linewidth=1)
-    axis.set_xscale("log", base=2)
-    expansions = sorted({expansion for by_expansion in gains.values() for expansion in by_expansion})
-    axis.set_xticks(expansions, list(map(str, expansions)))
-    axis.set_xlabel("MLP expansion factor")
-    axis.set_ylabel("Muon's final loss - the other's (nats per token)")
-    axis.legend()
+    colors = {"muon": "#000000", "unormuon": "#0072B2", "aurora": "#D55E00"}
+    figure, (top, *axes) = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
+    for (_, other), by_width in gains.items():
+        for expansion, by_seed in by_width.items():
+            top.plot([expansion] * len(by_seed), list(by_seed.values()), "o", color=colors[other], alpha=0.5)
+        means = [np.mean(list(by_seed.values())) for by_seed in by_width.values()]
+        top.plot(list(by_width), means, "-", color=colors[other], label=NAMES[other])
+    top.axhline(0, color="0.5", linewidth=1)
+    top.set_ylabel("Muon's final loss - the other's (nats per token)")
+    groups = by_expansion(tasks)
+    for axis, share, title in zip(axes, (starved_last, dead_last), ("starved rows", "dead neurons"), strict=True):
+        for name, color in colors.items():
+            points = [(e, share(g)) for e, found in groups.items() for g in found
+                      if g.optimizer == name and all(run.neuron_events for run in g.runs)]  # fmt: skip
+            if points:
+                axis.plot(*zip(*points, strict=True), "o-", color=color, label=NAMES[name])
+        axis.set_ylabel(f"{title} at the last look (%)")
+        axis.set_ylim(bottom=0)
+    for axis in (top, *axes):
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(list(groups), list(map(str, groups)))
+        axis.set_xlabel("MLP expansion factor")
+        axis.legend()
     save_figure(figure, path, description)
     plt.close(figure)
 
