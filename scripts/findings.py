@@ -426,24 +426,25 @@ def draw_widths(gains: Gains, tasks: dict[str, list[Group]], path: Path, descrip
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from scripts.plot import save_figure
+    from scripts.plot import STYLES, save_figure
 
-    colors = {"muon": "#000000", "unormuon": "#0072B2", "aurora": "#D55E00"}
     figure, (top, *axes) = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
     for (_, other), by_width in gains.items():
+        color, line, marker = STYLES[other]
         for expansion, by_seed in by_width.items():
-            top.plot([expansion] * len(by_seed), list(by_seed.values()), "o", color=colors[other], alpha=0.5)
+            top.plot([expansion] * len(by_seed), list(by_seed.values()), marker, color=color, alpha=0.5)
         means = [np.mean(list(by_seed.values())) for by_seed in by_width.values()]
-        top.plot(list(by_width), means, "-", color=colors[other], label=NAMES[other])
+        top.plot(list(by_width), means, linestyle=line, color=color, label=NAMES[other])
     top.axhline(0, color="0.5", linewidth=1)
     top.set_ylabel("Muon's final loss - the other's (nats per token)")
     groups = by_expansion(tasks)
     for axis, share, title in zip(axes, (starved_last, dead_last), ("starved rows", "dead neurons"), strict=True):
-        for name, color in colors.items():
+        for name in ("muon", "unormuon", "aurora"):
+            color, line, marker = STYLES[name]
             points = [(e, share(g)) for e, found in groups.items() for g in found
                       if g.optimizer == name and all(run.neuron_events for run in g.runs)]  # fmt: skip
             if points:
-                axis.plot(*zip(*points, strict=True), "o-", color=color, label=NAMES[name])
+                axis.plot(*zip(*points, strict=True), linestyle=line, marker=marker, color=color, label=NAMES[name])
         axis.set_ylabel(f"{title} at the last look (%)")
         axis.set_ylim(bottom=0)
     for axis in (top, *axes):
