@@ -7,8 +7,8 @@ import shutil
 import pytest
 
 from configs.schema import HarnessError, load_config
-from results.record import read_folder
-from results.tuning import Knob, Search, neighbours_tried, read_space, write_setting
+from results.record import read_folder, read_record
+from results.tuning import Knob, Search, Trial, neighbours_tried, read_space, write_setting
 from results.verification import verify_folder
 from tests.conftest import ROOT, start_process
 
@@ -157,3 +157,27 @@ def test_tuning_runs_goes_on_and_writes_the_track(tiny_track, tmp_path):
         assert load_config(config, optimizer).hparams["lr"] == best["setting"]["lr"]
     assert f"# Tuned: 3 trials, {out}" in config.read_text() and "(chosen)" in (out / "tuning.md").read_text()
     assert tune("--trials", "3").count("] found: ") == 6, "values that are in the track now change no trial"
+
+
+def test_the_quick_tracks_values_are_the_best_of_its_committed_trials():
+    folder = ROOT / "results" / "quick_tuning"
+    ledger, space = json.loads((folder / "ledger.json").read_text()), read_space(SPACE)
+    counts = {optimizer: sum(entry["optimizer"] == optimizer for entry in ledger) for optimizer in space.knobs}
+    assert len(set(counts.values())) == 1 and sum(counts.values()) == len(ledger) == len(list(folder.glob("*.jsonl")))
+    for optimizer, knobs in space.knobs.items():
+        entries = [entry for entry in ledger if entry["optimizer"] == optimizer]
+        for entry in entries:
+            run = read_record(folder / entry["record"])
+            assert run.start["seed"] == space.seed and run.start["config"]["optimizer"] == optimizer
+            assert entry["val_loss"] == (run.end["val_loss"] if run.is_done else None)
+            table = run.start["config"]["hparams"] | {"warmup_steps": run.start["config"]["warmup_steps"]}
+            assert all(table[key] == entry["setting"][knob.name] for knob in knobs for key in knob.keys)
+        keys = ("trial", "knob", "setting", "why")
+        losses = [math.inf if entry["val_loss"] is None else entry["val_loss"] for entry in entries]
+        trials = [Trial(*(entry[key] for key in keys), loss) for entry, loss in zip(entries, losses, strict=True)]
+        best = min(trials, key=lambda trial: trial.val_loss)
+        config = load_config(ROOT / "configs" / "quick.toml", optimizer)
+        chosen = config.hparams | {"warmup_steps": config.warmup_steps}
+        assert all(chosen[key] == best.setting[knob.name] for knob in knobs for key in knob.keys)
+        below, above = neighbours_tried(trials, "lr")
+        assert below and above, f"{optimizer}: the chosen lr is at the edge of what was tried"
