@@ -85,7 +85,8 @@ def size_overrides(train: bytes, val: bytes) -> dict[str, int]:
         "train.steps": steps_in_shard(len(train), batch_tokens),
         "eval.tokens": (len(val) - 1) // (4 * seq_len) * 4 * seq_len,
     }
-    wanted = {"train.steps": quick["train"]["steps"], "eval.tokens": quick["eval"]["tokens"]}
+    own_steps = [table["steps"] for table in quick["optimizer"].values() if "steps" in table]
+    wanted = {"train.steps": max(quick["train"]["steps"], *own_steps), "eval.tokens": quick["eval"]["tokens"]}
     return {key: fitting[key] for key in fitting if fitting[key] < wanted[key]}
 
 

@@ -121,9 +121,12 @@ EVIDENCE_HEADER = (
 )
 
 
-def row(number: int, group: Group, machines: Sequence[tuple], trials: Counter, results: Path) -> tuple[str, ...]:
+def row(number: int, group: Group, machines: Sequence[tuple], trials: Sequence[Run], results: Path) -> tuple[str, ...]:
     """Cells under HEADER, as Markdown."""
     found, run = group.steps_to_target(), group.runs[0]
+    begin = min(run.start["utc"] for run in group.runs)  # later trials chose settings of other rows
+    family = setting_family(run)
+    num_trials = sum(setting_family(trial) == family and trial.start["utc"] <= begin for trial in trials)
     folder = folder_of(run, results)
     return (
         str(number),
@@ -134,7 +137,7 @@ def row(number: int, group: Group, machines: Sequence[tuple], trials: Counter, r
         to_target(found, 1),
         to_target(group.seconds_to_target(), 1),
         letter(machines.index(stack_of(run))),
-        str(trials[setting_family(run)]),
+        str(num_trials),
         cell(folder),
     )
 
@@ -184,7 +187,9 @@ def by_task(runs: Iterable[Run], results: Path) -> dict[str, list[Run]]:
     return tasks
 
 
-def task_section(task: str, runs: Sequence[Run], trials: Counter, links: dict[str, str], results: Path) -> list[str]:
+def task_section(
+    task: str, runs: Sequence[Run], trials: Sequence[Run], links: dict[str, str], results: Path
+) -> list[str]:
     """Heading, leaderboard, and for each folder its notes, curves and tests.
 
     links: by name, those of this section are added.
@@ -281,7 +286,7 @@ def reference_section(tasks: dict[str, list[Run]], results: Path) -> list[str]:
 
 
 def make_page(results: Path, runs: Sequence[Run]) -> str:
-    trials = Counter(setting_family(run) for run in runs if is_tuning(run, results))
+    trials = [run for run in runs if is_tuning(run, results)]
     tasks = by_task(runs, results)
     lines = ["<!-- Written by scripts/leaderboard.py from the records and notes.md; edit those. -->", ""]
     lines += ["# Results", "", *notes(results)]

@@ -47,7 +47,7 @@ def results(tmp_path):
                 gain = 0.1 * expansion + seed / 100 if optimizer == "aurora" else 0
                 write_run(tmp_path / "wide", optimizer, seed, (4.0, 3.0, 1.5 - gain), expansion=expansion)
     (tmp_path / "findings.toml").write_text(
-        '[[setting]]\ntitle = "Quick"\nfolder = "quick"\ncommand = "one"\n'
+        '[[setting]]\ntitle = "Quick"\nfolder = "quick"\ncommand = "one"\nnote = "All."\n'
         '[expansion]\nfolder = "wide"\ncommand = "two"\n[cost]\nfile = "cost.json"\n'
     )
     rounds = {"muon": {"rounds_ms": [10.0, 10.1, 9.9]}, "aurora folded": {"rounds_ms": [10.2, 10.3, 10.0]}}
@@ -67,7 +67,7 @@ def test_claims_that_hold_are_supported_with_their_figures(results):
     found, page = verdicts(results)
     supported = {"1.", "2a.", "2b.", "2c.", "3a.", "3b.", "4a.", "4b.", "5."}
     assert found == dict.fromkeys(supported, "supported") | dict.fromkeys(("2d.", "2e."), "not testable")
-    assert "step 20: these runs do not get to step 500" in page and "loss after 20 steps" in page
+    assert "these runs end at step 20, where this is the share" in page and "loss at step 20" in page
     assert "| Muon's loss - Aurora's | 8                | 3     | +0.8100 [" in page
     assert "Muon's loss - U-NorMuon's" not in page, "U-NorMuon was not run at several widths"
     assert (results / "quick/findings-neurons.png").read_bytes().startswith(b"\x89PNG")
@@ -97,11 +97,14 @@ def test_every_setting_has_a_column_and_schedules_of_unequal_length_are_compared
     _, page = verdicts(results)
     assert re.search(r"\| claim +\| Own schedules +\| Quick +\|", page) and "\n\nNoted.\n\n    four\n" in page
     assert re.search(r"\| 1\. Muon beats AdamW +\| \*\*supported\*\* -33.3 steps \[.*nats", page)
-    assert re.search(r"3b\. .*steps.*arrived: Aurora 3 of 3, U\\-NorMuon 3 of 3 ", page)
-    assert re.search(r"3a\. .*\*\*not supported\*\* \| \+0\.0000 nats.*loss after 20 steps", page)
+    assert re.search(r"3b\. .*steps.*Aurora arrived 3 of 3 times, U\\-NorMuon arrived 3 of 3 times", page)
+    assert re.search(r"3a\. .*\*\*not supported\*\* \| \+0\.0000 nats.*loss at step 20", page)
     for seed in (0, 1, 2):
         write_run(results / "own", "adamw", seed, (4.0, 3.0, 2.5), last=60, steps=60)
-    assert "Muon 3 of 3, AdamW 0 of 3; a run that did not arrive counts" in verdicts(results)[1]
+    assert re.search(r"1\. .*earlier in 100% of pairs of runs.*AdamW arrived 0 of 3 times", verdicts(results)[1])
+    for seed in (0, 1, 2):  # which stops at step 16, before any other arrives
+        write_run(results / "own", "aurora", seed, (4.0, 3.0, 2.5), last=16, steps=16)
+    assert re.search(r"3b\. .*\*\*not supported\*\* \| earlier in 0% of pairs", verdicts(results)[1])
 
 
 def test_claims_without_records_are_not_testable_and_say_why(results):
@@ -109,7 +112,31 @@ def test_claims_without_records_are_not_testable_and_say_why(results):
         path.unlink()
     found, page = verdicts(results)
     assert set(found.values()) == {"not testable"} and len(found) == 11
-    assert "no single setting of Muon, AdamW is recorded" in page and "there are none" in page
+    assert "no run of Muon, AdamW is recorded here" in page and "there are none" in page
+    assert "Not comparable: no runs are recorded." in page
+
+
+def test_runs_that_cannot_be_compared_are_no_evidence_and_the_page_says_why(results):
+    for seed in (0, 1, 2):
+        write_run(results / "wide", "muon", seed, (4.0, 3.0, 1.4), expansion=8, steps=30)
+    path = results / "quick" / "muon-0-4.jsonl"
+    other = path.read_text().replace('"lr": 0.1', '"lr": 0.2')
+    path.with_name("muon-lr0.2.jsonl").write_text(other)
+    found, page = verdicts(results)
+    assert {verdict for claim, verdict in found.items() if claim != "4b."} == {"not testable"}
+    assert "Not comparable: several settings of muon in one folder." in page
+    assert "schedules of unequal length at factor 8" in page
+
+
+def test_deaths_are_those_by_step_500_however_long_a_run_is(results):
+    for seed in (0, 1, 2):
+        for optimizer, dead in {"muon": 8, "unormuon": 1, "aurora": 2}.items():
+            path = results / "quick" / f"{optimizer}-{seed}-4.jsonl"
+            *lines, end = path.read_text().splitlines()
+            late = [json.dumps(neurons(500, 9, dead)), json.dumps(neurons(900, 9, 16 - dead))]
+            path.write_text("\n".join([*lines, *late, end]) + "\n")
+    found, page = verdicts(results)
+    assert found["2d."] == found["2e."] == "supported" and re.search(r"2d\. .*50\.0 %.*at step 500", page)
 
 
 def test_check_finds_a_page_or_plot_that_the_records_do_not_give(results, capsys):
@@ -119,6 +146,10 @@ def test_check_finds_a_page_or_plot_that_the_records_do_not_give(results, capsys
     write_run(results / "quick", "muon", 0, (4.0, 3.0, 1.6), starved=9, dead=8)
     assert findings.main(["--results", str(results), "--check"]) == 1
     assert "FINDINGS.md is not what the records give" in capsys.readouterr().err
+    verdicts(results)
+    (results / "quick" / "findings-loss.png").unlink()
+    assert findings.main(["--results", str(results), "--check"]) == 1
+    assert "findings-loss.png is not what the records give" in capsys.readouterr().err
     (results / "findings.toml").unlink()
     assert findings.main(["--results", str(results)]) == 2
 

@@ -26,6 +26,7 @@ EXCEPTIONS = {
     "results/neurons.py": {"torch", "aurora", "configs"},
     "results/describe.py": {"torch", "numpy", "aurora", "configs", "data", "results"},
     "results/statistics.py": {"numpy", "scipy"},
+    "results/findings.py": {"numpy", "scipy", "results"},
     "results/claims.py": {"numpy", "results"},
     "results/verdict.py": {"numpy", "results"},
     # Counts the shards of a run, so it reads the run's config.
@@ -34,7 +35,6 @@ EXCEPTIONS = {
     # Compares the configs of runs with the one at hand.
     "scripts/tune.py": {"configs", "results", "scripts"},
     "scripts/benchmark.py": {"torch", "aurora", "configs", "scripts"},
-    "scripts/findings.py": {"numpy", "scipy", "results", "scripts"},
 }
 
 

@@ -66,7 +66,7 @@ class ReluSquared(torch.autograd.Function):
         return (grad * root).mul_(2)
 
 
-class RMSNorm(torch.autograd.Function):
+class FewPassRMSNorm(torch.autograd.Function):
     """x / sqrt(mean(x^2) + eps) over the last dimension, times a gain (D,) if there is one; in float32 at least.
 
     torch has one kernel for it on CUDA, but on a CPU a chain of operations, each with a backward of its own.
@@ -89,16 +89,19 @@ class RMSNorm(torch.autograd.Function):
         if gain is None:
             sums, grad_y, grad_gain = products.sum(-1, keepdim=True), grad, None
         else:
-            sums, grad_y = (products @ gain).unsqueeze(-1), grad * gain
+            sums, grad_y = (products @ gain.to(products.dtype)).unsqueeze(-1), grad * gain
             grad_gain = rstd.flatten() @ products.flatten(0, -2)
         along_x = sums.mul_(rstd.square()).div_(-x.size(-1))
         return torch.addcmul(grad_y, wide, along_x).mul_(rstd).type_as(x), grad_gain
 
 
 def rms_norm(x: Tensor, gain: Tensor | None = None) -> Tensor:
-    """F.rms_norm over the last dimension, with a gain (D,) in float32: torch's where torch has a kernel."""
+    """Over the last dimension, with a gain (D,) in float32: F.rms_norm where torch has a kernel for it.
+
+    That one rounds the gain to the dtype of x, this one on a CPU does not.
+    """
     if x.is_cpu and not torch.compiler.is_compiling():
-        return RMSNorm.apply(x, gain)
+        return FewPassRMSNorm.apply(x, gain)
     return F.rms_norm(x, x.shape[-1:], None if gain is None else gain.type_as(x))
 
 
