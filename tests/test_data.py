@@ -7,11 +7,12 @@ import time
 import numpy as np
 import pytest
 
+from configs.schema import load_config
 from data import local
 from data.loader import TokenLoader, open_run_data, steps_in_shard
 from data.overlap import ProbeIndex
 from data.shards import ShardError, open_shard, verify_shard, write_shard
-from tests.conftest import shard_bytes
+from tests.conftest import ROOT, shard_bytes
 
 
 def test_write_then_open_gives_the_tokens_back(tmp_path):
@@ -230,6 +231,13 @@ def test_own_text_keeps_the_end_of_every_file_for_validation(tmp_path, capsys):
     command = capsys.readouterr().out.splitlines()[-1]
     assert f"--set 'data.train={tmp_path}/out/local_train_*.bin'" in command
     assert command.endswith("--set train.steps=22 --set eval.tokens=9216")
+
+
+def test_own_text_long_enough_for_the_track_but_not_for_every_rule_gets_its_steps(tmp_path, capsys):
+    (tmp_path / "mine.txt").write_bytes(b"x" * 1_200_000)
+    assert local.main(["--text", str(tmp_path / "mine.txt"), "--out", str(tmp_path / "out")]) == 0
+    steps = int(capsys.readouterr().out.split("train.steps=")[1].split()[0])
+    assert 200 < steps < load_config(ROOT / "configs" / "quick.toml", "adamw").train.steps
 
 
 @pytest.mark.parametrize("content", [b"", b"x" * 3000])
