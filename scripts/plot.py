@@ -81,7 +81,7 @@ def plot_groups(groups: Sequence[Group], path: Path, description: str = "") -> N
             by_steps.legend()
         draw_steps_to_target(bars, groups, styles)
         first = groups[0].runs[0].start
-        lengths = " and ".join(map(str, sorted({group.planned_steps for group in groups})))
+        lengths = ", ".join(map(str, sorted({group.planned_steps for group in groups})))
         train, machine = first["config"]["train"], f"{first['world_size']} x {printable(first['env']['device_name'])}"
         figure.suptitle(f"{lengths} steps of {train['batch_tokens']:,} tokens on {machine}")
         save_figure(figure, path, description)
