@@ -161,7 +161,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(jsonl, one_worker, tm
 
 
 def test_workers_do_not_outlive_a_killed_main_process(jsonl, tmp_path, gpt2_files):
-    command = [sys.executable, "data/fineweb.py", *tokenize(tmp_path, *[jsonl] * 40, workers=2)]
+    command = [sys.executable, "data/fineweb.py", *tokenize(tmp_path, *[jsonl] * 25, workers=2)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     if not children.exists():
@@ -262,7 +262,7 @@ def test_shards_that_it_did_not_make_stay(jsonl, tmp_path, gpt2_files, capsys):
 
 
 def test_ctrl_c_ends_in_one_line_and_the_same_command_goes_on(jsonl, plain_tokens, tmp_path, gpt2_files):
-    arguments = tokenize(tmp_path, *[jsonl] * 10, workers=2)
+    arguments = tokenize(tmp_path, *[jsonl] * 25, workers=2)
     for num_shards in (1, 4):  # on disk when it is stopped: before main() a signal is for Python to answer
         options = {"cwd": ROOT, "text": True, "stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
         process = subprocess.Popen([sys.executable, "data/fineweb.py", *arguments], start_new_session=True, **options)
@@ -272,7 +272,7 @@ def test_ctrl_c_ends_in_one_line_and_the_same_command_goes_on(jsonl, plain_token
         _, error = process.communicate(timeout=60)
         assert process.returncode == 130 and len(error.splitlines()) == 1, error
     assert fineweb.main(arguments) == 0
-    assert np.array_equal(all_tokens(tmp_path), np.tile(plain_tokens, 10))
+    assert np.array_equal(all_tokens(tmp_path), np.tile(plain_tokens, 25))
 
 
 def test_errors_come_back_from_worker_processes():
