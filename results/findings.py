@@ -88,14 +88,16 @@ def order_findings(groups: dict[str, Group]) -> list[Finding]:
         if pair is None:
             findings.append(not_testable(claim, flaw_of(groups, *names)))
         elif math.isnan(p):
-            findings.append(not_testable(claim, pair.verdict.removeprefix("not comparable: "), figure_of(pair, *names)))
+            findings.append(
+                not_testable(claim, pair.verdict.removeprefix("not comparable: "), figure_of(pair, names[0]))
+            )
         else:
             is_ahead = ahead(pair) == names[0]
             why = f"p = {p:.2g}; {pair.measure}"
             if pair.measure == "steps to target":
                 why += ": " + ", ".join(arrivals(groups[name]) for name in names)
             why += "; the opposite is significant" * (p < ALPHA and not is_ahead)
-            findings.append(judged(claim, p < ALPHA and is_ahead, figure_of(pair, *names), why))
+            findings.append(judged(claim, p < ALPHA and is_ahead, figure_of(pair, names[0]), why))
     return findings
 
 
@@ -104,8 +106,8 @@ def ahead(pair: Pair) -> str:
     return (pair.second if pair.difference > 0 else pair.first).optimizer
 
 
-def figure_of(pair: Pair, name: str, other: str) -> str:
-    """name's mean minus other's, or where runs did not arrive, how often the first is earlier."""
+def figure_of(pair: Pair, name: str) -> str:
+    """This optimizer's mean minus the other's; where runs did not arrive, how often it is earlier."""
     is_loss, is_turned = pair.measure.startswith("loss"), pair.first.optimizer != name
     if math.isfinite(pair.share):
         share = 1 - pair.share if is_turned else pair.share

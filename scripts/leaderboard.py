@@ -291,7 +291,7 @@ def make_page(results: Path, runs: Sequence[Run]) -> str:
     lines = ["<!-- Written by scripts/leaderboard.py from the records and notes.md; edit those. -->", ""]
     lines += ["# Results", "", *notes(results)]
     links: dict[str, str] = {}
-    for task in sorted(tasks):
+    for task in sorted(tasks, key=lambda task: max(run.start["utc"] for run in tasks[task]), reverse=True):
         lines += [*task_section(task, tasks[task], trials, links, results), ""]
     lines += reference_section(tasks, results)
     for folder in sorted({folder_of(run, results) for run in runs if is_tuning(run, results)}):

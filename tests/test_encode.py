@@ -161,7 +161,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(jsonl, one_worker, tm
 
 
 def test_workers_do_not_outlive_a_killed_main_process(jsonl, tmp_path, gpt2_files):
-    command = [sys.executable, "data/fineweb.py", *tokenize(tmp_path, *[jsonl] * 25, workers=2)]
+    command = [sys.executable, "data/fineweb.py", *tokenize(tmp_path, *[jsonl] * 40, workers=2)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     if not children.exists():
