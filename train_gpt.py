@@ -18,12 +18,11 @@ import dataclasses
 import math
 import os
 import signal
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,15 +75,16 @@ from torch import Tensor, nn
 import aurora
 from aurora.runtime.attention import choose_attention
 from aurora.runtime.batch import BatchPlan, halvings, plan_batch
-from aurora.runtime.clock import Clock, elapsed_ms, time_mark
+from aurora.runtime.clock import Clock, time_mark
 from aurora.runtime.compiled import Model, compiled_where_possible
 from aurora.runtime.console import Console
 from aurora.runtime.faults import point
 from aurora.runtime.float8 import check_float8, float8_linear
 from aurora.runtime.functions import Held, HeldWeights, ReluSquared, Rotation, SoftCapCrossEntropy, rms_norm, soft_cap
 from aurora.runtime.gradients import GradientSum
-from aurora.runtime.guard import Guard
+from aurora.runtime.guard import Guard, check_validation, check_weights
 from aurora.runtime.memory import available_gib, first_that_fits
+from aurora.runtime.optimizers import build_optimizers, checked_hparams, fix_polar_dtype
 from aurora.runtime.process import check_writable, die_with_launcher, lock_folder, report_exit, stop_signals, tell
 from aurora.runtime.ranks import (
     Ranks,
@@ -95,12 +95,13 @@ from aurora.runtime.ranks import (
     leave_ranks,
     shared_variables,
 )
+from aurora.runtime.step_log import StepLog
 from aurora.runtime.watch import Watch
-from configs.schema import Config, Exit, HarnessError, ModelConfig, load_config, typed_table
+from configs.schema import Config, Exit, HarnessError, ModelConfig, load_config
 from data.loader import RunData, TokenLoader, open_run_data
 from data.shards import ShardError
 from results.checkpoint import first_line, go_on_from, newest_checkpoint, save_checkpoint
-from results.describe import dry_run_report, memory_estimate_gib, peak_memory_mib, run_event
+from results.describe import Progress, dry_run_report, end_event, memory_estimate_gib, run_event
 from results.momentum import Dump, checked_dump, record_momentum
 from results.neurons import Neurons
 from results.record import RecordWriter, Validation, first_at_target
@@ -305,41 +306,6 @@ class GPT(nn.Module):
 # Training state, schedule, gradients
 
 
-class StepLog:
-    """Loss, lr and durations of the steps since the last flush, left on the device until then."""
-
-    def __init__(self, every: int, ranks: Ranks):
-        self.every, self.ranks = every, ranks
-        self.steps: list[tuple[int, Tensor, float, list[Any]]] = []
-
-    def add(self, step: int, loss: Tensor, lr: float, marks: list[Any]) -> None:
-        """marks: begin of the step, begin of the optimizer's part, end of both."""
-        self.steps.append((step, loss, lr, marks))
-
-    def flush(self) -> list[dict[str, Any]]:
-        """A train event for every log_every steps, averaged over them; none where a loss is not finite. Collective."""
-        if not self.steps:
-            return []
-        losses = self.ranks.all_reduce(torch.stack([loss for _, loss, _, _ in self.steps])).tolist()
-        events = []
-        for first in range(0, len(self.steps), self.every):
-            window = slice(first, first + self.every)
-            marks = [marks for _, _, _, marks in self.steps[window]]
-            last_step, _, lr, _ = self.steps[window][-1]
-            if not all(map(math.isfinite, losses[window])):
-                continue
-            events.append({
-                "event": "train",
-                "step": last_step,
-                "train_loss": statistics.mean(losses[window]),
-                "lr": lr,
-                "step_ms": statistics.mean(elapsed_ms(begin, end) for begin, _, end in marks),
-                "optimizer_ms": statistics.mean(elapsed_ms(begin, end) for _, begin, end in marks),
-            })  # fmt: skip
-        self.steps.clear()
-        return events
-
-
 @dataclass
 class Training:
     """All that a step reads and writes."""
@@ -372,6 +338,24 @@ class Training:
             optimizer.load_state_dict(optimizer_state)
         self.loader.load_state_dict(state["loader"])
         torch.set_rng_state(state["rng"])
+
+
+def new_training(config: Config, plan: BatchPlan, data: RunData, seed: int, ranks: Ranks) -> Training:
+    """The state before the first step. Collective."""
+    model = GPT(config.model)
+    model.init_weights(seed)
+    model.to(ranks.device)
+    optimizers = build_optimizers(config, model.roles())
+    fix_polar_dtype(optimizers, ranks)
+    loader = TokenLoader(
+        data.train_shards,
+        config.train.batch_tokens,
+        ranks.rank,
+        ranks.world_size,
+        prepare=lambda window: stage(window, ranks.device),  # by the loader's thread, while a step runs
+        allow_epochs=config.data.allow_epochs,
+    )
+    return Training(config, plan, ranks, model, optimizers, loader)
 
 
 def lr_scale(step: int, config: Config) -> float:
@@ -499,15 +483,6 @@ def prepare(model: Model, run: Training) -> str:
 # Run
 
 
-@dataclass
-class Progress:
-    """How far a run has come."""
-
-    step: int = 0
-    validations: list[Validation] = field(default_factory=list)
-    segments: int = 1  # processes that the run took: one, and one more for each resume
-
-
 def train(args: argparse.Namespace, ranks: Ranks, begin_ns: int) -> None:
     """One run, from config to the record's end event. Raises HarnessError."""
     clock = Clock(ranks, begin_ns, IMPORT_NS)
@@ -532,7 +507,7 @@ def check_run(args: argparse.Namespace, ranks: Ranks) -> tuple[Config, BatchPlan
     plan = plan_batch(config, ranks.world_size)
     with torch.device("meta"):
         shapes = GPT(config.model)
-    optimizers = build_optimizers(config, shapes)
+    optimizers = build_optimizers(config, shapes.roles())
     dump = args.dump_momentum and checked_dump(optimizers[-1], *args.dump_momentum, config.train.steps)
     if args.dry_run:
         ranks.say(
@@ -547,12 +522,8 @@ def train_in_folder(
     """The run proper, in a folder that no other process uses."""
     data = ranks.together(lambda: open_data(config))
     torch.manual_seed(args.seed)  # nothing draws from it; if ever something does, all ranks and segments agree
-    model = GPT(config.model)
-    model.init_weights(args.seed)
-    model.to(ranks.device)
-    optimizers = build_optimizers(config, model)
-    fix_polar_dtype(optimizers, ranks)
-    run = Training(config, plan, ranks, model, optimizers, make_loader(config, data, ranks))
+    run = new_training(config, plan, data, args.seed, ranks)
+    model, optimizers = run.model, run.optimizers
     start = run_event(config, args.config, args.seed, ranks.world_size, ranks.device, model.roles(), optimizers, data)
     identity = {key: start[key] for key in ("config", "seed", "code_hash")}
     identity |= {"data": start["data"]["fingerprint"], "val": start["data"]["val_sha256"]}
@@ -656,10 +627,10 @@ def train_steps(
                 events = log.flush()
                 record.write(*events)
                 point("validation", step)
-                check_weights(step, run)
+                check_weights(step, run.model, ranks)
                 if step in due:
                     look = Validation(step, validate(model, data, run), clock.slowest_train_s())
-                    check_validation(look, config.model.vocab_size)
+                    check_validation(step, look.val_loss, config.model.vocab_size)
                     progress.validations.append(look)
                     console.show(*look)
                     looked = [{"event": "val", "tokens": step * config.train.batch_tokens} | look._asdict()]
@@ -685,28 +656,6 @@ def train_steps(
                 clock.charge("val")
             train_step(run, model, step, guard, log)
             console.tick(step + 1, sum(later > step for later in due))
-
-
-def check_weights(step: int, run: Training) -> None:
-    """Before weights are measured or saved: equal on all ranks, and finite, which the last update was not asked."""
-    if run.ranks.world_size > 1:
-        run.ranks.check_agree(weights=digest(run.model.state_dict()))
-    bad = next((name for name, p in run.model.named_parameters() if not p.isfinite().all()), None)
-    if bad:
-        raise HarnessError(
-            Exit.NON_FINITE, f"step {step}: after the update {bad} is not finite; lower the learning rate"
-        )
-
-
-def check_validation(look: Validation, vocab_size: int) -> None:
-    """Raise HarnessError for a loss that cannot be. Equal on all ranks, and so is this."""
-    if not math.isfinite(look.val_loss):
-        message = f"step {look.step}: validation loss is {look.val_loss}, weights are finite; lower the learning rate"
-        raise HarnessError(Exit.NON_FINITE, message)
-    uniform = math.log(vocab_size)
-    if look.step == 0 and abs(look.val_loss - uniform) > 1e-3:
-        message = f"before training the loss is {look.val_loss}, but a head of zeros gives ln V = {uniform:.6f}"
-        raise HarnessError(Exit.CONFIG, f"{message}; the model or the validation is broken")
 
 
 @contextlib.contextmanager
@@ -746,59 +695,6 @@ def train_step(run: Training, model: Model, step: int, guard: Guard, log: StepLo
     log.add(step + 1, loss, lr, [begin, optimizer_begin, time_mark(device)])
 
 
-def end_event(status: str, run: Training, progress: Progress, clock: Clock) -> dict[str, Any]:
-    """The record's last line. Collective."""
-    hit = first_at_target(progress.validations, run.config.eval.target)
-    largest = [peak_memory_mib(run.ranks.device), run.loader.wait_s]
-    memory_mib, data_wait_s = run.ranks.all_reduce(
-        torch.tensor(largest, device=run.ranks.device), dist.ReduceOp.MAX
-    ).tolist()
-    weights_sha256 = digest(run.model.state_dict())
-    clock.charge("end")
-    spent_ns, wall_ns = clock.of_slowest_rank()
-    return {
-        "event": "end",
-        "status": status,
-        "step": progress.step,
-        "train_time_s": spent_ns["train"] / 1e9,
-        "val_loss": progress.validations[-1].val_loss if progress.validations else None,
-        "reached_target": hit is not None,
-        "steps_to_target": hit.step if hit else None,
-        "time_to_target_s": hit.train_time_s if hit else None,
-        "wall_s": wall_ns / 1e9,
-        "untimed": {f"{account}_s": ns / 1e9 for account, ns in spent_ns.items() if account != "train"},
-        "segments": progress.segments,
-        "data_wait_s": data_wait_s,  # in this process, of the rank that waited longest
-        "weights_sha256": weights_sha256,
-        "peak_mem_mib": memory_mib,
-    }
-
-
-def checked_hparams(config: Config) -> dict[str, Any]:
-    """The optimizer's table, with keys and types checked against its signature."""
-    name = config.optimizer
-    if name not in aurora.RULES:
-        raise HarnessError(Exit.CONFIG, f"[optimizer.{name}]: no such rule; known: {', '.join(aurora.RULES)}")
-    types = aurora.hparam_types(name)
-    optional = set(types) - set(aurora.REQUIRED_HPARAMS)
-    return typed_table(config.hparams, types, f"optimizer.{name}", optional)
-
-
-def build_optimizers(config: Config, model: GPT) -> list[torch.optim.Optimizer]:
-    try:
-        return aurora.build(config.optimizer, model.roles(), config.hparams)
-    except ValueError as error:
-        raise HarnessError(Exit.CONFIG, f"optimizer.{config.optimizer}: {error}") from error
-
-
-def fix_polar_dtype(optimizers: list[torch.optim.Optimizer], ranks: Ranks) -> None:
-    """Let all ranks compute in the dtype that "auto" means on rank 0; a checkpoint holds it, and so fixes it too."""
-    for group in optimizers[-1].param_groups:
-        if group.get("polar_dtype") == "auto":
-            dtype = str(aurora.compute_dtype("auto", ranks.device)).removeprefix("torch.")
-            group["polar_dtype"] = ranks.all_gather_object(dtype)[0]
-
-
 def check_schedule(config: Config) -> None:
     """Raise HarnessError for a learning rate that never gets to its peak, or a run of which nothing is measured."""
     scales = [lr_scale(step, config) for step in range(config.train.steps)]
@@ -818,18 +714,6 @@ def open_data(config: Config) -> RunData:
         return open_run_data(data.train, data.val, *sizes, data.allow_epochs)
     except ShardError as error:
         raise HarnessError(Exit.DATA, str(error)) from error
-
-
-def make_loader(config: Config, data: RunData, ranks: Ranks) -> TokenLoader:
-    """This rank's batches, staged by the loader's thread while a step runs."""
-    return TokenLoader(
-        data.train_shards,
-        config.train.batch_tokens,
-        ranks.rank,
-        ranks.world_size,
-        prepare=lambda window: stage(window, ranks.device),
-        allow_epochs=config.data.allow_epochs,
-    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------

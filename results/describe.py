@@ -1,22 +1,35 @@
-"""What a run says of itself: the first line of its record, and the report of a dry run."""
+"""What a run says of itself: the first and the last line of its record, and the report of a dry run."""
 
 import dataclasses
 import datetime
 import re
 import secrets
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 import aurora
+from aurora.runtime.clock import Clock
 from aurora.runtime.functions import PART_ELEMENTS
+from aurora.runtime.ranks import digest
 from configs.schema import Config
 from data.loader import PUBLIC_SHARD_TOKENS, RunData, find_shards, steps_in_shard
 from data.shards import ShardError, open_shard
-from results.record import SCHEMA, code_hash, describe_git, describe_machine, read_sources, task_hash
+from results.record import (
+    SCHEMA,
+    Validation,
+    code_hash,
+    describe_git,
+    describe_machine,
+    first_at_target,
+    read_sources,
+    task_hash,
+)
 
 
 def run_event(
@@ -61,6 +74,43 @@ def run_event(
         "sources": sources,
         "data": described_data,
         "env": machine | stack,
+    }
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0
+    validations: list[Validation] = field(default_factory=list)
+    segments: int = 1  # processes that the run took: one, and one more for each resume
+
+
+def end_event(status: str, run: Any, progress: Progress, clock: Clock) -> dict[str, Any]:
+    """The record's last line; run: a Training. Collective."""
+    hit = first_at_target(progress.validations, run.config.eval.target)
+    largest = [peak_memory_mib(run.ranks.device), run.loader.wait_s]
+    memory_mib, data_wait_s = run.ranks.all_reduce(
+        torch.tensor(largest, device=run.ranks.device), dist.ReduceOp.MAX
+    ).tolist()
+    weights_sha256 = digest(run.model.state_dict())
+    clock.charge("end")
+    spent_ns, wall_ns = clock.of_slowest_rank()
+    return {
+        "event": "end",
+        "status": status,
+        "step": progress.step,
+        "train_time_s": spent_ns["train"] / 1e9,
+        "val_loss": progress.validations[-1].val_loss if progress.validations else None,
+        "reached_target": hit is not None,
+        "steps_to_target": hit.step if hit else None,
+        "time_to_target_s": hit.train_time_s if hit else None,
+        "wall_s": wall_ns / 1e9,
+        "untimed": {f"{account}_s": ns / 1e9 for account, ns in spent_ns.items() if account != "train"},
+        "segments": progress.segments,
+        "data_wait_s": data_wait_s,  # in this process, of the rank that waited longest
+        "weights_sha256": weights_sha256,
+        "peak_mem_mib": memory_mib,
     }
 
 

@@ -217,13 +217,8 @@ def trained(tiny_track, tmp_path_factory):
 
 def make_run(tiny_track, optimizer, *overrides):
     config = load_config(tiny_track, optimizer, overrides)
-    model = train_gpt.GPT(config.model)
-    model.init_weights(0)
-    data = train_gpt.open_data(config)
-    ranks = train_gpt.Ranks(0, 1, torch.device("cpu"))
-    loader = train_gpt.make_loader(config, data, ranks)
-    optimizers = train_gpt.build_optimizers(config, model)
-    return train_gpt.Training(config, train_gpt.plan_batch(config, 1), ranks, model, optimizers, loader), data
+    data, ranks = train_gpt.open_data(config), train_gpt.Ranks(0, 1, torch.device("cpu"))
+    return train_gpt.new_training(config, train_gpt.plan_batch(config, 1), data, 0, ranks), data
 
 
 def step(run):

@@ -219,3 +219,10 @@ def test_plot_of_runs_without_a_common_look(results):
     runs, _ = read_folder(results / "quick")
     plot.plot_loss_curves([run for run in runs if run.start["optimizer"] == "adamw"], results / "a.png")
     assert run("--results", results) == 0
+
+
+def test_the_readme_shows_the_committed_table_of_the_quick_track():
+    (groups,) = verdict.group_runs(read_folder(ROOT / "results" / "quick" / "comparison")[0]).values()
+    shown = [i for i, title in enumerate(verdict.HEADER) if title not in ("p below target", "gate")]
+    header, *rows = ([cells[i] for i in shown] for cells in (verdict.HEADER, *map(verdict.group_cells, groups)))
+    assert verdict.markdown_table(header, rows) in (ROOT / "README.md").read_text()

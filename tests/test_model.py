@@ -198,7 +198,7 @@ def test_memory_estimate_is_what_autograd_keeps(overrides):
     tokens = tokens_for(config.model, batch=4)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = model(tokens, tokens)
-    optimizers = train_gpt.build_optimizers(config, model)
+    optimizers = train_gpt.build_optimizers(config, model.roles())
     gib = memory_estimate_gib(config, model.roles(), optimizers, world_size=1, micro_batch=4)
     assert loss.requires_grad and gib["activations"] * 2**30 == pytest.approx(sum(kept_bytes.values()), rel=0.1)
     assert gib["loss"] * 2**30 == 5 * 4 * tokens.numel() * 256

@@ -95,7 +95,7 @@ def bytes_of_a_step(activation_dtype, sent):
     with torch.device("meta"):
         model = train_gpt.GPT(config.model)
     model.activation_dtype = activation_dtype
-    optimizers = train_gpt.build_optimizers(config, model)
+    optimizers = train_gpt.build_optimizers(config, model.roles())
     for p in model.parameters():
         p.grad = torch.empty_like(p)
     GradientSum(model.parameters(), optimizers, activation_dtype).finish()

@@ -1,10 +1,14 @@
-"""The check of every step: are its numbers finite on all ranks, and was the run asked to stop?"""
+"""What ends a run: the check of every step, whether its numbers are finite on all ranks and the run was asked to stop;
+and those of weights and validation losses.
+"""
+
+import math
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from aurora.runtime.ranks import Ranks
+from aurora.runtime.ranks import Ranks, digest
 from configs.schema import Exit, HarnessError
 
 
@@ -84,3 +88,25 @@ class Guard:
             loss_text = "loss is finite" if loss_is_finite else "loss is not finite"
             where += "" if update_is_finite else f", the update of step {step} was not finite"
             raise HarnessError(Exit.NON_FINITE, f"step {step + 1}: {loss_text}, {where}; lower the learning rate")
+
+
+def check_weights(step: int, model: nn.Module, ranks: Ranks) -> None:
+    """Before weights are measured or saved: equal on all ranks, and finite, which the last update was not asked."""
+    if ranks.world_size > 1:
+        ranks.check_agree(weights=digest(model.state_dict()))
+    bad = next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
+    if bad:
+        raise HarnessError(
+            Exit.NON_FINITE, f"step {step}: after the update {bad} is not finite; lower the learning rate"
+        )
+
+
+def check_validation(step: int, val_loss: float, vocab_size: int) -> None:
+    """Raise HarnessError for a loss that cannot be. Equal on all ranks, and so is this."""
+    if not math.isfinite(val_loss):
+        message = f"step {step}: validation loss is {val_loss}, weights are finite; lower the learning rate"
+        raise HarnessError(Exit.NON_FINITE, message)
+    uniform = math.log(vocab_size)
+    if step == 0 and abs(val_loss - uniform) > 1e-3:
+        message = f"before training the loss is {val_loss}, but a head of zeros gives ln V = {uniform:.6f}"
+        raise HarnessError(Exit.CONFIG, f"{message}; the model or the validation is broken")

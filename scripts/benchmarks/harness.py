@@ -50,13 +50,9 @@ def harness_step(hparams: dict[str, str], num_steps: int, ranks: Ranks, is_guard
     overrides = [f"optimizer.muon.{key}={value}" for key, value in hparams.items()]
     overrides.append(f"train.steps={num_steps}")
     config = load_config(ROOT / "configs" / "quick.toml", "muon", overrides)
-    data = train_gpt.open_data(config)
-    model = train_gpt.GPT(config.model)
-    model.init_weights(0)
-    loader = train_gpt.make_loader(config, data, ranks)
-    optimizers = train_gpt.build_optimizers(config, model)
-    run = train_gpt.Training(config, train_gpt.plan_batch(config, ranks.world_size), ranks, model, optimizers, loader)
-    guard, log = train_gpt.Guard(model, ranks), train_gpt.StepLog(config.train.log_every, ranks)
+    plan, data = train_gpt.plan_batch(config, ranks.world_size), train_gpt.open_data(config)
+    run = train_gpt.new_training(config, plan, data, 0, ranks)
+    guard, log = train_gpt.Guard(run.model, ranks), train_gpt.StepLog(config.train.log_every, ranks)
     steps, point = iter(range(config.train.steps)), train_gpt.point
     if not is_guarded:
         guard.look, guard.check = (lambda loss: None), (lambda step, bad_update=None: None)
@@ -64,7 +60,7 @@ def harness_step(hparams: dict[str, str], num_steps: int, ranks: Ranks, is_guard
 
     def step() -> None:
         train_gpt.point = point
-        train_gpt.train_step(run, model, next(steps), guard, log)
+        train_gpt.train_step(run, run.model, next(steps), guard, log)
 
     return step
 
@@ -216,17 +212,13 @@ def telemetry(rounds: int) -> str:
     """One line: the share of a quick run's steps and validations that its looks at neurons take, all off the clock."""
     keep_freed_memory()
     config = load_config(ROOT / "configs" / "quick.toml", "muon", [f"train.steps={UNTIMED_ROUNDS + rounds}"])
-    data = train_gpt.open_data(config)
-    model = train_gpt.GPT(config.model)
-    model.init_weights(0)
-    ranks = Ranks(0, 1, torch.device("cpu"))
-    loader = train_gpt.make_loader(config, data, ranks)
-    optimizers = train_gpt.build_optimizers(config, model)
-    run = train_gpt.Training(config, train_gpt.plan_batch(config, 1), ranks, model, optimizers, loader)
+    data, ranks = train_gpt.open_data(config), Ranks(0, 1, torch.device("cpu"))
+    run = train_gpt.new_training(config, train_gpt.plan_batch(config, 1), data, 0, ranks)
+    model = run.model
     guard, log = train_gpt.Guard(model, ranks), train_gpt.StepLog(config.train.log_every, ranks)
     whole = load_config(ROOT / "configs" / "quick.toml", "muon")
     looks = train_gpt.validation_steps(whole)
-    neurons = train_gpt.Neurons(whole, looks, model, optimizers[-1], ranks)
+    neurons = train_gpt.Neurons(whole, looks, model, run.optimizers[-1], ranks)
     window = train_gpt.stage(data.val_tokens[: neurons.num_tokens + 1], ranks.device)
     inputs, _ = train_gpt.to_device(window, config.model.seq_len, ranks.device)
     ms: dict[str, list[float]] = {"keep": [], "step": [], "validate": [], "measure": []}

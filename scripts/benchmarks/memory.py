@@ -26,7 +26,7 @@ def memory(args: argparse.Namespace) -> str:
             choose_attention(config.model, ranks.device)
             with torch.device("meta"):
                 model = train_gpt.GPT(config.model)
-            optimizers = train_gpt.build_optimizers(config, model)
+            optimizers = train_gpt.build_optimizers(config, model.roles())
             gib = memory_estimate_gib(config, model.roles(), optimizers, ranks.world_size, size)
             row = {"micro_batch": size, "estimate_gib": sum(gib.values())}
             try:

@@ -68,18 +68,6 @@ def synthetic_data(config_path: Path, overrides: list[str], folder: Path, world_
     return [*overrides, *globs, "data.allow_epochs=true", f"eval.tokens={val_tokens}", "train.steps=100000"]
 
 
-def new_run(config: Config, ranks: Ranks) -> train_gpt.Training:
-    """A run as the trainer begins it."""
-    data = train_gpt.open_data(config)
-    model = train_gpt.GPT(config.model)
-    model.init_weights(0)
-    model.to(ranks.device)
-    optimizers = train_gpt.build_optimizers(config, model)
-    train_gpt.fix_polar_dtype(optimizers, ranks)
-    plan, loader = train_gpt.plan_batch(config, ranks.world_size), train_gpt.make_loader(config, data, ranks)
-    return train_gpt.Training(config, plan, ranks, model, optimizers, loader)
-
-
 @dataclass
 class Contender:
     """One optimizer's run, ready to step, and the marks of its timed steps: (part that ends there, time)."""
@@ -142,7 +130,8 @@ def new_contender(config: Config, ranks: Ranks) -> Contender:
     if is_cuda:
         torch.cuda.reset_peak_memory_stats()
     begin_s = time.perf_counter()
-    run = new_run(config, ranks)
+    plan = train_gpt.plan_batch(config, ranks.world_size)
+    run = train_gpt.new_training(config, plan, train_gpt.open_data(config), 0, ranks)
     model = compiled_where_possible(run.model, config.train.compile, ranks, lambda model: train_gpt.prepare(model, run))
     ranks.align()
     contender = Contender(run, model, time.perf_counter() - begin_s)
