@@ -76,7 +76,7 @@ import aurora
 from aurora.runtime.attention import choose_attention
 from aurora.runtime.batch import BatchPlan, halvings, plan_batch
 from aurora.runtime.clock import Clock, time_mark
-from aurora.runtime.compiled import Model, compiled_where_possible
+from aurora.runtime.compiled import Model, agreed, compiled_where_possible
 from aurora.runtime.console import Console
 from aurora.runtime.faults import point
 from aurora.runtime.float8 import check_float8, float8_linear
@@ -434,7 +434,7 @@ def warm_up(model: Model, run: Training) -> None:
             run.model.zero_grad()
         point("warm_up", 0)  # compiling for validation may take as long again
         with torch.no_grad(), run.model.weights_at_rest():
-            for sequences in {plan.val_batch, plan.val_sequences % plan.val_batch} - {0}:
+            for sequences in plan.val_batches:
                 model(*made_up_batch(sequences, run))
     finally:
         run.model.zero_grad()
@@ -445,20 +445,25 @@ def warm_up(model: Model, run: Training) -> None:
         raise RuntimeError("warm-up left a trace in weights, optimizer state, RNG or loader")
 
 
+def try_passes(model: Model, plan: BatchPlan, run: Training) -> None:
+    """Passes of every shape on made-up tokens, without a collective: a rank may fail here alone."""
+    try:
+        with run.model.weights_at_rest():
+            for _ in range(min(2, plan.micro_steps)):  # the second meets the gradients of the first
+                model(*made_up_batch(plan.micro_batch, run)).backward()
+            with torch.no_grad():
+                for sequences in plan.val_batches:
+                    model(*made_up_batch(sequences, run))
+    finally:
+        run.model.zero_grad()
+
+
 def fit_micro_batch(model: Model, run: Training) -> None:
     """Halve the micro-batch until passes of its size fit into the memory of every rank. Collective."""
     world_size, params = run.ranks.world_size, run.model.roles()
 
     def attempt(size: int) -> None:
-        plan = plan_batch(run.config, world_size, size)
-        try:
-            with run.model.weights_at_rest():
-                for _ in range(min(2, plan.micro_steps)):  # the second meets the gradients of the first
-                    model(*made_up_batch(size, run)).backward()
-                with torch.no_grad():
-                    model(*made_up_batch(plan.val_batch, run))
-        finally:
-            run.model.zero_grad()
+        try_passes(model, plan_batch(run.config, world_size, size), run)
 
     sizes = halvings(run.plan)
     gib = {size: memory_estimate_gib(run.config, params, run.optimizers, world_size, size) for size in sizes}
@@ -475,6 +480,8 @@ def prepare(model: Model, run: Training) -> str:
     """Find the micro-batch and warm up; says what it is."""
     if run.config.train.micro_batch == "auto":
         fit_micro_batch(model, run)
+    elif model is not run.model:
+        agreed(run.ranks, lambda: try_passes(model, run.plan, run))
     warm_up(model, run)
     return f"micro-batch {run.plan.micro_batch}, {run.plan.micro_steps} a step"
 

@@ -11,6 +11,7 @@ without sufficient records is "not testable", never skipped.
 import argparse
 import hashlib
 import json
+import re
 import sys
 import tomllib
 from collections.abc import Callable
@@ -119,8 +120,14 @@ class Page:
             "Claim 5 is held against",
             "",
             *indented(expansion["command"]),
+            "",
+            expansion["note"],
+            "",
+            "Claim 4b is held against a table, which names its command.",
+            "",
+            claims_table(findings, links),
+            "",
         ]
-        lines += ["", "claim 4b against a table, which names its command.", "", claims_table(findings, links), ""]
         if widths:
             lines += [markdown_table(("gain", "expansion factor", "pairs", "nats [95 %]"), gains), ""]
             lines += [markdown_table(("expansion factor", *CELLS.values(), *OWN_CELLS), rows), ""]
@@ -131,15 +138,15 @@ def indented(command: str) -> list[str]:
     return [f"    {line}" for line in command.strip().splitlines()]
 
 
-def verdict_cell(finding: Finding) -> str:
-    return f"**{finding.verdict}** {finding.figure}".rstrip()
-
-
 def summary(columns: dict[str, list[Finding]], overall: list[Finding]) -> str:
-    """Every claim with its verdicts, one column a setting."""
-    rows = [(found[0].claim, *map(verdict_cell, found)) for found in zip(*columns.values(), strict=True)]
-    lines = [markdown_table(("claim", *columns), rows), "", *(f"- {f.claim}: {verdict_cell(f)}" for f in overall)]
-    return "\n".join(lines)
+    """Every claim with its verdicts; settings stand side by side, without intervals, which their sections have."""
+
+    def short(finding: Finding) -> str:
+        return f"**{finding.verdict}** {re.sub(r' [[][^]]*[]]', '', finding.figure)}".rstrip()
+
+    rows = [(found[0].claim, *map(short, found)) for found in zip(*columns.values(), strict=True)]
+    lines = [markdown_table(("claim", *columns), rows), ""]
+    return "\n".join([*lines, *(f"- {f.claim}: **{f.verdict}** {f.figure}".rstrip() for f in overall)])
 
 
 def claims_table(findings: list[Finding], links: dict[str, str]) -> str:

@@ -51,7 +51,7 @@ part() {
 nvidia-smi >"$OUT/nvidia-smi.log" 2>&1
 wants() { [[ " $PARTS " == *" $1 "* ]]; }
 
-wants train && part train 180 $BENCHMARK train --config configs/gpt2_small.toml --optimizers muon aurora adamw \
+wants train && part train 220 $BENCHMARK train --config configs/gpt2_small.toml --optimizers muon aurora adamw \
     "${TRAIN[@]}" --out "$OUT/train"
 wants optim && part optim 60 $BENCHMARK optim --device $DEVICE "${OPTIM[@]}" \
     --rules muon normuon unormuon 'aurora folded' 'aurora iterated' --out "$OUT/optim"

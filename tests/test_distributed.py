@@ -185,6 +185,22 @@ def test_ranks_with_other_initial_weights_are_named_and_stop(tiny_track, launch,
     assert outcome.codes == [8, 8] and "error: rank 1 has weights = " in outcome.err[0]
 
 
+COMPILER_FAILS = """
+from torch._dynamo.exc import TorchDynamoException
+def refuse(*args):
+    raise TorchDynamoException('no compiler on this node')
+torch.compile = lambda part, dynamic: refuse if rank == 1 else part
+"""
+
+
+@pytest.mark.parametrize("micro_batch", ["4", "auto"])
+def test_a_compiler_that_fails_on_one_rank_alone_is_told_and_stops_all(tiny_track, launch, tmp_path, micro_batch):
+    arguments = ["--set", "train.compile=on", "--set", f"train.micro_batch={micro_batch}"]
+    outcome = launch("--config", tiny_track, "--out", tmp_path, *arguments, world_size=2, patch=COMPILER_FAILS)
+    assert outcome.codes == [2, 2] and outcome.err[1] == ""
+    assert "but torch.compile failed on rank 1: no compiler on this node; set it to 'off'" in outcome.err[0]
+
+
 SUMS_BOTH_WAYS = """
 from aurora.runtime import gradients
 gradients.BUCKET_ELEMENTS, gradients.SMALL_ELEMENTS = 3000, 100

@@ -404,6 +404,26 @@ def test_a_rank_that_hangs_is_named_and_the_job_ends(twelve_steps, launch, tmp_p
     assert max(outcome.ended_s) - begin_s <= 2 + 7
 
 
+LOST_UNHEARD = """
+import signal, time
+original = train_gpt.train_step
+def step(run, model, number, *rest):
+    if number == 4:
+        os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else time.sleep(600)
+    return original(run, model, number, *rest)
+train_gpt.train_step = step
+"""
+
+
+def test_a_rank_that_dies_is_named_where_the_collective_does_not_tell(twelve_steps, launch, tmp_path):
+    """As with NCCL: who waits for a dead peer gets no error."""
+    arguments = [*twelve_steps, "--timeout-s", "20", "--out", tmp_path]
+    outcome = launch(*arguments, world_size=2, patch=LOST_UNHEARD, timeout_s=30)
+    assert outcome.codes == [Exit.PEER, -signal.SIGKILL]
+    assert re.search(r"gives up: rank 1 \(process \d+ on .*\) has not answered", outcome.err[0])
+    assert outcome.ended_s[0] - outcome.ended_s[1] <= 10, "long before the timeout"
+
+
 STOPS = {"gradient_sum:5:1": 6, "measure:4:1": 5, "checkpoint_gather:3:1": 4, "checkpoint_state:3:0": 4}
 
 

@@ -177,6 +177,9 @@ def test_the_quick_tracks_values_are_the_best_of_its_committed_trials():
         keys = ("trial", "knob", "setting", "why")
         losses = [math.inf if entry["val_loss"] is None else entry["val_loss"] for entry in entries]
         trials = [Trial(*(entry[key] for key in keys), loss) for entry, loss in zip(entries, losses, strict=True)]
+        again = Search(knobs, len(trials), lambda number, *rest, losses=losses: losses[number - 1])
+        again.run()
+        assert again.trials == trials, f"{optimizer}: these are not the trials that the search makes"
         best = min(trials, key=lambda trial: trial.val_loss)
         config = load_config(ROOT / "configs" / "quick.toml", optimizer)
         chosen = config.hparams | {"warmup_steps": config.warmup_steps}

@@ -5,6 +5,7 @@ import importlib.util
 
 import torch
 import torch.nn.functional as F
+from torch.compiler import config as compiler_config
 from torch.nn import attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -51,9 +52,10 @@ def runs(name: str, model: ModelConfig, device: torch.device) -> bool:
 
 
 def use(name: str) -> str:
-    """Leave this backend and, for shapes that it does not take, torch's plain one."""
+    """Leave this backend alone: torch's plain one, where it is allowed, comes before cuDNN's."""
     torch.backends.cuda.enable_cudnn_sdp(name == "cudnn")
     torch.backends.cuda.enable_flash_sdp(name == "flash")
     torch.backends.cuda.enable_mem_efficient_sdp(name == "efficient")
-    torch.backends.cuda.enable_math_sdp(True)
+    torch.backends.cuda.enable_math_sdp(name == "math")
+    compiler_config.cache_key_tag = f"attention {name}"  # compiled code has the kernel in it, torch's key does not
     return name

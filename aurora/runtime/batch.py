@@ -20,6 +20,11 @@ class BatchPlan(NamedTuple):
         """Sequences of a forward pass without backward, which needs less memory."""
         return min(2 * self.micro_batch, self.val_sequences)
 
+    @property
+    def val_batches(self) -> set[int]:
+        """The sizes of these passes: the last may be smaller."""
+        return {self.val_batch, self.val_sequences % self.val_batch} - {0}
+
 
 def plan_batch(config: Config, world_size: int, micro_batch: int | None = None) -> BatchPlan:
     """Split batch and validation set over ranks, so that the global batch never depends on their number.

@@ -1,6 +1,7 @@
 """Whether and how the model is compiled."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -10,28 +11,51 @@ from configs.schema import Exit, HarnessError
 
 # What takes inputs and targets (B, T) to the summed loss.
 Model = Callable[[Tensor, Tensor], Tensor]
+Result = TypeVar("Result")
+
+
+class CompileFailed(Exception):
+    """A compiler failed on some rank; raised by all."""
+
+
+def agreed(ranks: Ranks, task: Callable[[], Result]) -> Result:
+    """The result of a task that compiles and has no collectives of its own. Collective.
+
+    Raises:
+        CompileFailed: on all ranks alike, so that none waits for another in a collective that the other never begins.
+    """
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._inductor.exc import InductorError
+
+    result, reason = None, None
+    try:
+        result = task()
+    except (TorchDynamoException, InductorError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+    for rank, theirs in enumerate(ranks.all_gather_object(reason)):
+        if theirs:
+            raise CompileFailed(f"torch.compile failed{f' on rank {rank}' * (ranks.world_size > 1)}: {theirs}")
+    return result
 
 
 def compiled_where_possible(model: nn.Module, mode: str, ranks: Ranks, prepare: Callable[[Model], str]) -> Model:
     """The model to call, prepared: compiled where train.compile says so and the compiler can; rank 0 says what it is.
 
-    prepare() runs everything once, since only then a compiler may fail; it returns what else to say.
+    prepare() runs everything once, since only then a compiler may fail, and raises CompileFailed where one does; it
+    returns what else to say.
     """
     if mode == "off" or (mode == "auto" and ranks.device.type != "cuda"):
         ranks.say(f"model: eager (train.compile = {mode!r} on {ranks.device.type}); {prepare(model)}")
         return model
-    from torch._dynamo.exc import TorchDynamoException
-    from torch._inductor.exc import InductorError
-
     try:
         compiled = torch.compile(model, dynamic=False) if ranks.world_size == 1 else compiled_parts(model)
         ranks.say(f"model: compiled{' block by block' * (ranks.world_size > 1)}; {prepare(compiled)}")
         return compiled
-    except (TorchDynamoException, InductorError) as error:
-        reason = f"torch.compile failed: {(str(error) or type(error).__name__).splitlines()[0]}"
+    except CompileFailed as error:
         if mode == "on":
-            raise HarnessError(Exit.CONFIG, f"train.compile = 'on', but {reason}; set it to 'off'") from error
+            raise HarnessError(Exit.CONFIG, f"train.compile = 'on', but {error}; set it to 'off'") from error
         torch._dynamo.reset()
+        reason = str(error)
     ranks.say(f"model: eager, for {reason}; {prepare(model)}")
     return model
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 
+from aurora.runtime.compiled import agreed
 from aurora.runtime.ranks import Ranks, is_out_of_memory
 from configs.schema import Exit, HarnessError
 
@@ -34,9 +35,11 @@ def first_that_fits(sizes: Sequence[int], attempt: Callable[[int], None], ranks:
 
     Raises:
         HarnessError: CONFIG, when not even the last fits.
+        CompileFailed: where an attempt fails for that, on any rank.
     """
     for size in sizes:
-        has_failed = torch.tensor([not fits(size, attempt, ranks, taken_gib)], device=ranks.device, dtype=torch.int64)
+        does_fit = agreed(ranks, lambda size=size: fits(size, attempt, ranks, taken_gib))
+        has_failed = torch.tensor([not does_fit], device=ranks.device, dtype=torch.int64)
         has_failed = ranks.all_reduce(has_failed, dist.ReduceOp.MAX).item()
         gc.collect()
         if ranks.device.type == "cuda":

@@ -12,6 +12,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch.distributed as dist
@@ -40,6 +41,19 @@ class State(NamedTuple):
     @property
     def place(self) -> str:
         return f"step {self.step + 1}, {self.point}"
+
+
+def is_gone(state: State) -> bool:
+    """Whether its process was on this machine and has ended. Of one in another container only silence tells."""
+    if not state.pid or state.host != socket.gethostname():
+        return False
+    try:
+        os.kill(state.pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
 
 
 class Watch:
@@ -99,10 +113,13 @@ class Watch:
                 self.states[rank] = state
             return has_moved
 
-    def silent(self, than_s: float) -> str | None:
-        """The rank that has not answered for longest, if for as long as that and not because it leaves, in words."""
+    def silent(self, than_s: float, counts: Callable[[State], bool] = lambda state: True) -> str | None:
+        """The rank that has not answered for longest, if for as long as that and not because it leaves, in words.
+
+        counts: whether a rank in this state is meant at all.
+        """
         now_s = time.monotonic()
-        candidates = [rank for rank, state in self.states.items() if not state.is_leaving]
+        candidates = [rank for rank, state in self.states.items() if not state.is_leaving and counts(state)]
         rank = min(candidates, key=lambda rank: self.answered_s[rank], default=None)
         if rank is None or rank == self.ranks.rank or now_s - self.answered_s[rank] < than_s:
             return None
@@ -129,7 +146,8 @@ class Watch:
                     moved_s = time.monotonic()
             except (RuntimeError, ValueError):  # the store went with the launcher or with rank 0: peers tell the rest
                 return
-            finding = self.silent(self.timeout_s)
+            # NCCL does not tell of a peer that died: who waits for it may wait for good. gloo does, and at once.
+            finding = self.silent(self.timeout_s) or self.silent(4 * self.poll_s, is_gone)
             if finding is None:
                 slow = any(state.point in SLOW_POINTS for state in self.states.values())
                 limit_s = max(self.timeout_s, SETUP_TIMEOUT_S) if slow else self.timeout_s
