@@ -142,7 +142,8 @@ def summary(columns: dict[str, list[Finding]], overall: list[Finding]) -> str:
     """Every claim with its verdicts; settings stand side by side, without intervals, which their sections have."""
 
     def short(finding: Finding) -> str:
-        return f"**{finding.verdict}** {re.sub(r' [[][^]]*[]]', '', finding.figure)}".rstrip()
+        figure = re.sub(r" \[[^]]*\]", "", finding.figure)
+        return f"**{finding.verdict}** {figure}".rstrip()
 
     rows = [(found[0].claim, *map(short, found)) for found in zip(*columns.values(), strict=True)]
     lines = [markdown_table(("claim", *columns), rows), ""]
