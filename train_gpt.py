@@ -159,11 +159,11 @@ def side_by_side(x: Tensor, first: Linear, *others: Linear) -> Tensor:
 
 
 class Rotary(nn.Module):
-    """Rotary positions on half of each head: of the pairs (i, i + K/2) those with i < K/4 turn."""
+    """Rotary positions on half of each head: of the pairs (i, i + K/2) those with i < K/4 turn, others by no angle."""
 
     def __init__(self, head_dim: int, seq_len: int, base: float):
         super().__init__()
-        frequencies = (1 / base) ** torch.linspace(0, 1, head_dim // 4)
+        frequencies = F.pad((1 / base) ** torch.linspace(0, 1, head_dim // 4), (0, head_dim // 4))
         angles_T11F = torch.outer(torch.arange(seq_len, dtype=torch.float32), frequencies)[:, None, None, :]
         self.register_buffer("cos_T11F", angles_T11F.cos(), persistent=False)
         self.register_buffer("sin_T11F", angles_T11F.sin(), persistent=False)

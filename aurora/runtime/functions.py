@@ -106,7 +106,7 @@ def rms_norm(x: Tensor, gain: Tensor | None = None) -> Tensor:
 
 
 class Rotation(torch.autograd.Function):
-    """Of the pairs (i, i + K/2) along the last dimension K those with i < K/4 turned; gradients are turned back."""
+    """Pairs (i, i + K/2) along the last dimension K turned by angles, given by cos and sin; gradients turned back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -120,8 +120,8 @@ class Rotation(torch.autograd.Function):
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    x1, still1, x2, still2 = x.float().chunk(4, dim=-1)
-    return torch.cat([x1 * cos + x2 * sin, still1, x2 * cos - x1 * sin, still2], dim=-1).type_as(x)
+    x1, x2 = x.float().chunk(2, dim=-1)
+    return torch.cat([torch.addcmul(x1 * cos, x2, sin), torch.addcmul(x2 * cos, x1, sin, value=-1)], dim=-1).type_as(x)
 
 
 def soft_cap(z: Tensor, cap: float) -> Tensor:
