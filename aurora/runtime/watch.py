@@ -76,6 +76,7 @@ class Watch:
         for rank in range(self.ranks.world_size):
             self.states[rank], self.answered_s[rank] = unseen, time.monotonic()
         self.parent = os.getppid()
+        self.publish()  # before anything can happen to this rank, so that the others know its process
         self.thread = threading.Thread(target=self.run, name="watch", daemon=True)
         self.thread.start()
 
