@@ -187,6 +187,21 @@ def by_task(runs: Iterable[Run], results: Path) -> dict[str, list[Run]]:
     return tasks
 
 
+def changes_of_track(run: Run) -> dict[str, Any]:
+    """What the command changed of the track's model and evaluation: tasks of one track differ in it."""
+    try:
+        track = tomllib.loads(run.start["sources"][config_name(run)])
+    except (KeyError, TypeError, tomllib.TOMLDecodeError):
+        track = {}
+    config, found = run.start["config"], unlike_first(run)
+    for name in ("model", "eval"):
+        tables = track.get(name), config.get(name)
+        if all(isinstance(table, dict) for table in tables):
+            theirs, own = tables
+            found |= {key: own[key] for key in theirs if key != "target" and own.get(key, theirs[key]) != theirs[key]}
+    return found
+
+
 def task_section(
     task: str, runs: Sequence[Run], trials: Sequence[Run], links: dict[str, str], results: Path
 ) -> list[str]:
@@ -198,7 +213,7 @@ def task_section(
     machines = list({stack_of(group.runs[0]): hardware(group.runs[0]) for group in groups}.items())
     stacks = [stack for stack, _ in machines]
     track = ", ".join(sorted({Path(config_name(run)).stem for run in runs}))
-    variation = "".join(f", {key} {cell(value)}" for key, value in unlike_first(runs[0]).items())
+    variation = "".join(f", {cell(key)} {cell(value)}" for key, value in changes_of_track(runs[0]).items())
     lines = [
         f"## {cell(track)}{variation}: target {runs[0].target:g}, {config['train']['batch_tokens']:,} tokens a step",
         "",
