@@ -117,13 +117,15 @@ def test_variation_of_a_track_has_a_table_of_its_own_and_is_not_set_beside_publi
         '[[track]]\nname = "tiny"\ntarget = 2.0\nbatch_tokens = 512\nvocab_size = 64\ntext = ""\nresult = []\n'
     )
     config = json.loads(record().splitlines()[0])["config"]
-    for folder, head_dtype in (("plain", "activation"), ("varied", "float8")):
+    sources = {"plain.toml": "[model]\nvocab_size = 64\nnum_layers = 2\n[eval]\nevery = 5\ntarget = 3.0\n"}
+    for folder, head_dtype, num_layers in (("plain", "activation", 2), ("varied", "float8", 3)):
         (results / folder).mkdir()
-        model = config["model"] | {"head_dtype": head_dtype}
-        text = record(config=config | {"model": model}, task_hash=folder)
+        model = config["model"] | {"head_dtype": head_dtype, "num_layers": num_layers}
+        changed = config | {"model": model, "eval": config["eval"] | {"every": 5}}
+        text = record(config=changed, task_hash=folder, sources=sources)
         (results / folder / "muon-0.jsonl").write_text(text)
     page = leaderboard.make_page(results, leaderboard.read_results(results))
-    assert "## plain, head_dtype float8: target 2, 512 tokens a step\n\nTask varied." in page
+    assert "## plain, head\\_dtype float8, num\\_layers 3: target 2, 512 tokens a step\n\nTask varied." in page
     assert "## plain: target 2, 512 tokens a step\n\nTask plain." in page
     assert page.count("| ours") == 3, "of the rules of quick, and of plain"
 
