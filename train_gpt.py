@@ -80,7 +80,15 @@ from aurora.runtime.compiled import Model, agreed, compiled_where_possible
 from aurora.runtime.console import Console
 from aurora.runtime.faults import point
 from aurora.runtime.float8 import check_float8, float8_linear
-from aurora.runtime.functions import Held, HeldWeights, ReluSquared, Rotation, SoftCapCrossEntropy, rms_norm, soft_cap
+from aurora.runtime.functions import (
+    Held,
+    HeldWeights,
+    ReluSquared,
+    RotatedRMSNorm,
+    SoftCapCrossEntropy,
+    rms_norm,
+    soft_cap,
+)
 from aurora.runtime.gradients import GradientSum
 from aurora.runtime.guard import Guard, check_validation, check_weights
 from aurora.runtime.memory import available_gib, first_that_fits
@@ -159,19 +167,18 @@ def side_by_side(x: Tensor, first: Linear, *others: Linear) -> Tensor:
 
 
 class Rotary(nn.Module):
-    """Rotary positions on half of each head: of the pairs (i, i + K/2) those with i < K/4 turn, others by no angle."""
+    """RMS norm, then rotary positions on half of each head: of pairs (i, i + K/2) those with i < K/4 turn."""
 
     def __init__(self, head_dim: int, seq_len: int, base: float):
         super().__init__()
         frequencies = F.pad((1 / base) ** torch.linspace(0, 1, head_dim // 4), (0, head_dim // 4))
-        angles_T11F = torch.outer(torch.arange(seq_len, dtype=torch.float32), frequencies)[:, None, None, :]
-        self.register_buffer("cos_T11F", angles_T11F.cos(), persistent=False)
-        self.register_buffer("sin_T11F", angles_T11F.sin(), persistent=False)
+        angles_T1F = torch.outer(torch.arange(seq_len, dtype=torch.float32), frequencies)[:, None, :]
+        cos, sin = angles_T1F.cos(), angles_T1F.sin()
+        self.register_buffer("cos_T1K", torch.cat([cos, cos], dim=-1), persistent=False)
+        self.register_buffer("sin_T1K", torch.cat([sin, -sin], dim=-1), persistent=False)
 
-    def forward(self, x_BT2HK: Tensor) -> Tensor:
-        """Queries and keys at once: each operation that a CPU or an eager GPU starts is one for both."""
-        cos, sin = self.cos_T11F[: x_BT2HK.size(1)], self.sin_T11F[: x_BT2HK.size(1)]
-        return Rotation.apply(x_BT2HK, cos, sin)
+    def forward(self, x_BTHK: Tensor) -> Tensor:
+        return RotatedRMSNorm.apply(x_BTHK, self.cos_T1K[: x_BTHK.size(1)], self.sin_T1K[: x_BTHK.size(1)])
 
 
 class Attention(nn.Module):
@@ -186,9 +193,8 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         qkv_BT3HK = side_by_side(x_BTD, self.q, self.k, self.v).unflatten(-1, (3, self.num_heads, -1))
-        qk_BT2HK, v_BT1HK = qkv_BT3HK.split((2, 1), dim=2)
-        qk_BT2HK = self.rotary(rms_norm(qk_BT2HK))
-        q, k, v = (x_BTHK.transpose(1, 2) for x_BTHK in (*qk_BT2HK.unbind(2), v_BT1HK.squeeze(2)))
+        q_BTHK, k_BTHK, v_BTHK = qkv_BT3HK.unbind(2)
+        q, k, v = (x_BTHK.transpose(1, 2) for x_BTHK in (self.rotary(q_BTHK), self.rotary(k_BTHK), v_BTHK))
         y_BHTK = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
         return self.out(y_BHTK.transpose(1, 2).flatten(-2))
 

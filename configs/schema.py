@@ -225,7 +225,7 @@ def check_bounds(config: Config) -> None:
         ("model.model_dim / num_heads", head_dim, head_dim % 4 == 0, "a multiple of 4: half a head turns, in pairs"),
         ("model.rope_base", model.rope_base, model.rope_base > 1, "above 1"),
         ("model.attention_scale", model.attention_scale, model.attention_scale > 0, "positive"),
-        ("model.logit_softcap", model.logit_softcap, model.logit_softcap > 0, "positive"),
+        ("model.logit_softcap", model.logit_softcap, 0 < model.logit_softcap <= 64, "in (0, 64]"),
         ("model.activation_dtype", model.activation_dtype, model.activation_dtype in DTYPES, " or ".join(DTYPES)),
         ("model.mlp", model.mlp, model.mlp in MLPS, " or ".join(MLPS)),
         ("model.head_dtype", model.head_dtype, model.head_dtype in HEAD_DTYPES, " or ".join(HEAD_DTYPES)),

@@ -100,32 +100,43 @@ def test_loss_and_gradient_of_soft_capped_logits_equal_autograds_in_float64(monk
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [1.0, 1e-3])  # the second where epsilon counts
-@pytest.mark.parametrize("has_gain", [True, False])
-def test_norm_and_its_gradients_equal_autograds_in_float64(dtype, scale, has_gain):
+def test_norm_and_its_gradients_equal_autograds_in_float64(dtype, scale):
     generator = torch.Generator().manual_seed(0)
     whole = (torch.randn(5, 3, 40, generator=generator) * scale).to(dtype)
     x, grad = whole[:, :2].requires_grad_(), torch.randn(5, 2, 40, generator=generator).to(dtype)
-    gain = torch.randn(40, generator=generator).requires_grad_() if has_gain else None
-    inputs = [x, gain] if has_gain else [x]
-    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
-    expected = exact[0] / (exact[0].square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
-    expected = expected * exact[1] if has_gain else expected
+    gain = torch.randn(40, generator=generator).requires_grad_()
+    exact = [tensor.detach().double().requires_grad_() for tensor in (x, gain)]
+    expected = plain_norm(exact[0]) * exact[1]
     ours = functions.rms_norm(x, gain)
     assert ours.dtype == dtype
-    found = [ours, *torch.autograd.grad(ours, inputs, grad)]
+    found = [ours, *torch.autograd.grad(ours, [x, gain], grad)]
     for value, exact_value in zip(found, [expected, *torch.autograd.grad(expected, exact, grad.double())], strict=True):
         error = (value.double() - exact_value).norm() / exact_value.norm()
         assert error < (1e-6 if value.dtype == torch.float32 else 2**-8)
 
 
-def test_gradient_of_rotated_queries_and_keys_is_autograds():
-    rotary = train_gpt.Rotary(head_dim=16, seq_len=12, base=1024)
-    x = torch.randn(2, 10, 2, 3, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    plain = functions.turned(x, rotary.cos_T11F[:10], rotary.sin_T11F[:10])
-    (grad,) = torch.autograd.grad(rotary(x).square().sum() + rotary(x)[..., 3].sum(), x)
-    (expected,) = torch.autograd.grad(plain.square().sum() + plain[..., 3].sum(), x)
-    assert torch.equal(rotary(x), plain)
-    torch.testing.assert_close(grad, expected)
+def plain_norm(x):
+    return x / (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+def test_rotated_norm_of_queries_and_keys_and_its_gradient_equal_autograds_in_float64(dtype, scale):
+    head_dim, base = 16, 1024
+    rotary, generator = train_gpt.Rotary(head_dim, seq_len=12, base=base), torch.Generator().manual_seed(0)
+    whole = (torch.randn(2, 10, 3, 4, head_dim, generator=generator) * scale).to(dtype)
+    x, grad = whole.unbind(2)[1].requires_grad_(), torch.randn(2, 10, 4, head_dim, generator=generator).to(dtype)
+    exact = x.detach().double().requires_grad_()
+    frequencies = [base ** (-i / (head_dim // 4 - 1)) for i in range(head_dim // 4)] + [0.0] * (head_dim // 4)
+    angles = torch.arange(10).double()[:, None, None] * torch.tensor(frequencies).double()
+    x1, x2 = plain_norm(exact).chunk(2, dim=-1)
+    expected = torch.cat([x1 * angles.cos() + x2 * angles.sin(), x2 * angles.cos() - x1 * angles.sin()], dim=-1)
+    ours = rotary(x)
+    assert ours.dtype == dtype
+    found, wanted = torch.autograd.grad(ours, x, grad), torch.autograd.grad(expected, exact, grad.double())
+    for value, exact_value in ((ours, expected), (found[0], wanted[0])):
+        error = (value.double() - exact_value).norm() / exact_value.norm()
+        assert error < (1e-6 if dtype == torch.float32 else 2**-7)
 
 
 def test_later_tokens_do_not_change_earlier_logits(config):

@@ -1,6 +1,7 @@
 """Parts of a model's step that autograd alone would do with more memory or more passes over it."""
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -66,62 +67,74 @@ class ReluSquared(torch.autograd.Function):
         return (grad * root).mul_(2)
 
 
+def inverse_rms(x: Tensor) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps) over the last dimension, which is kept."""
+    mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.size(-1))
+    return mean_square.add_(torch.finfo(x.dtype).eps).rsqrt_()
+
+
 class FewPassRMSNorm(torch.autograd.Function):
-    """x / sqrt(mean(x^2) + eps) over the last dimension, times a gain (D,) if there is one; in float32 at least.
+    """x / sqrt(mean(x^2) + eps) over the last dimension, times a gain (D,); in float32 at least.
 
     torch has one kernel for it on CUDA, but on a CPU a chain of operations, each with a backward of its own.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gain: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gain: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.size(-1))
-        rstd.add_(torch.finfo(wide.dtype).eps).rsqrt_()
+        rstd = inverse_rms(wide)
         ctx.save_for_backward(x, rstd, gain)
-        y = wide * rstd
-        return (y if gain is None else y.mul_(gain)).type_as(x)
+        return (wide * rstd).mul_(gain).type_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, rstd, gain = ctx.saved_tensors
         wide = x.to(rstd.dtype)
         products = grad * wide
-        if gain is None:
-            sums, grad_y, grad_gain = products.sum(-1, keepdim=True), grad, None
-        else:
-            sums, grad_y = (products @ gain.to(products.dtype)).unsqueeze(-1), grad * gain
-            grad_gain = rstd.flatten() @ products.flatten(0, -2)
-        along_x = sums.mul_(rstd.square()).div_(-x.size(-1))
-        return torch.addcmul(grad_y, wide, along_x).mul_(rstd).type_as(x), grad_gain
+        along_x = (products @ gain.to(products.dtype)).unsqueeze(-1).mul_(rstd.square()).div_(-x.size(-1))
+        grad_gain = rstd.flatten() @ products.flatten(0, -2)
+        return torch.addcmul(grad * gain, wide, along_x).mul_(rstd).type_as(x), grad_gain
 
 
-def rms_norm(x: Tensor, gain: Tensor | None = None) -> Tensor:
+def rms_norm(x: Tensor, gain: Tensor) -> Tensor:
     """Over the last dimension, with a gain (D,) in float32: F.rms_norm where torch has a kernel for it.
 
     That one rounds the gain to the dtype of x, this one on a CPU does not.
     """
     if x.is_cpu and not torch.compiler.is_compiling():
         return FewPassRMSNorm.apply(x, gain)
-    return F.rms_norm(x, x.shape[-1:], None if gain is None else gain.type_as(x))
+    return F.rms_norm(x, x.shape[-1:], gain.type_as(x))
 
 
-class Rotation(torch.autograd.Function):
-    """Pairs (i, i + K/2) along the last dimension K turned by angles, given by cos and sin; gradients turned back."""
+class RotatedRMSNorm(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + eps) over the last dimension K, then pairs (i, i + K/2) turned by angles; in float32.
+
+    cos (.., K) holds each cosine twice, sin the sines and then the sines with a minus. A rotation changes neither
+    lengths nor dot products, so the norm's gradient needs the result alone, which attention keeps anyway.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return turned(x, cos, sin)
+        wide = x.to(cos.dtype)
+        rstd = inverse_rms(wide)
+        y = wide * rstd
+        y = torch.addcmul(y * cos, partners(y), sin).type_as(x)
+        ctx.save_for_backward(y, rstd, cos, sin)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return turned(grad, cos, -sin), None, None
+        y, rstd, cos, sin = ctx.saved_tensors
+        wide_grad, wide = grad.to(cos.dtype), y.to(cos.dtype)
+        along_y = (wide_grad * wide).sum(-1, keepdim=True).div_(-y.size(-1))
+        across = torch.addcmul(wide_grad, wide, along_y)
+        turned_back = torch.addcmul(across * cos, partners(across), sin, value=-1)
+        return turned_back.mul_(rstd).type_as(y), None, None
 
 
-def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    x1, x2 = x.float().chunk(2, dim=-1)
-    return torch.cat([torch.addcmul(x1 * cos, x2, sin), torch.addcmul(x2 * cos, x1, sin, value=-1)], dim=-1).type_as(x)
+def partners(x: Tensor) -> Tensor:
+    """The other of each pair (i, i + K/2) of the last dimension K."""
+    return x.roll(x.size(-1) // 2, -1)
 
 
 def soft_cap(z: Tensor, cap: float) -> Tensor:
@@ -129,20 +142,27 @@ def soft_cap(z: Tensor, cap: float) -> Tensor:
     return cap * z * (z.square() + cap**2).rsqrt()
 
 
+LOG2_E = math.log2(math.e)
+
+
 class SoftCapCrossEntropy(torch.autograd.Function):
     """Cross-entropy of soft-capped logits (N, V) with targets (N,), summed, in float32.
 
     Keeps the logits as they came and overwrites them with their gradient, so there is one backward pass. float32
-    copies of all of them would be most of a step's memory: eagerly they exist in parts, compiled not at all.
+    copies of all of them would be most of a step's memory: eagerly they exist in parts, compiled not at all. Capped
+    logits (at most 64, see configs/schema.py) have exponentials that float32 holds, so a row's sum needs no maximum
+    first, which would be one more pass; powers of two, with logits in bits, are what devices compute fastest.
     """
 
     @staticmethod
     def forward(ctx: Any, z_NV: Tensor, targets_N: Tensor, cap: float) -> Tensor:
         log_sums, losses = [], []
         for z, targets in parts_of(z_NV, targets_N):
-            logits = soft_cap(z.float(), cap)
-            log_sums.append(logits.logsumexp(dim=1))
-            losses.append((log_sums[-1] - logits.gather(1, targets[:, None])[:, 0]).sum())
+            wide = z.float()
+            slope = wide.square().add_(cap**2).rsqrt_().mul_(cap * LOG2_E)
+            log_sums.append(slope.mul_(wide).exp2_().sum(1).log2())
+            of_targets = soft_cap(z.gather(1, targets[:, None])[:, 0].float(), cap)
+            losses.append((log_sums[-1] / LOG2_E - of_targets).sum())
         ctx.save_for_backward(z_NV, targets_N, torch.cat(log_sums))
         ctx.cap = cap
         return torch.stack(losses).sum()
@@ -154,7 +174,8 @@ class SoftCapCrossEntropy(torch.autograd.Function):
         for z, targets, log_sums in parts_of(z_NV, targets_N, log_sums_N):
             wide = z.float()
             slope = wide.square().add_(ctx.cap**2).rsqrt_().mul_(ctx.cap)
-            error = (slope * wide).sub_(log_sums[:, None]).exp_().add_(columns == targets[:, None], alpha=-1)
+            error = torch.addcmul(-log_sums[:, None], slope, wide, value=LOG2_E).exp2_()
+            error = error.add_(columns == targets[:, None], alpha=-1)
             z.copy_(error.mul_(slope).mul_(slope).mul_(slope).mul_(grad))  # slope^3 is the soft-cap's derivative
         return z_NV, None, None
 
