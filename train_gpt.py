@@ -15,9 +15,8 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import functools
 import math
-import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -68,13 +67,12 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import aurora
 from aurora.runtime.attention import choose_attention
-from aurora.runtime.batch import BatchPlan, halvings, plan_batch
+from aurora.runtime.batch import BatchPlan, plan_batch
 from aurora.runtime.clock import Clock, time_mark
 from aurora.runtime.compiled import Model, agreed, compiled_where_possible
 from aurora.runtime.console import Console
@@ -91,28 +89,20 @@ from aurora.runtime.functions import (
 )
 from aurora.runtime.gradients import GradientSum
 from aurora.runtime.guard import Guard, check_validation, check_weights
-from aurora.runtime.memory import available_gib, first_that_fits
+from aurora.runtime.launch import run_as_rank
+from aurora.runtime.memory import fit_micro_batch
 from aurora.runtime.optimizers import build_optimizers, checked_hparams, fix_polar_dtype
-from aurora.runtime.process import check_writable, die_with_launcher, lock_folder, report_exit, stop_signals, tell
-from aurora.runtime.ranks import (
-    Ranks,
-    digest,
-    is_out_of_memory,
-    is_peer_failure,
-    join_ranks,
-    leave_ranks,
-    shared_variables,
-)
+from aurora.runtime.process import check_writable, lock_folder, stop_signals
+from aurora.runtime.ranks import Ranks, digest
 from aurora.runtime.step_log import StepLog
-from aurora.runtime.watch import Watch
 from configs.schema import Config, Exit, HarnessError, ModelConfig, load_config
 from data.loader import RunData, TokenLoader, open_run_data
 from data.shards import ShardError
-from results.checkpoint import first_line, go_on_from, newest_checkpoint, save_checkpoint
-from results.describe import Progress, dry_run_report, end_event, memory_estimate_gib, run_event
+from results.checkpoint import go_on_from, newest_checkpoint, save_run
+from results.describe import check_same_start, dry_run_report, end_event, greeting, resume_event, run_event, summary
 from results.momentum import Dump, checked_dump, record_momentum
 from results.neurons import Neurons
-from results.record import RecordWriter, Validation, first_at_target
+from results.record import Progress, RecordWriter, Validation
 from results.tracking import Tracker
 
 IMPORT_NS = time.perf_counter_ns() - IMPORT_BEGIN_NS
@@ -322,8 +312,10 @@ class Training:
     model: GPT
     optimizers: list[torch.optim.Optimizer]
     loader: TokenLoader
+    val_tokens: np.ndarray
 
     def __post_init__(self) -> None:
+        self.guard, self.log = Guard(self.model, self.ranks), StepLog(self.config.train.log_every, self.ranks)
         params = reversed(list(self.model.parameters()))  # as gradients arrive; with several ranks, they get hooks
         wire_dtype = self.model.activation_dtype  # to which autograd has rounded the gradients of a pass anyway
         self.sum = GradientSum(params, self.optimizers, wire_dtype) if self.ranks.world_size > 1 else None
@@ -361,7 +353,7 @@ def new_training(config: Config, plan: BatchPlan, data: RunData, seed: int, rank
         prepare=lambda window: stage(window, ranks.device),  # by the loader's thread, while a step runs
         allow_epochs=config.data.allow_epochs,
     )
-    return Training(config, plan, ranks, model, optimizers, loader)
+    return Training(config, plan, ranks, model, optimizers, loader, data.val_tokens)
 
 
 def lr_scale(step: int, config: Config) -> float:
@@ -402,11 +394,11 @@ def forward_backward(model: Model, batch: tuple[Tensor, Tensor], run: Training) 
 
 
 @torch.no_grad()
-def validate(model: Model, data: RunData, run: Training) -> float:
+def validate(model: Model, run: Training) -> float:
     """Mean loss over the fixed validation tokens, in sequences that do not overlap. Collective; changes nothing."""
     config, plan, ranks = run.config, run.plan, run.ranks
     own_tokens = plan.val_sequences * config.model.seq_len
-    window = data.val_tokens[ranks.rank * own_tokens : (ranks.rank + 1) * own_tokens + 1]
+    window = run.val_tokens[ranks.rank * own_tokens : (ranks.rank + 1) * own_tokens + 1]
     batch = to_device(stage(window, ranks.device), config.model.seq_len, ranks.device)
     losses = []
     with run.model.weights_at_rest():
@@ -445,8 +437,6 @@ def warm_up(model: Model, run: Training) -> None:
     finally:
         run.model.zero_grad()
         run.load_state_dict(before)
-        for optimizer in run.optimizers:
-            optimizer.found_non_finite = None  # of the made-up steps
     if digest(run.state_dict()) != digest(before):
         raise RuntimeError("warm-up left a trace in weights, optimizer state, RNG or loader")
 
@@ -464,28 +454,10 @@ def try_passes(model: Model, plan: BatchPlan, run: Training) -> None:
         run.model.zero_grad()
 
 
-def fit_micro_batch(model: Model, run: Training) -> None:
-    """Halve the micro-batch until passes of its size fit into the memory of every rank. Collective."""
-    world_size, params = run.ranks.world_size, run.model.roles()
-
-    def attempt(size: int) -> None:
-        try_passes(model, plan_batch(run.config, world_size, size), run)
-
-    sizes = halvings(run.plan)
-    gib = {size: memory_estimate_gib(run.config, params, run.optimizers, world_size, size) for size in sizes}
-    # The estimate is for eager mode, and compiled code keeps less: what it puts far too high is not worth compiling.
-    # Where the host's memory is used, no attempt fails: the kernel would kill this process, or others.
-    limit_gib = (2 if run.ranks.device.type == "cuda" else 0.5) * available_gib(run.ranks)
-    sizes = [size for size in sizes if sum(gib[size].values()) < limit_gib] or sizes[-1:]
-    # Warm-up keeps a copy of the weights, and gradients on their way to other ranks are copies, too.
-    later_gib = gib[1]["optimizer state"] + gib[1]["weights"] * (2 if world_size > 1 else 1)
-    run.plan = plan_batch(run.config, world_size, first_that_fits(sizes, attempt, run.ranks, later_gib))
-
-
 def prepare(model: Model, run: Training) -> str:
     """Find the micro-batch and warm up; says what it is."""
     if run.config.train.micro_batch == "auto":
-        fit_micro_batch(model, run)
+        run.plan = fit_micro_batch(run, lambda plan: try_passes(model, plan, run))
     elif model is not run.model:
         agreed(run.ranks, lambda: try_passes(model, run.plan, run))
     warm_up(model, run)
@@ -536,86 +508,61 @@ def train_in_folder(
     data = ranks.together(lambda: open_data(config))
     torch.manual_seed(args.seed)  # nothing draws from it; if ever something does, all ranks and segments agree
     run = new_training(config, plan, data, args.seed, ranks)
-    model, optimizers = run.model, run.optimizers
-    start = run_event(config, args.config, args.seed, ranks.world_size, ranks.device, model.roles(), optimizers, data)
-    identity = {key: start[key] for key in ("config", "seed", "code_hash")}
-    identity |= {"data": start["data"]["fingerprint"], "val": start["data"]["val_sha256"]}
-    stack = {key: start["env"][key] for key in ("torch", "numpy", "python", "torch_threads")}
-    ranks.check_agree(**identity, **stack, env=shared_variables(start["env"]), weights=digest(model.state_dict()))
-    checkpoint = ranks.together(lambda: newest_checkpoint(args.out, identity, ranks.say)) if args.resume else None
+    start = run_event(run, args.config, args.seed, data)
+    check_same_start(start, run)
+    checkpoint = ranks.together(lambda: newest_checkpoint(args.out, start, ranks.say)) if args.resume else None
     ranks.check_agree(checkpoint_step=checkpoint["step"] if checkpoint else None)
-    run_id = ranks.all_gather_object(checkpoint["run_id"] if checkpoint else start["run_id"])[0]
-    start["run_id"] = run_id
-    record = RecordWriter(args.out / f"{run_id}.jsonl", ranks)
-    ranks.say(
-        f"{run_id}: {config.optimizer} on {ranks.world_size} x {start['env']['device_name']}, "
-        f"{sum(start['params_by_role'].values()):,} parameters, target {config.eval.target}"
-    )
+    start["run_id"] = ranks.all_gather_object((checkpoint or start)["run_id"])[0]
+    record = RecordWriter(args.out / f"{start['run_id']}.jsonl", ranks)
+    ranks.say(greeting(start))
     clock.charge("setup")
 
     if checkpoint and (config.train.micro_batch, ranks.world_size) == ("auto", checkpoint["world_size"]):
         run.plan = plan_batch(config, ranks.world_size, checkpoint["micro_batch"])  # which was found before
     point("warm_up", 0)
     start["attention"] = choose_attention(config.model, ranks.device)
-    callable_model = compiled_where_possible(model, config.train.compile, ranks, lambda called: prepare(called, run))
-    start |= {"compiled": callable_model is not model, "micro_batch": run.plan.micro_batch}
+    model = compiled_where_possible(run.model, config.train.compile, ranks, lambda called: prepare(called, run))
+    start |= {"compiled": model is not run.model, "micro_batch": run.plan.micro_batch}
     ranks.check_agree(**{key: start[key] for key in ("attention", "compiled", "micro_batch")})
-    progress = Progress()
+    progress = ranks.together(lambda: go_on_from(checkpoint, run, clock)) if checkpoint else Progress()
     if checkpoint:
-        ranks.together(lambda: go_on_from(checkpoint["training"], run))
-        looks = [Validation(*look) for look in checkpoint["validations"]]
-        progress = Progress(checkpoint["step"], looks, checkpoint["segments"] + 1)
-        clock.add(checkpoint["spent_ns"])
-        ranks.say(f"resume: from step {progress.step} of {run_id}, segment {progress.segments}")
+        ranks.say(f"resume: from step {progress.step} of {start['run_id']}, segment {progress.segments}")
     elif args.resume:
         ranks.say(f"resume: no unfinished run with a checkpoint in {args.out}, starting at step 0")
     if dump:
-        record_momentum(optimizers[-1], dump, progress.step, args.out / f"{run_id}.momentum")
+        record_momentum(run.optimizers[-1], dump, progress.step, args.out / f"{start['run_id']}.momentum")
     if ranks.all_gather_object(record.is_new())[0]:
         record.write(start)
     if checkpoint:
-        changed = ("utc", "world_size", "device", "compiled", "attention", "micro_batch", "git", "env")
-        here = {key: start[key] for key in changed}
-        record.write({"event": "resume", "step": progress.step, "segment": progress.segments} | here)
+        record.write(resume_event(start, progress))
     tracker = Tracker(args.wandb, start, ranks.is_main)
     if ranks.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     clock.charge("warmup")
 
-    def save() -> None:
-        """On all ranks or none. Collective."""
-        point("checkpoint_gather", progress.step)
-        spent_ns, _ = clock.of_slowest_rank()
-        state = {"training": run.state_dict(), "identity": identity, "run_id": run_id, "spent_ns": spent_ns}
-        state |= {"world_size": ranks.world_size, "micro_batch": run.plan.micro_batch}
-        state |= vars(progress) | {"validations": [tuple(look) for look in progress.validations]}
-        folder = args.out / f"{run_id}.checkpoints"
-        ranks.together(lambda: save_checkpoint(folder, progress.step, state) if ranks.is_main else None)
-        point("checkpoint_saved", progress.step)
-
     try:
-        train_steps(run, callable_model, data, progress, clock, record, tracker, save)
+        save = functools.partial(save_run, args.out, start, run, progress, clock)
+        train_steps(run, model, progress, clock, record, tracker, save)
         point("end", progress.step)
         record.write(end_event("done", run, progress, clock))
     except HarnessError as error:
-        if error.reason in (Exit.NON_FINITE, Exit.PREEMPTED):
-            status = "diverged" if error.reason == Exit.NON_FINITE else "interrupted"
-            record.write(end_event(status, run, progress, clock))
+        if error.reason == Exit.NON_FINITE:  # which all ranks notice at once; time and steps before it still count
+            clock.charge("train")
+            record.write(*run.log.flush())
+        if error.reason in ENDINGS:
+            record.write(end_event(ENDINGS[error.reason], run, progress, clock))
         raise
     finally:
         tracker.finish()
-    hit, last = first_at_target(progress.validations, config.eval.target), progress.validations[-1]
-    reached = f"reached at step {hit.step} after {hit.train_time_s:.3f}s" if hit else "not reached"
-    ranks.say(
-        f"{config.optimizer}, seed {args.seed}: val_loss {last.val_loss:.5f}, target {config.eval.target} {reached}; "
-        f"record {record.path}"
-    )
+    ranks.say(f"{summary(config, args.seed, progress)}; record {record.path}")
+
+
+ENDINGS = {Exit.NON_FINITE: "diverged", Exit.PREEMPTED: "interrupted"}  # of which the record tells; others are crashes
 
 
 def train_steps(
     run: Training,
     model: Model,
-    data: RunData,
     progress: Progress,
     clock: Clock,
     record: RecordWriter,
@@ -623,42 +570,46 @@ def train_steps(
     save: Callable[[], None],
 ) -> None:
     """The timed loop from progress.step to the end, with validation and checkpoints off the clock between steps."""
-    config, ranks = run.config, run.ranks
-    first_step, steps = progress.step, config.train.steps
-    guard, log, console = Guard(run.model, ranks), StepLog(config.train.log_every, ranks), Console(config, ranks, clock)
+    config, ranks, guard = run.config, run.ranks, run.guard
+    first_step, steps, every = progress.step, config.train.steps, config.train.checkpoint_every
+    console = Console(config, ranks, clock)
     neurons = Neurons(config, validation_steps(config), run.model, run.optimizers[-1], ranks)
-    shown_tokens = data.val_tokens[: neurons.num_tokens + 1]
+    shown = stage(run.val_tokens[: neurons.num_tokens + 1], ranks.device)
+    shown, _ = to_device(shown, config.model.seq_len, ranks.device)
     due = validation_steps(config) - {look.step for look in progress.validations}
-    with stop_signals(guard.request_stop), last_words(clock, log, record):
+
+    def pause(step: int, is_checkpoint_step: bool) -> None:
+        """Stop the clock; validate and save what is due. Collective."""
+        guard.read()
+        clock.charge("train")
+        events = run.log.flush()
+        record.write(*events)
+        point("validation", step)
+        check_weights(step, run.model, ranks)
+        if step in due:
+            look = Validation(step, validate(model, run), clock.slowest_train_s())
+            check_validation(step, look.val_loss, config.model.vocab_size)
+            progress.validations.append(look)
+            console.show(*look)
+            looked = [{"event": "val", "tokens": step * config.train.batch_tokens} | look._asdict()]
+            if step in neurons.steps:
+                looked.append(neurons.measure(step, shown))
+                console.show_neurons(looked[-1])
+            record.write(*looked)
+            events += looked
+            point("validated", step)
+        tracker.log(*events)
+        clock.charge("val")
+        if is_checkpoint_step or guard.must_stop:
+            save()
+            clock.charge("checkpoint")
+
+    with stop_signals(guard.request_stop):
         for step in range(first_step, steps + 1):
             progress.step = step
-            every = config.train.checkpoint_every
             is_checkpoint_step = every > 0 and step > first_step and (step % every == 0 or step == steps)
             if step in due or is_checkpoint_step or guard.must_stop:
-                guard.read()
-                clock.charge("train")
-                events = log.flush()
-                record.write(*events)
-                point("validation", step)
-                check_weights(step, run.model, ranks)
-                if step in due:
-                    look = Validation(step, validate(model, data, run), clock.slowest_train_s())
-                    check_validation(step, look.val_loss, config.model.vocab_size)
-                    progress.validations.append(look)
-                    console.show(*look)
-                    looked = [{"event": "val", "tokens": step * config.train.batch_tokens} | look._asdict()]
-                    if step in neurons.steps:
-                        inputs, _ = to_device(stage(shown_tokens, ranks.device), config.model.seq_len, ranks.device)
-                        looked.append(neurons.measure(step, inputs))
-                        console.show_neurons(looked[-1])
-                    record.write(*looked)
-                    events += looked
-                    point("validated", step)
-                tracker.log(*events)
-                clock.charge("val")
-                if is_checkpoint_step or guard.must_stop:
-                    save()
-                    clock.charge("checkpoint")
+                pause(step, is_checkpoint_step)
             if guard.must_stop:
                 raise HarnessError(Exit.PREEMPTED, f"stopped at step {step}; the same command with --resume goes on")
             if step == steps:
@@ -667,23 +618,11 @@ def train_steps(
                 clock.charge("train")
                 neurons.before_update()
                 clock.charge("val")
-            train_step(run, model, step, guard, log)
+            train_step(run, model, step)
             console.tick(step + 1, sum(later > step for later in due))
 
 
-@contextlib.contextmanager
-def last_words(clock: Clock, log: StepLog, record: RecordWriter) -> Iterator[None]:
-    """When a run diverges, which all ranks notice at once, time and steps since the last validation still count."""
-    try:
-        yield
-    except HarnessError as error:
-        if error.reason == Exit.NON_FINITE:
-            clock.charge("train")
-            record.write(*log.flush())
-        raise
-
-
-def train_step(run: Training, model: Model, step: int, guard: Guard, log: StepLog) -> None:
+def train_step(run: Training, model: Model, step: int) -> None:
     """One update, from tokens to weights: all that the clock sees."""
     device = run.ranks.device
     begin = time_mark(device)
@@ -691,13 +630,13 @@ def train_step(run: Training, model: Model, step: int, guard: Guard, log: StepLo
     batch = to_device(run.loader.next_batch(), run.config.model.seq_len, device)
     loss = forward_backward(model, batch, run)
     point("check", step, [p.grad for p in run.model.parameters()])
-    guard.look(loss)
+    run.guard.look(loss)
     optimizer_begin = time_mark(device)
     point("gradient_sum", step)
     if run.sum:
         run.sum.finish()
     point("update", step, [p.grad for p in run.optimizers[-1].param_groups[0]["params"] if p.grad is not None])
-    guard.check(step, getattr(run.optimizers[-1], "found_non_finite", None))
+    run.guard.check(step, getattr(run.optimizers[-1], "found_non_finite", None))
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_scale(step, run.config)
@@ -705,7 +644,7 @@ def train_step(run: Training, model: Model, step: int, guard: Guard, log: StepLo
     point("updated", step, list(run.model.parameters()))
     run.model.zero_grad()
     lr = run.optimizers[-1].param_groups[0]["lr"]
-    log.add(step + 1, loss, lr, [begin, optimizer_begin, time_mark(device)])
+    run.log.add(step + 1, loss, lr, [begin, optimizer_begin, time_mark(device)])
 
 
 def check_schedule(config: Config) -> None:
@@ -737,39 +676,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     begin_ns = time.perf_counter_ns()
     args = parse_args(argv)
-    rank, watch = os.environ.get("RANK", "0"), None
-    try:
-        die_with_launcher()
-        ranks = join_ranks(args.timeout_s)
-        watch = Watch(ranks, args.timeout_s)
-        watch.start()
-        train(args, ranks, begin_ns)
-        ranks.align()  # a process that leaves early can break a peer's last collective
-        leave_ranks()
-        return report_exit(0)
-    except HarnessError as error:  # raised by all ranks alike once they have joined
-        if rank == "0" or not dist.is_initialized():
-            tell(f"{'stopped' if error.reason == Exit.PREEMPTED else 'error'}: {error}")
-        leave_ranks()
-        return report_exit(int(error.reason))
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    except (dist.DistError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            reason, message = Exit.CONFIG, "is out of memory, lower train.micro_batch"
-        elif is_peer_failure(error):
-            reason, message = Exit.PEER, f"lost a peer: {watch.who_is_lost() if watch else ''}"
-        else:
-            report_exit(1)
-            raise
-        tell(f"error: rank {rank} {message}: {first_line(error)}")
-        return report_exit(int(reason))
-    except Exception:  # a bug: scripts/launch.sh shall not take it for a lost rank
-        report_exit(1)
-        raise
-    finally:
-        if watch:
-            watch.stop()
+    return run_as_rank(lambda ranks: train(args, ranks, begin_ns), args.timeout_s)
 
 
 if __name__ == "__main__":

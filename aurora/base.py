@@ -307,6 +307,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             p = named[index][1]
             if self._owners[p] == self._rank:
                 self.state[p] = {key: value.to(p.device, copy=True) for key, value in state.items()}
+        self.found_non_finite = None
 
 
 def group_by(params: Iterable[Tensor], key: Callable[[Tensor], Any]) -> list[list[Tensor]]:

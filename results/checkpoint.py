@@ -13,16 +13,32 @@ from typing import Any, BinaryIO
 
 import torch
 
+from aurora.runtime.clock import Clock
 from aurora.runtime.faults import point
+from aurora.runtime.process import first_line
 from aurora.runtime.ranks import digest
 from configs.schema import Exit, HarnessError
-from results.record import RecordError, read_record
+from results.record import Progress, RecordError, Validation, read_record
 
 KEPT_CHECKPOINTS = 2
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def identity_of(start: dict[str, Any]) -> dict[str, Any]:
+    """What a run and the checkpoint it goes on from have in common. start: its run event."""
+    data = {"data": start["data"]["fingerprint"], "val": start["data"]["val_sha256"]}
+    return {key: start[key] for key in ("config", "seed", "code_hash")} | data
+
+
+def save_run(out: Path, start: dict[str, Any], run: Any, progress: Progress, clock: Clock) -> None:
+    """A checkpoint of the whole run below out, on all ranks or none; run: a Training. Collective."""
+    point("checkpoint_gather", progress.step)
+    spent_ns, _ = clock.of_slowest_rank()
+    state = {"training": run.state_dict(), "identity": identity_of(start), "run_id": start["run_id"]}
+    state |= {"spent_ns": spent_ns, "world_size": run.ranks.world_size, "micro_batch": run.plan.micro_batch}
+    state |= vars(progress) | {"validations": [tuple(look) for look in progress.validations]}
+    folder = out / f"{start['run_id']}.checkpoints"
+    run.ranks.together(lambda: save_checkpoint(folder, progress.step, state) if run.ranks.is_main else None)
+    point("checkpoint_saved", progress.step)
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
@@ -111,14 +127,17 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
     return state
 
 
-def newest_checkpoint(out: Path, identity: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any] | None:
-    """The newest whole checkpoint of the newest unfinished run below out that has this identity; None if there is none.
+def newest_checkpoint(out: Path, start: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any] | None:
+    """The newest whole checkpoint below out of the newest unfinished run of this track, rule and seed, or None.
+
+    start: the run event of the run that would go on.
 
     Raises:
         HarnessError: CHECKPOINT, when all there are were damaged or made by a run that differs.
     """
-    obstacle = None
-    for run_folder in sorted(out.glob("*.checkpoints"), reverse=True):  # run ids of equal identity end in their time
+    obstacle, identity = None, identity_of(start)
+    name = start["run_id"].rsplit("-", 2)[0]  # what follows is the time, and a random part
+    for run_folder in sorted(out.glob(f"{name}-*.checkpoints"), reverse=True):
         if is_finished(run_folder):
             continue
         for folder in reversed(list_checkpoints(run_folder)):
@@ -146,8 +165,9 @@ def is_finished(run_folder: Path) -> bool:
         return False
 
 
-def go_on_from(state: dict[str, Any], run: Any) -> None:
-    """Take over the training state of a checkpoint, all of it or HarnessError. Collective."""
+def go_on_from(checkpoint: dict[str, Any], run: Any, clock: Clock) -> Progress:
+    """Take over training state and time spent, all of it or HarnessError; how far the run had come. Collective."""
+    state = checkpoint["training"]
     try:
         for optimizer, saved in zip(run.optimizers, state["optimizers"], strict=True):
             params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -166,3 +186,6 @@ def go_on_from(state: dict[str, Any], run: Any) -> None:
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         message = f"--resume: the checkpoint does not fit this run: {first_line(error)}; start over in another --out"
         raise HarnessError(Exit.CHECKPOINT, message) from error
+    clock.add(checkpoint["spent_ns"])
+    looks = [Validation(*look) for look in checkpoint["validations"]]
+    return Progress(checkpoint["step"], looks, checkpoint["segments"] + 1)

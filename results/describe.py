@@ -5,7 +5,6 @@ import datetime
 import re
 import secrets
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,15 @@ import torch.distributed as dist
 
 import aurora
 from aurora.runtime.clock import Clock
-from aurora.runtime.functions import PART_ELEMENTS
-from aurora.runtime.ranks import digest
+from aurora.runtime.memory import memory_estimate_gib, params_by_role
+from aurora.runtime.ranks import digest, shared_variables
 from configs.schema import Config
 from data.loader import PUBLIC_SHARD_TOKENS, RunData, find_shards, steps_in_shard
 from data.shards import ShardError, open_shard
+from results.checkpoint import identity_of
 from results.record import (
     SCHEMA,
-    Validation,
+    Progress,
     code_hash,
     describe_git,
     describe_machine,
@@ -32,17 +32,9 @@ from results.record import (
 )
 
 
-def run_event(
-    config: Config,
-    config_path: Path,
-    seed: int,
-    world_size: int,
-    device: torch.device,
-    params: list[aurora.Param],
-    optimizers: list[torch.optim.Optimizer],
-    data: RunData,
-) -> dict[str, Any]:
+def run_event(run: Any, config_path: Path, seed: int, data: RunData) -> dict[str, Any]:
     """The record's first line: everything needed to judge, group and repeat the run."""
+    config, device = run.config, run.ranks.device
     utc, sources, is_cuda = datetime.datetime.now(datetime.UTC), read_sources(config_path), device.type == "cuda"
     name = re.sub("[^A-Za-z0-9._-]", "-", config_path.stem)
     described_data, machine = data.describe(), describe_machine()
@@ -64,11 +56,11 @@ def run_event(
         "task_hash": task_hash(dataclasses.asdict(config), described_data["stream_id"]),
         "optimizer": config.optimizer,
         "hparams": config.hparams | {"warmup_steps": config.warmup_steps},
-        "param_groups": describe_groups(optimizers),
+        "param_groups": describe_groups(run.optimizers),
         "seed": seed,
-        "world_size": world_size,
+        "world_size": run.ranks.world_size,
         "device": device.type,
-        "params_by_role": params_by_role(params),
+        "params_by_role": params_by_role(run.model.roles()),
         "git": describe_git(),
         "code_hash": code_hash(sources),
         "sources": sources,
@@ -77,13 +69,30 @@ def run_event(
     }
 
 
-@dataclass
-class Progress:
-    """How far a run has come."""
+def check_same_start(start: dict[str, Any], run: Any) -> None:
+    """Raise HarnessError where ranks differ in task, code, data, software or initial weights. Collective."""
+    stack = {key: start["env"][key] for key in ("torch", "numpy", "python", "torch_threads")}
+    variables, weights = shared_variables(start["env"]), digest(run.model.state_dict())
+    run.ranks.check_agree(**identity_of(start), **stack, env=variables, weights=weights)
 
-    step: int = 0
-    validations: list[Validation] = field(default_factory=list)
-    segments: int = 1  # processes that the run took: one, and one more for each resume
+
+def greeting(start: dict[str, Any]) -> str:
+    return (
+        f"{start['run_id']}: {start['optimizer']} on {start['world_size']} x {start['env']['device_name']}, "
+        f"{sum(start['params_by_role'].values()):,} parameters, target {start['config']['eval']['target']}"
+    )
+
+
+def resume_event(start: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    changed = ("utc", "world_size", "device", "compiled", "attention", "micro_batch", "git", "env")
+    here = {key: start[key] for key in changed}
+    return {"event": "resume", "step": progress.step, "segment": progress.segments} | here
+
+
+def summary(config: Config, seed: int, progress: Progress) -> str:
+    hit, last = first_at_target(progress.validations, config.eval.target), progress.validations[-1]
+    reached = f"reached at step {hit.step} after {hit.train_time_s:.3f}s" if hit else "not reached"
+    return f"{config.optimizer}, seed {seed}: val_loss {last.val_loss:.5f}, target {config.eval.target} {reached}"
 
 
 def end_event(status: str, run: Any, progress: Progress, clock: Clock) -> dict[str, Any]:
@@ -124,13 +133,6 @@ def peak_memory_mib(device: torch.device) -> float:
         return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def params_by_role(params: list[aurora.Param]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for param in params:
-        counts[param.role] = counts.get(param.role, 0) + param.tensor.numel()
-    return counts
 
 
 def describe_groups(optimizers: list[torch.optim.Optimizer]) -> list[dict[str, Any]]:
@@ -206,31 +208,3 @@ def describe_shards(config: Config) -> str:
     available_steps = sum(steps_in_shard(len(shard), batch_tokens) for shard in shards)
     verdict = "enough" if available_steps >= steps else "too few"
     return f"{need} needed; {config.data.train} has {len(shards)} for {available_steps:,} steps, {verdict}"
-
-
-def memory_estimate_gib(
-    config: Config,
-    params: list[aurora.Param],
-    optimizers: list[torch.optim.Optimizer],
-    world_size: int,
-    micro_batch: int,
-) -> dict[str, float]:
-    """Weights, gradients and optimizer state by count; activations as what autograd keeps of one micro-step."""
-    counts, model = params_by_role(params), config.model
-    num_params, is_sharded_rule = sum(counts.values()), isinstance(optimizers[-1], aurora.MatrixOptimizer)
-    state = 2 * (num_params - counts["matrix"])  # AdamW keeps two floats a weight, a matrix rule one, on its owner
-    state += counts["matrix"] / world_size if is_sharded_rule else 2 * counts["matrix"]
-    width = 4 if model.activation_dtype == "float32" else 2
-    kept_by_mlp = (4 if model.mlp == "swiglu" else 2) * model.mlp_expansion
-    per_token = model.num_layers * (12 + kept_by_mlp) * model.model_dim * width
-    # Logits, which their gradient overwrites, and what a head in float8 makes of that.
-    per_token += model.vocab_size * (width + (model.head_dtype == "float8"))
-    logits = micro_batch * model.seq_len * model.vocab_size
-    sizes = {
-        "weights": 4 * num_params + (width * (counts["matrix"] + counts["head"]) if width < 4 else 0),
-        "gradients": 4 * num_params,
-        "optimizer state": 4 * state,
-        "activations": micro_batch * model.seq_len * per_token,
-        "loss": 5 * 4 * min(logits, PART_ELEMENTS),  # float32 copies of a part of the logits
-    }
-    return {name: size / 2**30 for name, size in sizes.items()}

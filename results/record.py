@@ -144,6 +144,15 @@ class Validation(NamedTuple):
     train_time_s: float
 
 
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0
+    validations: list[Validation] = field(default_factory=list)
+    segments: int = 1  # processes that the run took: one, and one more for each resume
+
+
 def first_at_target(validations: Iterable[Validation], target: float) -> Validation | None:
     """The first validation, in the order given, at or below the target."""
     return next((look for look in validations if look.val_loss <= target), None)

@@ -20,16 +20,15 @@ def test_non_finite_loss_exits_5_naming_step_and_parameter(tiny_track, tmp_path,
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_non_finite_gradient_is_named_before_it_is_applied(tiny_track, bad):
     run, _ = make_run(tiny_track, "aurora")
-    guard = train_gpt.Guard(run.model, run.ranks)
     for p in run.model.parameters():
         p.grad = torch.zeros_like(p)
-    guard.look(torch.tensor(1.0))
-    guard.check(0)
+    run.guard.look(torch.tensor(1.0))
+    run.guard.check(0)
     with pytest.raises(train_gpt.HarnessError, match="the update of step 7 was not finite"):
-        guard.check(7, torch.tensor(True))
+        run.guard.check(7, torch.tensor(True))
     run.model.blocks[1].mlp.up.weight.grad[3, 3] = bad
     with pytest.raises(train_gpt.HarnessError, match=r"step 8: loss is finite, .*blocks.1.mlp.up.weight"):
-        guard.check(7)
+        run.guard.check(7)
 
 
 def test_non_finite_validation_names_step_and_parameter(tiny_track, tmp_path, capsys):

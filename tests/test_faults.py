@@ -176,11 +176,12 @@ def test_checkpoints_that_resume_passed_over_are_not_kept_instead_of_good_ones(t
 
 @pytest.fixture(scope="session")
 def saved(twelve_steps, tmp_path_factory):
-    """Folder of an unfinished run with checkpoints of steps 9 and 12, and its identity."""
+    """Folder of an unfinished run with checkpoints of steps 9 and 12, and its run event."""
     out = tmp_path_factory.mktemp("saved")
     assert train_here(twelve_steps[1], out, "--optimizer", "aurora") == 0
+    start = events(out)[0] | {"config": load_checkpoint(checkpoints(out)[-1])["identity"]["config"]}  # with its tuples
     next(out.glob("*.jsonl")).unlink()
-    return out, load_checkpoint(checkpoints(out)[-1])["identity"]
+    return out, start
 
 
 def corruptions(folder):
@@ -206,7 +207,7 @@ def flip(file, place, bit):
 
 
 def test_every_corruption_is_found_and_the_one_before_taken(saved, tmp_path):
-    out, identity = saved
+    out, start = saved
     shutil.copytree(out, tmp_path / "out")
     newest = checkpoints(tmp_path / "out")[-1]
     originals = {path: path.read_bytes() for path in newest.iterdir()}
@@ -214,12 +215,12 @@ def test_every_corruption_is_found_and_the_one_before_taken(saved, tmp_path):
     for description, corrupt in corruptions(newest):
         said = []
         corrupt()
-        state = newest_checkpoint(tmp_path / "out", identity, said.append)
+        state = newest_checkpoint(tmp_path / "out", start, said.append)
         assert state["step"] == 9 and f"{newest.name} is damaged" in said[0], description
         for path, content in originals.items():
             path.write_bytes(content)
         count += 1
-    assert count == 223 and newest_checkpoint(tmp_path / "out", identity, print)["step"] == 12
+    assert count == 223 and newest_checkpoint(tmp_path / "out", start, print)["step"] == 12
 
 
 def hostile_contents(tmp_path, state):
@@ -247,16 +248,16 @@ def hostile_contents(tmp_path, state):
 
 
 def test_hostile_checkpoints_are_refused_and_nothing_is_executed(saved, tmp_path):
-    out, identity = saved
+    out, start = saved
     for name, content in hostile_contents(tmp_path, load_checkpoint(checkpoints(out)[-1])).items():
-        folder = tmp_path / name / "x.checkpoints" / "step-000012"
+        folder = tmp_path / name / f"{start['run_id']}.checkpoints" / "step-000012"
         folder.mkdir(parents=True)
         (folder / "state.pt").write_bytes(content)
         manifest = {"sha256": sha256(folder / "state.pt"), "bytes": len(content), "step": 12}
         (folder / "manifest.json").write_text(json.dumps(manifest))
         (folder.parent / "step-x").mkdir()
         with pytest.raises(HarnessError, match="are damaged; restore it, or start over"):
-            newest_checkpoint(tmp_path / name, identity, lambda line: None)
+            newest_checkpoint(tmp_path / name, start, lambda line: None)
     assert not (tmp_path / "executed").exists()
 
 
@@ -407,7 +408,8 @@ def test_a_rank_that_hangs_is_named_and_the_job_ends(twelve_steps, launch, tmp_p
 LOST_UNHEARD = """
 import signal, time
 if rank == 1:
-    train_gpt.Watch.run = lambda self: None  # its thread has not had its turn yet
+    from aurora.runtime.watch import Watch
+    Watch.run = lambda self: None  # its thread has not had its turn yet
 original = train_gpt.train_step
 def step(run, model, number, *rest):
     if number == 4:

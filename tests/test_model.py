@@ -8,8 +8,8 @@ import torch
 
 import train_gpt
 from aurora.runtime import functions
+from aurora.runtime.memory import memory_estimate_gib
 from configs.schema import load_config
-from results.describe import memory_estimate_gib
 from tests import reference
 from tests.conftest import ROOT
 

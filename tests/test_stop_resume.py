@@ -10,11 +10,11 @@ from tests.conftest import events, train_here
 
 SIGNAL_AT_6 = """
 original = train_gpt.train_step
-def step(run, model, number, *rest):
+def step(run, model, number):
     if number == 6:
         for signum in {signals}:
             os.kill(os.getpid(), signum)
-    return original(run, model, number, *rest)
+    return original(run, model, number)
 train_gpt.train_step = step
 """
 
@@ -36,14 +36,10 @@ def test_stop_agreed_upon_while_reading_before_a_validation_still_saves(tiny_tra
     """On CUDA the guard's answer arrives a step late, possibly between the validation's start and its end."""
     original = train_gpt.validate
 
-    def stop_while_validating(model, data, run):
-        for guard in guards:
-            guard.must_stop = len(guards) > 0 and run.loader.step > 0
-        return original(model, data, run)
+    def stop_while_validating(model, run):
+        run.guard.must_stop = run.loader.step > 0
+        return original(model, run)
 
-    guards = []
-    init = train_gpt.Guard.__init__
-    monkeypatch.setattr(train_gpt.Guard, "__init__", lambda self, *args: guards.append(self) or init(self, *args))
     monkeypatch.setattr(train_gpt, "validate", stop_while_validating)
     assert train_here(tiny_track, tmp_path) == Exit.PREEMPTED
     assert [path.name for path in tmp_path.glob("*.checkpoints/*")] == ["step-000010"]
@@ -58,6 +54,16 @@ def test_resume_without_checkpoint_starts_over_and_with_another_config_refuses(t
     other = [*arguments, "--set", "optimizer.muon.lr=0.03", "--resume"]
     assert train_here(tiny_track, tmp_path, *other) == Exit.CHECKPOINT
     assert "made with another config" in capsys.readouterr().err
+
+
+def test_resume_looks_at_checkpoints_of_its_own_seed_and_rule_alone(tiny_track, tmp_path):
+    arguments = ["--set", "train.checkpoint_every=10", "--set", "train.steps=20"]
+    assert train_here(tiny_track, tmp_path, *arguments, "--optimizer", "muon") == 0
+    next(tmp_path.glob("*.jsonl")).unlink()  # so that this run is there to go on from
+    for others in (["--optimizer", "muon", "--seed", "1"], ["--optimizer", "normuon"]):
+        assert train_here(tiny_track, tmp_path, *arguments, *others, "--resume") == 0
+        assert "resume" not in [event["event"] for event in events(tmp_path)]
+        next(tmp_path.glob("*.jsonl")).unlink()
 
 
 def test_resume_leaves_finished_runs_alone(tiny_track, tmp_path):

@@ -118,7 +118,7 @@ def test_validation_changes_nothing_and_sums_over_every_token(tiny_track):
     run, data = make_run(tiny_track, "aurora")
     step(run)
     before = train_gpt.digest(run.state_dict())
-    loss = train_gpt.validate(run.model, data, run)
+    loss = train_gpt.validate(run.model, run)
     assert train_gpt.digest(run.state_dict()) == before
     tokens = torch.from_numpy(data.val_tokens.astype("int64"))
     with torch.no_grad():
@@ -168,7 +168,7 @@ def test_only_steps_are_timed_and_the_wall_clock_may_jump(tiny_track, tmp_path, 
     monkeypatch.setattr(time, "time", lambda: next(jumps))
     durations_s = {
         "validate": 0.5,
-        "save_checkpoint": 2.0,
+        "save_run": 2.0,
         "compiled_where_possible": 30.0,
         "train_step": 0.25,
         "digest": 1.0,

@@ -1,15 +1,19 @@
-"""How large a part of a batch fits into the memory of every rank."""
+"""The memory that a run needs, and how large a part of a batch fits into that of every rank."""
 
 import gc
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+import aurora
+from aurora.runtime.batch import BatchPlan, halvings, plan_batch
 from aurora.runtime.compiled import agreed
+from aurora.runtime.functions import PART_ELEMENTS
 from aurora.runtime.ranks import Ranks, is_out_of_memory
-from configs.schema import Exit, HarnessError
+from configs.schema import Config, Exit, HarnessError
 
 SPARE_GIB = 0.5  # for fragments, and what else comes and goes
 
@@ -62,3 +66,56 @@ def fits(size: int, attempt: Callable[[int], None], ranks: Ranks, taken_gib: flo
             raise
         return False
     return True
+
+
+def fit_micro_batch(run: Any, try_plan: Callable[[BatchPlan], None]) -> BatchPlan:
+    """Halve the micro-batch of a Training until try_plan() fits into the memory of every rank. Collective."""
+    ranks, params = run.ranks, run.model.roles()
+
+    def attempt(size: int) -> None:
+        try_plan(plan_batch(run.config, ranks.world_size, size))
+
+    sizes = halvings(run.plan)
+    gib = {size: memory_estimate_gib(run.config, params, run.optimizers, ranks.world_size, size) for size in sizes}
+    # The estimate is for eager mode, and compiled code keeps less: what it puts far too high is not worth compiling.
+    # Where the host's memory is used, no attempt fails: the kernel would kill this process, or others.
+    limit_gib = (2 if ranks.device.type == "cuda" else 0.5) * available_gib(ranks)
+    sizes = [size for size in sizes if sum(gib[size].values()) < limit_gib] or sizes[-1:]
+    # Warm-up keeps a copy of the weights, and gradients on their way to other ranks are copies, too.
+    later_gib = gib[1]["optimizer state"] + gib[1]["weights"] * (2 if ranks.world_size > 1 else 1)
+    return plan_batch(run.config, ranks.world_size, first_that_fits(sizes, attempt, ranks, later_gib))
+
+
+def params_by_role(params: list[aurora.Param]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for param in params:
+        counts[param.role] = counts.get(param.role, 0) + param.tensor.numel()
+    return counts
+
+
+def memory_estimate_gib(
+    config: Config,
+    params: list[aurora.Param],
+    optimizers: list[torch.optim.Optimizer],
+    world_size: int,
+    micro_batch: int,
+) -> dict[str, float]:
+    """Weights, gradients and optimizer state by count; activations as what autograd keeps of one micro-step."""
+    counts, model = params_by_role(params), config.model
+    num_params, is_sharded_rule = sum(counts.values()), isinstance(optimizers[-1], aurora.MatrixOptimizer)
+    state = 2 * (num_params - counts["matrix"])  # AdamW keeps two floats a weight, a matrix rule one, on its owner
+    state += counts["matrix"] / world_size if is_sharded_rule else 2 * counts["matrix"]
+    width = 4 if model.activation_dtype == "float32" else 2
+    kept_by_mlp = (4 if model.mlp == "swiglu" else 2) * model.mlp_expansion
+    per_token = model.num_layers * (12 + kept_by_mlp) * model.model_dim * width
+    # Logits, which their gradient overwrites, and what a head in float8 makes of that.
+    per_token += model.vocab_size * (width + (model.head_dtype == "float8"))
+    logits = micro_batch * model.seq_len * model.vocab_size
+    sizes = {
+        "weights": 4 * num_params + (width * (counts["matrix"] + counts["head"]) if width < 4 else 0),
+        "gradients": 4 * num_params,
+        "optimizer state": 4 * state,
+        "activations": micro_batch * model.seq_len * per_token,
+        "loss": 5 * 4 * min(logits, PART_ELEMENTS),  # float32 copies of a part of the logits
+    }
+    return {name: size / 2**30 for name, size in sizes.items()}

@@ -89,6 +89,10 @@ def tell(line: str, stream: str = "stderr") -> None:
         setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115
 
 
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def report_exit(code: int) -> int:
     """Append this process's exit code to the file SPEEDRUN_STATUS, for scripts/launch.sh: torchrun's is always 1."""
     path = os.environ.get("SPEEDRUN_STATUS")

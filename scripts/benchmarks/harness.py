@@ -52,15 +52,14 @@ def harness_step(hparams: dict[str, str], num_steps: int, ranks: Ranks, is_guard
     config = load_config(ROOT / "configs" / "quick.toml", "muon", overrides)
     plan, data = train_gpt.plan_batch(config, ranks.world_size), train_gpt.open_data(config)
     run = train_gpt.new_training(config, plan, data, 0, ranks)
-    guard, log = train_gpt.Guard(run.model, ranks), train_gpt.StepLog(config.train.log_every, ranks)
     steps, point = iter(range(config.train.steps)), train_gpt.point
     if not is_guarded:
-        guard.look, guard.check = (lambda loss: None), (lambda step, bad_update=None: None)
+        run.guard.look, run.guard.check = (lambda loss: None), (lambda step, bad_update=None: None)
         point = lambda name, step, tensors=(): None  # noqa: E731
 
     def step() -> None:
         train_gpt.point = point
-        train_gpt.train_step(run, run.model, next(steps), guard, log)
+        train_gpt.train_step(run, run.model, next(steps))
 
     return step
 
@@ -215,7 +214,6 @@ def telemetry(rounds: int) -> str:
     data, ranks = train_gpt.open_data(config), Ranks(0, 1, torch.device("cpu"))
     run = train_gpt.new_training(config, train_gpt.plan_batch(config, 1), data, 0, ranks)
     model = run.model
-    guard, log = train_gpt.Guard(model, ranks), train_gpt.StepLog(config.train.log_every, ranks)
     whole = load_config(ROOT / "configs" / "quick.toml", "muon")
     looks = train_gpt.validation_steps(whole)
     neurons = train_gpt.Neurons(whole, looks, model, run.optimizers[-1], ranks)
@@ -225,8 +223,8 @@ def telemetry(rounds: int) -> str:
     for step in range(UNTIMED_ROUNDS + rounds):
         for name, call in (
             ("keep", neurons.before_update),
-            ("step", lambda step=step: train_gpt.train_step(run, model, step, guard, log)),
-            ("validate", lambda: train_gpt.validate(model, data, run)),
+            ("step", lambda step=step: train_gpt.train_step(run, model, step)),
+            ("validate", lambda: train_gpt.validate(model, run)),
             ("measure", lambda step=step: neurons.measure(step, inputs)),
         ):
             begin_ns = time.perf_counter_ns()

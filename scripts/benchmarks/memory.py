@@ -9,9 +9,9 @@ import torch
 
 import train_gpt
 from aurora.runtime.attention import choose_attention
+from aurora.runtime.memory import memory_estimate_gib
 from aurora.runtime.ranks import is_out_of_memory, join_ranks
 from configs.schema import load_config
-from results.describe import memory_estimate_gib
 from scripts.benchmarks.train import describe_device, new_contender, synthetic_data, write
 
 

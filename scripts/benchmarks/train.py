@@ -79,10 +79,6 @@ class Contender:
     steps: Iterator[int] = field(default_factory=itertools.count)
     marked: list[list[tuple[str, Any]]] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        self.guard = train_gpt.Guard(self.run.model, self.run.ranks)
-        self.log = train_gpt.StepLog(10**9, self.run.ranks)
-
     def step(self, is_timed: bool = True) -> None:
         device, marks = self.run.ranks.device, []
 
@@ -103,11 +99,11 @@ class Contender:
         plain_point, train_gpt.point = train_gpt.point, point
         try:
             mark("")
-            train_gpt.train_step(self.run, called, next(self.steps), self.guard, self.log)
+            train_gpt.train_step(self.run, called, next(self.steps))
             mark("rest")
         finally:
             train_gpt.point = plain_point
-        self.log.steps.clear()
+        self.run.log.steps.clear()
         if is_timed:
             self.marked.append(marks)
 
