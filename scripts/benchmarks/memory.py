@@ -4,6 +4,7 @@ import argparse
 import gc
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,19 +37,25 @@ def memory(args: argparse.Namespace) -> str:
                     raise
                 row["peak_gib"] = None
             rows.append(row)
+            text = written(args, rows, ranks.device)  # after each: the next may take longer than there is time
             torch._dynamo.reset()
             gc.collect()
             if ranks.device.type == "cuda":
                 torch.cuda.empty_cache()
             if row["peak_gib"] is None:
                 break
-    device = describe_device(ranks.device, torch.float32)
-    kind = "allocated" if ranks.device.type == "cuda" else "resident since the process began"
-    lines = [f"{args.config.name}, {name}, on {device['name']}; GiB {kind}, at most", ""]
+    return text
+
+
+def written(args: argparse.Namespace, rows: list[dict[str, Any]], device: torch.device) -> str:
+    """The table of the sizes so far, which OUT.md then holds."""
+    found, name = describe_device(device, torch.float32), args.optimizers[0]
+    kind = "allocated" if device.type == "cuda" else "resident since the process began"
+    lines = [f"{args.config.name}, {name}, on {found['name']}; GiB {kind}, at most", ""]
     lines += ["| micro-batch | measured GiB | estimate of --dry-run (eager) |", "|---|---|---|"]
     for row in rows:
         measured = "does not fit" if row["peak_gib"] is None else f"{row['peak_gib']:.2f}"
         lines.append(f"| {row['micro_batch']} | {measured} | {row['estimate_gib']:.2f} |")
     text = "\n".join(lines) + "\n"
-    write(args.out, {"config": args.config.name, "optimizer": name, "device": device, "rows": rows}, text)
+    write(args.out, {"config": args.config.name, "optimizer": name, "device": found, "rows": rows}, text)
     return text

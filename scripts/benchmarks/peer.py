@@ -24,20 +24,23 @@ ITERATION_LINE = re.compile(rf"\biter (\d+): .*?\btime {NUMBER}ms")  # nanoGPT
 
 
 def peer_steps_ms(text: str) -> list[float]:
-    """Milliseconds a step from a program's console lines: between two lines with step and train_time, or of each
-    iteration of nanoGPT, whose first two are warm-up."""
+    """Milliseconds a step from a program's console lines: of each iteration of nanoGPT, whose first two are warm-up, or
+    between lines with step and train_time, in the second half of them."""
     iterations = [float(ms) for _, ms in ITERATION_LINE.findall(text)]
     if iterations:
         return iterations[2:]
     points = [(int(step), float(t) * (1 if unit == "ms" else 1000)) for step, t, unit in STEP_LINE.findall(text)]
-    pairs = itertools.pairwise(points)
-    return [(t2 - t1) / (s2 - s1) for (s1, t1), (s2, t2) in pairs if s2 > s1 and t2 > t1]
+    late = points[(len(points) - 1) // 2 :]
+    return [(t2 - t1) / (s2 - s1) for (s1, t1), (s2, t2) in itertools.pairwise(late) if s2 > s1 and t2 > t1]
 
 
 def output_of(command: list[str], limit_s: float, has_enough: Callable[[str], bool] = lambda text: False) -> str:
     """What a program prints until it ends, has printed enough or is out of time; then its processes are ended."""
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True)
+        unbuffered = os.environ | {"PYTHONUNBUFFERED": "1"}  # a line that waits for others would come too late
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True, env=unbuffered
+        )
         deadline_s = time.monotonic() + limit_s
         text = ""
         while process.poll() is None and time.monotonic() < deadline_s and not has_enough(text):

@@ -204,7 +204,7 @@ def syncs_in_a_step(contender: Contender) -> list[str]:
 
 
 def profile(contender: Contender, path: Path) -> list[dict[str, Any]]:
-    """Write a trace of two steps; returns the fifteen operations that took longest."""
+    """Write rank 0's trace of two steps; returns the fifteen operations that took longest. Collective."""
     device = contender.run.ranks.device
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
@@ -212,7 +212,8 @@ def profile(contender: Contender, path: Path) -> list[dict[str, Any]]:
         for _ in range(2):
             contender.step(is_timed=False)
         contender.run.ranks.align()
-    profiler.export_chrome_trace(str(path))
+    if contender.run.ranks.is_main:
+        profiler.export_chrome_trace(str(path))
     name = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, name))
     total = sum(getattr(event, name) for event in events) or 1
@@ -232,7 +233,14 @@ def train(args: argparse.Namespace) -> str:
             lambda: synthetic_data(args.config, args.overrides, own, ranks.world_size) if ranks.is_main else None
         )
         overrides = ranks.all_gather_object(found)[0]
-        result = measure(args, overrides, ranks)
+        configs = {name: load_config(args.config, name, overrides) for name in args.optimizers}
+        backend = choose_attention(configs[args.optimizers[0]].model, ranks.device)
+        contenders = {name: new_contender(config, ranks) for name, config in configs.items()}
+        result = {"attention": backend} | measure(args, configs, contenders, ranks)
+        if ranks.is_main:
+            write(args.out, result, train_table(result))  # before what may run out of time
+        if args.profile:
+            result["profile"] = profile(contenders[args.optimizers[0]], args.out.with_suffix(".trace.json"))
         ranks.align()
     text = train_table(result) if ranks.is_main else ""
     if ranks.is_main:
@@ -241,11 +249,10 @@ def train(args: argparse.Namespace) -> str:
     return text
 
 
-def measure(args: argparse.Namespace, overrides: list[str], ranks: Ranks) -> dict[str, Any]:
-    configs = {name: load_config(args.config, name, overrides) for name in args.optimizers}
+def measure(
+    args: argparse.Namespace, configs: dict[str, Config], contenders: dict[str, Contender], ranks: Ranks
+) -> dict[str, Any]:
     first = configs[args.optimizers[0]]
-    backend = choose_attention(first.model, ranks.device)
-    contenders = {name: new_contender(config, ranks) for name, config in configs.items()}
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     waited_s = {name: contender.run.loader.wait_s for name, contender in contenders.items()}
     for number in range(args.rounds):
@@ -280,26 +287,18 @@ def measure(args: argparse.Namespace, overrides: list[str], ranks: Ranks) -> dic
             "micro_steps": plan.micro_steps,
             "is_compiled": contender.model is not contender.run.model,
         }
-    result = {
+    return {
         "command": "python scripts/benchmark.py " + shlex.join(sys.argv[1:]),
         "git": describe_git(),
         "config": args.config.name,
         "batch_tokens": first.train.batch_tokens,
         "world_size": ranks.world_size,
         "device": device,
-        "attention": backend,
         "optimizers": rows,
         "graphs_compiled_while_timed": graphs,
+        "graph_breaks": sum(torch._dynamo.utils.counters["graph_break"].values()),
         "syncs_in_a_step": {name: syncs_in_a_step(contender) for name, contender in contenders.items()},
     }
-    if args.profile and ranks.is_main:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        result["profile"] = profile(contenders[args.optimizers[0]], args.out.with_suffix(".trace.json"))
-    elif args.profile:
-        for _ in range(2):  # with rank 0
-            contenders[args.optimizers[0]].step(is_timed=False)
-        ranks.align()
-    return result
 
 
 def train_table(result: dict[str, Any]) -> str:
@@ -312,8 +311,8 @@ def train_table(result: dict[str, Any]) -> str:
         f"torch {device['torch']}, CUDA {device['cuda']}, cuDNN {device['cudnn']}, {device['threads']} threads",
         "",
         f"attention: {result['attention']}; {'compiled' if first['is_compiled'] else 'eager'}; graphs compiled while "
-        f"timed: {result['graphs_compiled_while_timed']}; {clocks or 'no GPU clocks'}; "
-        f"matmul {device['measured_tflops']:.1f} TFLOP/s measured, {nominal}",
+        f"timed: {result['graphs_compiled_while_timed']}, graph breaks: {result['graph_breaks']}; "
+        f"{clocks or 'no GPU clocks'}; matmul {device['measured_tflops']:.1f} TFLOP/s measured, {nominal}",
         "",
         f"    {result['command']}",
         "",
