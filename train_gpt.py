@@ -84,6 +84,7 @@ from aurora.runtime.functions import (
     ReluSquared,
     RotatedRMSNorm,
     SoftCapCrossEntropy,
+    linear,
     rms_norm,
     soft_cap,
 )
@@ -140,7 +141,7 @@ class Linear(nn.Linear):
     """A linear layer with bias that computes in the dtype of its input."""
 
     held: tuple[Tensor, Tensor] | None = None  # see GPT.weights_at_rest()
-    multiply = staticmethod(F.linear)
+    multiply = staticmethod(linear)
 
     def forward(self, x: Tensor) -> Tensor:
         return side_by_side(x, self)
@@ -230,8 +231,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
         self.head_norm = RMSNorm(config.model_dim)
         self.head = Linear(config.model_dim, config.vocab_size)
-        if config.head_dtype == "float8":
-            self.head.multiply = float8_linear
+        self.head.multiply = float8_linear if config.head_dtype == "float8" else F.linear
         self.held: HeldWeights | None = None
 
     @torch.no_grad()

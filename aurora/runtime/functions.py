@@ -52,6 +52,31 @@ class HeldWeights:
                 first.held = None
 
 
+class CompiledLinear(torch.autograd.Function):
+    """x W^T + b of x (B, T, D), W (C, D) and b (C,), whose gradient is summed over T first, then over B.
+
+    Where a compiler generates the gradient of the output, as of the squared ReLU's input, it can do the first sum in
+    the same kernel. One sum over all rows has too few columns for that, and takes a pass of its own.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        grad_weight = grad.flatten(0, -2).t() @ x.flatten(0, -2)
+        grad_bias = grad.sum(-2, dtype=torch.float32).flatten(0, -2).sum(0).type_as(weight)
+        return grad @ weight, grad_weight, grad_bias
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """As F.linear, for layers of hundreds or thousands of outputs; for more of them one sum is fused as it is."""
+    return (CompiledLinear.apply if torch.compiler.is_compiling() else F.linear)(x, weight, bias)
+
+
 class ReluSquared(torch.autograd.Function):
     """max(x, 0)^2. Its derivative 2 max(x, 0) needs no look at the sign of x, which autograd would take."""
 
