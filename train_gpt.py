@@ -16,6 +16,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import importlib.util
 import math
 import sys
 import time
@@ -64,6 +65,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 if __name__ == "__main__":
     parse_args()  # --help and usage errors answer before torch takes its seconds to import
+    if importlib.util.find_spec("torch") is None:
+        print(
+            "error: this python has no torch; if scripts/quickstart.sh made .venv: source .venv/bin/activate",
+            file=sys.stderr,
+        )
+        sys.exit(2)
 
 import numpy as np
 import torch
@@ -611,7 +618,7 @@ def train_steps(
             if step in due or is_checkpoint_step or guard.must_stop:
                 pause(step, is_checkpoint_step)
             if guard.must_stop:
-                raise HarnessError(Exit.PREEMPTED, f"stopped at step {step}; the same command with --resume goes on")
+                raise HarnessError(Exit.PREEMPTED, f"at step {step}; the same command with --resume goes on")
             if step == steps:
                 return
             if step + 1 in neurons.steps:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 # A row counts as starved below this share of an even row's energy (squared norm) or leverage.
 STARVED_FRAC = 0.1
-# A neuron counts as dead when its part in its layer's output is, as rms over tokens, at most this of the mean one's.
+# A neuron counts as dead when its part in its layer's output is, as rms over tokens, below this of the mean one's.
 DEAD_FRAC = 0.01
 # A neuron of ReLU^2 counts as silent when it is active on at most this share of the tokens.
 SILENT_FRAC = 0.001
@@ -21,9 +21,14 @@ RANK_TOLERANCE = 1e-6
 QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
 
 
+def wide(X: Tensor) -> Tensor:
+    """As float64; on the host where the device is an Apple GPU, which has none."""
+    return (X.cpu() if X.device.type == "mps" else X).double()
+
+
 def row_energies(X_MN: Tensor) -> Tensor:
     """(M,) squared norms of the rows."""
-    return X_MN.double().square().sum(dim=1)
+    return wide(X_MN).square().sum(dim=1)
 
 
 def leverage_scores(X_MN: Tensor) -> Tensor:
@@ -31,7 +36,7 @@ def leverage_scores(X_MN: Tensor) -> Tensor:
 
     Even leverage is min(1, N / M). A row of zeros has none.
     """
-    X = X_MN.double()
+    X = wide(X_MN)
     gram = X.T @ X if X.size(0) >= X.size(1) else X @ X.T
     squares, vectors = on_host_if_need_be(torch.linalg.eigh, gram)
     is_kept = squares > squares[-1] * RANK_TOLERANCE**2
@@ -58,7 +63,7 @@ def norm_quantiles(energies_M: Tensor) -> tuple[float, list[float]]:
 
 def effective_rank(W_MN: Tensor) -> float:
     """exp of the entropy of the singular values' shares (Roy and Vetterli 2007), from 1 to min(M, N); 0 for zeros."""
-    W = W_MN.double()
+    W = wide(W_MN)
     squares = on_host_if_need_be(torch.linalg.eigvalsh, W.T @ W if W.size(0) >= W.size(1) else W @ W.T)
     values = squares.clamp(min=0).sqrt()
     if values.sum() == 0:
@@ -70,10 +75,10 @@ def effective_rank(W_MN: Tensor) -> float:
 def dead_neurons(activations: Tensor, down_DM: Tensor) -> Tensor:
     """(M,) bool: neurons whose part in the layer's output, rms activation x norm of its column, is next to nothing.
 
-    activations: (..., M), what the down-projection multiplies.
+    activations: (..., M), what the down-projection multiplies. In a layer that puts out nothing at all, none is.
     """
     parts_M = column_norms(activations) * column_norms(down_DM)
-    return parts_M <= DEAD_FRAC * parts_M.mean()
+    return parts_M < DEAD_FRAC * parts_M.mean()
 
 
 def silent_neurons(activations: Tensor, is_gated: bool) -> Tensor:
@@ -87,7 +92,7 @@ def silent_neurons(activations: Tensor, is_gated: bool) -> Tensor:
 
 def column_norms(X: Tensor) -> Tensor:
     """(M,) norms over all but the last dimension of (..., M)."""
-    return torch.linalg.vector_norm(X.flatten(0, -2), dim=0, dtype=torch.float64)
+    return torch.linalg.vector_norm(wide(X.flatten(0, -2)), dim=0)
 
 
 def on_host_if_need_be(decompose: Callable[[Tensor], Any], gram: Tensor) -> Any:

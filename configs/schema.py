@@ -120,7 +120,10 @@ def load_config(path: Path, optimizer: str, overrides: Iterable[str] = ()) -> Co
     optimizer_tables = tables.pop("optimizer", {})
     entries = optimizer_tables.values() if isinstance(optimizer_tables, dict) else [optimizer_tables]
     if not all(isinstance(entry, dict) for entry in entries):
-        raise HarnessError(Exit.CONFIG, f"{path.name}: optimizer must hold tables, as in [optimizer.muon]")
+        raise HarnessError(
+            Exit.CONFIG,
+            f"{path.name}: optimizer must hold tables, as in [optimizer.muon]; a value of one is optimizer.muon.lr",
+        )
     check_keys(tables, sections, path.name)
     if optimizer not in optimizer_tables:
         raise HarnessError(
@@ -184,9 +187,9 @@ def check_keys(table: Any, known: Iterable[str], label: str, optional: Iterable[
             raise HarnessError(
                 Exit.CONFIG, f"{label} has an unknown key {key!r}{suggest(key, known)}; known: {', '.join(known)}"
             )
-    for key in set(known) - set(optional):
-        if key not in table:
-            raise HarnessError(Exit.CONFIG, f"{label} lacks the key {key!r}")
+    missing = [repr(key) for key in known if key not in table and key not in optional]
+    if missing:
+        raise HarnessError(Exit.CONFIG, f"{label} lacks the key{'s' * (len(missing) > 1)} {', '.join(missing)}")
 
 
 def coerce(label: str, value: Any, expected: Any) -> Any:

@@ -197,14 +197,14 @@ def dry_run_report(
 
 
 def describe_shards(config: Config) -> str:
-    """How many shards of the public size the run takes, and whether those that are here last for it."""
+    """Whether the shards that are here last for the run; if not, how many of the public size do."""
     steps, batch_tokens = config.train.steps, config.train.batch_tokens
     steps_each = steps_in_shard(PUBLIC_SHARD_TOKENS, batch_tokens)
     need = f"{-(-steps // steps_each)} of {PUBLIC_SHARD_TOKENS:,} tokens" if steps_each else "larger ones"
     try:
         shards = [open_shard(path) for path in find_shards(config.data.train)]
     except ShardError as error:
-        return f"{need} needed; {error}"
+        return f"MISSING, the run takes {need}: {error}"
     available_steps = sum(steps_in_shard(len(shard), batch_tokens) for shard in shards)
-    verdict = "enough" if available_steps >= steps else "too few"
-    return f"{need} needed; {config.data.train} has {len(shards)} for {available_steps:,} steps, {verdict}"
+    present = f"{config.data.train} has {available_steps:,} steps in {len(shards)}"
+    return f"{present}, enough" if available_steps >= steps else f"TOO FEW, {present}, the run takes {need}"

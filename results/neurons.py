@@ -19,6 +19,7 @@ from aurora.diagnostics import (
     row_energies,
     silent_neurons,
     starved,
+    wide,
 )
 from aurora.runtime.ranks import Ranks
 from configs.schema import Config
@@ -94,7 +95,7 @@ class Neurons:
         group, state = self.groups[p], self.rule.state[p]
         # What AdamW and the matrix rules call their average of gradients.
         momentum = state["momentum_buffer"] if "momentum_buffer" in state else state["exp_avg"]
-        update = self.before[name].double() * (1 - group["lr"] * group["weight_decay"]) - p.double()
+        update = wide(self.before[name]) * (1 - group["lr"] * group["weight_decay"]) - wide(p)
         update, momentum, weights = (X.T if name.endswith("down") else X for X in (update, momentum, p))
         energies, leverage = row_energies(update), leverage_scores(momentum)
         cv, quantiles = norm_quantiles(energies)

@@ -152,7 +152,10 @@ def test_dry_run_of_gpt2_small_counts_parameters_tokens_and_shards(tmp_path, cap
         (line,) = [line for line in report.splitlines() if line.startswith(role)]
         assert count in line and line.split()[-3:] == settings
     assert "head's bias of 50,304" in report
-    assert "3,250 steps x 524,288 = 1,703,936,000" in report and "18 of 100,000,000 tokens needed" in report
+    assert (
+        "3,250 steps x 524,288 = 1,703,936,000" in report
+        and "MISSING, the run takes 18 of 100,000,000 tokens: " in report
+    )
     assert "memory of a rank, GiB" in report
     by_size = dict(re.findall(r"(\d+): (\d+\.\d)", report.splitlines()[-1]))
     assert list(by_size) == ["1", "2", "4", "8", "16", "32", "64", "128"] and "x 128 sequences" in report

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from aurora.runtime.ranks import join_ranks
 from aurora.sharding import assign_owners
+from configs.schema import HarnessError
 from tests.conftest import OPTIMIZERS, events, losses, start_process, torchrun
 from tests.test_rules import RULES
 
@@ -236,3 +238,15 @@ def test_sums_that_begin_during_the_backward_pass_are_the_plain_ones_bit_for_bit
             assert (grad is None and overlapped[name] is None) or torch.equal(grad, overlapped[name]), name
         owners += [name for name, grad in plain.items() if grad is not None and "attention.q.weight" in name]
     assert sorted(owners) == ["blocks.0.attention.q.weight", "blocks.1.attention.q.weight"]
+
+
+@pytest.mark.parametrize("kind, message", [("gpu", "is 'gpu', but this run can use cpu"), ("cpu", None), ("", None)])
+def test_device_that_the_environment_names_is_there_or_told(monkeypatch, kind, message):
+    monkeypatch.setenv("SPEEDRUN_DEVICE", kind)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    if message is None:
+        assert join_ranks(60).device.type == "cpu"
+    else:
+        with pytest.raises(HarnessError, match=message):
+            join_ranks(60)

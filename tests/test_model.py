@@ -8,7 +8,7 @@ import torch
 
 import train_gpt
 from aurora.runtime import functions
-from aurora.runtime.memory import memory_estimate_gib
+from aurora.runtime.memory import host_bytes, memory_estimate_gib
 from configs.schema import load_config
 from tests import reference
 from tests.conftest import ROOT
@@ -214,3 +214,12 @@ def test_memory_estimate_is_what_autograd_keeps(overrides):
     assert loss.requires_grad and gib["activations"] * 2**30 == pytest.approx(sum(kept_bytes.values()), rel=0.1)
     assert gib["loss"] * 2**30 == 5 * 4 * tokens.numel() * 256
     assert gib["weights"] * 2**30 == 4 * sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name, text", [("memory.max", "4096"), ("memory/memory.limit_in_bytes", "4096\n")])
+def test_memory_of_the_host_is_what_its_container_may_use(tmp_path, name, text):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("max")
+    assert host_bytes(tmp_path) == host_bytes(tmp_path / "none") > 4096
+    (tmp_path / name).write_text(text)
+    assert host_bytes(tmp_path) == 4096

@@ -18,8 +18,7 @@ def run_as_rank(task: Callable[[Ranks], None], timeout_s: float) -> int:
     try:
         die_with_launcher()
         ranks = join_ranks(timeout_s)
-        watch = Watch(ranks, timeout_s)
-        watch.start()
+        watch = Watch(ranks, timeout_s).started()
         task(ranks)
         ranks.align()  # a process that leaves early can break a peer's last collective
         leave_ranks()

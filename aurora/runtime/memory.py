@@ -1,8 +1,10 @@
 """The memory that a run needs, and how large a part of a batch fits into that of every rank."""
 
+import contextlib
 import gc
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,14 +21,23 @@ SPARE_GIB = 0.5  # for fragments, and what else comes and goes
 
 
 def available_gib(ranks: Ranks) -> float:
-    """Memory that the rank with the least has to give. Collective."""
+    """Memory that the rank with the least may use. Collective."""
     if ranks.device.type == "cuda":
         torch.cuda.empty_cache()  # what torch keeps for later use counts as taken
         num_bytes = torch.cuda.mem_get_info(ranks.device)[0]
     else:
-        num_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks.world_size
+        num_bytes = host_bytes() / ranks.world_size
     least = torch.tensor([num_bytes / 2**30], dtype=torch.float32, device=ranks.device)
     return ranks.all_reduce(least, dist.ReduceOp.MIN).item()
+
+
+def host_bytes(control_group: Path = Path("/sys/fs/cgroup")) -> int:
+    """Memory of this machine, or what its container may use of it."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # version 2 and 1 of control groups
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            limits.append(int((control_group / name).read_text()))
+    return min(limits)
 
 
 def first_that_fits(sizes: Sequence[int], attempt: Callable[[int], None], ranks: Ranks, taken_gib: float = 0.0) -> int:

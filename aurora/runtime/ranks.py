@@ -97,21 +97,24 @@ def shared_variables(env: dict[str, Any]) -> dict[str, str]:
 def join_ranks(timeout_s: float) -> Ranks:
     """Join the process group that torchrun announces in the environment, if any, and choose the device.
 
-    The environment variable SPEEDRUN_DEVICE=cpu keeps a machine's GPU out of it.
+    The first there is of cuda, mps (alone) and cpu, or the one that the environment variable SPEEDRUN_DEVICE names.
     """
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    wants_cpu = os.environ.get("SPEEDRUN_DEVICE") == "cpu"
-    if torch.cuda.is_available() and not wants_cpu:
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available() and world_size == 1, "cpu": True}
+    present = [name for name, is_there in has.items() if is_there]
+    kind = os.environ.get("SPEEDRUN_DEVICE") or present[0]
+    if kind not in present:
+        raise HarnessError(Exit.CONFIG, f"SPEEDRUN_DEVICE is {kind!r}, but this run can use {' or '.join(present)}")
+    if kind == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if device.index >= torch.cuda.device_count():
             available = torch.cuda.device_count()
             message = f"rank {rank} wants GPU {device.index}, but this node has {available}: start at most {available}"
             raise HarnessError(Exit.CONFIG, message)
         torch.cuda.set_device(device)
-    elif torch.backends.mps.is_available() and world_size == 1 and not wants_cpu:
-        device = torch.device("mps")
     else:
-        device = torch.device("cpu")
+        device = torch.device(kind)
+    if kind == "cpu":
         keep_freed_memory()
     if world_size > 1:
         is_cuda = device.type == "cuda"

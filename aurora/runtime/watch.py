@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch.distributed as dist
 
@@ -57,7 +57,7 @@ def is_gone(state: State) -> bool:
 
 
 class Watch:
-    """Runs from start() to the end of the process, on every rank of a run with several. Otherwise it does nothing."""
+    """Runs from started() to the end of the process, on every rank of a run with several. Otherwise it does nothing."""
 
     def __init__(self, ranks: Ranks, timeout_s: float):
         self.ranks, self.timeout_s = ranks, timeout_s
@@ -68,9 +68,9 @@ class Watch:
         self.answered_s: dict[int, float] = {}
         self.lock = threading.Lock()
 
-    def start(self) -> None:
+    def started(self) -> Self:
         if self.ranks.world_size == 1:
-            return
+            return self
         self.store = connect_store()
         unseen = State(0, 0, 0, "start", 0, 0, "unknown host", False)
         for rank in range(self.ranks.world_size):
@@ -79,6 +79,7 @@ class Watch:
         self.publish()  # before anything can happen to this rank, so that the others know its process
         self.thread = threading.Thread(target=self.run, name="watch", daemon=True)
         self.thread.start()
+        return self
 
     def stop(self) -> None:
         """This rank ends by itself: tell the others, and end the thread, which may not outlive the interpreter."""

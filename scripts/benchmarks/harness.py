@@ -186,8 +186,7 @@ def guards(rounds: int) -> str:
     ratio = statistics.median(a / b for a, b in pairs)
     look = "-"
     if ranks.world_size > 1:
-        watch = Watch(ranks, timeout_s=60)
-        watch.start()
+        watch = Watch(ranks, timeout_s=60).started()
         looks_ms = []
         for _ in range(rounds):
             begin_ns = time.perf_counter_ns()
