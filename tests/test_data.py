@@ -12,6 +12,7 @@ from data import local
 from data.loader import TokenLoader, open_run_data, steps_in_shard
 from data.overlap import ProbeIndex
 from data.shards import ShardError, open_shard, verify_shard, write_shard
+from results.record import read_record
 from tests.conftest import ROOT, shard_bytes
 
 
@@ -211,9 +212,13 @@ def test_standard_library_split_holds_every_byte_once_and_no_file_in_both(small_
     assert (train, val) == local.standard_library_split(small_library)
 
 
-def test_local_corpus_of_this_python_is_written_deterministically(tmp_path):
+def test_local_corpus_of_this_python_is_written_deterministically(tmp_path, capsys):
     for name in ("one", "two"):
         assert local.main(["--out", str(tmp_path / name)]) == 0
+    is_recorded = verify_shard(tmp_path / "one" / "local_train_000000.bin", 256).sha256 == local.RECORDED_TRAIN_SHA256
+    assert ("not from these" in capsys.readouterr().out) == (not is_recorded)
+    record = next((ROOT / "results" / "quick" / "comparison").glob("*.jsonl"))
+    assert read_record(record).start["data"]["shards"][0]["sha256"] == local.RECORDED_TRAIN_SHA256
     for split in ("train", "val"):
         one, two = (tmp_path / name / f"local_{split}_000000.bin" for name in ("one", "two"))
         assert one.read_bytes() == two.read_bytes()
