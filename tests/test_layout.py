@@ -1,10 +1,12 @@
 """Rules of the architecture that a reader relies on."""
 
 import ast
+import re
 import sys
 
 import pytest
 
+from aurora import RULES
 from results.record import SOURCE_MODULES
 from tests.conftest import ROOT
 
@@ -80,14 +82,21 @@ def test_record_embeds_every_module_that_the_trainer_imports():
     assert {path.relative_to(ROOT).as_posix() for path in seen} == set(SOURCE_MODULES)
 
 
-def test_readme_shows_commands_that_exist():
-    text = (ROOT / "README.md").read_text()
-    for name in (
-        "scripts/quickstart.sh",
-        "scripts/test.sh",
-        "train_gpt.py",
-        "data/local.py",
-        "data/fineweb.py",
-        "scripts/compare.py",
-    ):
-        assert name in text and (ROOT / name).is_file()
+DOCUMENTS = ["README.md", "aurora/README.md", "aurora/runtime/README.md", "data/README.md"]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_files_that_a_document_names_exist(document):
+    text, folder = (ROOT / document).read_text(), (ROOT / document).parent
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (folder / link).exists(), link
+    for path in re.findall(r"\b(?:scripts|data|configs|aurora|results|tests)/[\w./-]+\.(?:py|sh|toml)\b", text):
+        assert (ROOT / path).is_file() or path == "aurora/signum.py", path
+
+
+def test_every_module_is_in_the_readmes_tree():
+    tree = (ROOT / "README.md").read_text().split("## Reading the code")[1]
+    rules = {f"{name}.py" for name in RULES}
+    for path in PYTHON_FILES:
+        if path.parent.name != "benchmarks" and path.name not in rules | {"__init__.py"}:
+            assert path.name in tree, path

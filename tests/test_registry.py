@@ -1,11 +1,13 @@
 """One flag, one table, every parameter in exactly one group."""
 
+import re
+
 import pytest
 import torch
 
 import aurora
 from aurora import Param
-from tests.conftest import OPTIMIZERS
+from tests.conftest import OPTIMIZERS, ROOT, losses, tiny_table, train_here
 
 HPARAMS = dict(
     lr=0.02, embed_lr=0.3, head_lr=0.004, vector_lr=0.01, aux_betas=(0.8, 0.95), aux_eps=1e-10, aux_weight_decay=0.1
@@ -63,3 +65,15 @@ def test_exact_cover_names_missing_and_doubled_parameters():
         aurora.check_exact_cover(everything, doubled)
     with pytest.raises(ValueError, match="1 parameters of the optimizers are not in the model"):
         aurora.check_exact_cover(everything[1:], optimizers)
+
+
+def test_rule_of_the_readme_trains(tiny_track, tmp_path, monkeypatch):
+    code = re.search(r"```python\n(# aurora/signum.py\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    names = {}
+    exec(code, names)
+    monkeypatch.setitem(aurora.RULES, "signum", names["Signum"])
+    config = tmp_path / "mine.toml"
+    config.write_text(tiny_track.read_text() + tiny_table("signum"))
+    assert train_here(config, tmp_path, "--optimizer", "signum", "--set", "optimizer.signum.lr=0.001") == 0
+    (_, first), *_, (_, last) = losses(tmp_path)
+    assert last < first - 0.1
