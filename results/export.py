@@ -30,9 +30,11 @@ def export_record(path: Path, out: Path) -> None:
     """Write the record as a log.
 
     Raises:
-        ValueError: no record, or one that does not embed its sources.
+        ValueError: no record, one that does not embed its sources, or out exists.
         OSError: out cannot be written.
     """
+    if out.exists():
+        raise ValueError(f"{out} exists; name a new file with --out")
     run = read_record(path)
     start = run.start
     sources = whole_sources(run)
@@ -49,6 +51,7 @@ def export_record(path: Path, out: Path) -> None:
             f"step:{look.step}/{steps} val_loss:{look.val_loss!r} train_time:{look.train_time_s:.6f}s "
             f"step_avg:{average}ms"
         )
+    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -8,6 +8,7 @@ Needs nothing but Python, so that results can be analysed on any machine.
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -167,6 +168,7 @@ class Run:
     validations: list[Validation] = field(default_factory=list)
     train_events: list[dict[str, Any]] = field(default_factory=list)
     neuron_events: list[dict[str, Any]] = field(default_factory=list)
+    resumes: list[dict[str, Any]] = field(default_factory=list)
     end: dict[str, Any] | None = None
 
     @property
@@ -206,19 +208,22 @@ FIELD_TYPES = {
     },
     "val": {"step": int, "tokens": int, "val_loss": NUMBER, "train_time_s": NUMBER},
     "train": {"step": int, **dict.fromkeys(("train_loss", "lr", "step_ms", "optimizer_ms"), NUMBER)},
-    "end": {"status": str, "step": int, "train_time_s": NUMBER, "untimed": dict, "segments": int},
+    "end": {
+        **{"status": str, "step": int, "train_time_s": NUMBER, "wall_s": NUMBER, "untimed": dict, "segments": int},
+    },
     "neurons": {
         **dict.fromkeys(("step", "tokens", "width"), int),
         **dict.fromkeys(("dead", "silent", "starved", "starved_momentum"), NUMBER),
         "layers": list,
         "matrices": dict,
     },
-    "resume": {"step": int},
+    "resume": {"step": int, "segment": int, "world_size": int, "env": dict},
 }
 REQUIRED_FIELDS = {
     "val": ("step", "val_loss", "train_time_s"),
     "train": ("step",),
     "neurons": ("step", "width", "layers", "matrices"),
+    "resume": ("step",),
     "end": ("status",),
 }
 
@@ -233,6 +238,8 @@ def read_events(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             event is not "run".
     """
     try:
+        if not path.exists() and not path.is_symlink():
+            raise RecordError(f"{path}: no such file")
         if path.is_symlink() or not path.is_file():
             raise RecordError(f"{path} is no regular file (links are not followed)")
         if path.stat().st_size > MAX_RECORD_BYTES:
@@ -298,24 +305,35 @@ def check_needed(event: dict[str, Any], needed: dict[str, Any], path: Path) -> N
             raise RecordError(f"{path}: {name} of the {event['event']} event is missing or of the wrong type")
 
 
-def read_record(path: Path) -> Run:
-    """Read one record. A last line without its end, as a crash leaves it, is dropped.
+def in_force(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What counts of the events after the first: a resume undoes an end, and all that came after its step."""
+    kept: list[dict[str, Any]] = []
+    for event in events:
+        if event["event"] == "resume":
+            while kept and (kept[-1]["event"] == "end" or kept[-1]["step"] > event["step"]):
+                kept.pop()
+        if event["event"] in REQUIRED_FIELDS:
+            kept.append(event)
+    return kept
 
-    After a resume a step can stand in the file twice; the later line counts.
+
+def read_record(path: Path) -> Run:
+    """Read one record. What a resume has undone is dropped, as is a last line without its end, which a crash leaves.
 
     Raises:
         RecordError: as read_events, or the file holds no event, or lacks what readers need.
     """
-    run: Run | None = None
+    start, *rest = [event for _, event in read_events(path)] or [None]
+    if start is None:
+        raise RecordError(f"{path} holds no event")
+    check_needed(start, NEEDED_OF_RUN, path)
+    run = Run(path, start)
     validations: dict[int, Validation] = {}
     train_events: dict[int, dict[str, Any]] = {}
     neuron_events: dict[int, dict[str, Any]] = {}
-    for _, event in read_events(path):
+    for event in in_force(rest):
         kind = event["event"]
-        if run is None:
-            check_needed(event, NEEDED_OF_RUN, path)
-            run = Run(path, event)
-        elif kind == "val":
+        if kind == "val":
             validations[event["step"]] = Validation(event["step"], event["val_loss"], event["train_time_s"])
         elif kind == "train":
             train_events[event["step"]] = event
@@ -326,24 +344,37 @@ def read_record(path: Path) -> Run:
                 check_needed(event, NEEDED_OF_DONE, path)
             run.end = event
         elif kind == "resume":
-            run.end = None
-    if run is None:
-        raise RecordError(f"{path} holds no event")
+            run.resumes.append(event)
     run.validations = [validations[step] for step in sorted(validations)]
     run.train_events = [train_events[step] for step in sorted(train_events)]
     run.neuron_events = [neuron_events[step] for step in sorted(neuron_events)]
     return run
 
 
+def record_paths(folder: Path) -> list[Path]:
+    """The records below a folder in order of their names; a trainer may add and remove checkpoints meanwhile."""
+    paths = []
+    for parent, folders, files in os.walk(folder):  # which leaves out what vanishes
+        folders[:] = [name for name in folders if not name.endswith(".checkpoints")]
+        paths += [Path(parent, name) for name in files if name.endswith(".jsonl")]
+    return sorted(paths)
+
+
 def read_folder(folder: Path) -> tuple[list[Run], list[RecordError]]:
     """All records below a folder in order of their names, and what could not be read."""
     runs, errors = [], []
-    for path in sorted(folder.rglob("*.jsonl")):
+    for path in record_paths(folder):
         try:
             runs.append(read_record(path))
         except RecordError as error:
             errors.append(error)
     return runs, errors
+
+
+def seed_gaps(seeds: Iterable[int], most: int = 1000) -> list[int]:
+    """Seeds missing between the first and the last, the lowest of them: were they run, and left out?"""
+    missing = (seed for low, high in itertools.pairwise(sorted(set(seeds))) for seed in range(low + 1, high))
+    return list(itertools.islice(missing, most))
 
 
 def by_optimizer(runs: Iterable[Run]) -> dict[str, list[Run]]:

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from results.export import is_inside, whole_sources
 from results.record import ROOT, RecordError, read_folder, read_record
-from results.verification import Verdict
+from results.verification import Verification
 
-TOLERANCE = 2e-2  # of a val loss, on another stack: measured differences grow with steps, and replays are short
+TOLERANCE = 2e-2  # of a val loss in nats, on another stack: differences grow with steps, and replays are short
 TIMEOUT_S = 3600
 POLL_S = 0.1
 
@@ -41,8 +41,11 @@ def settings_of(start: dict) -> list[str]:
     return [word for table, key, value in pairs for word in ("--set", f"{table}.{key}={json.dumps(value)}")]
 
 
-def replay(verdict: Verdict, num_looks: int) -> Verdict:
-    """Run the code in the record with its config and seed on this machine's data, up to its first looks; compare."""
+def replay(verdict: Verification, num_looks: int) -> Verification:
+    """Run the code in the record with its config and seed on this machine's data, up to its first looks; compare.
+
+    The stack, on which the tolerance depends, is what the record says it was.
+    """
     run = read_record(verdict.path)
     start, claimed = run.start, run.validations[:num_looks]
     with tempfile.TemporaryDirectory() as folder:
@@ -59,10 +62,13 @@ def replay(verdict: Verdict, num_looks: int) -> Verdict:
     if not found or here["data"]["fingerprint"] != start["data"]["fingerprint"]:
         verdict.notes.append(f"not replayed: {message}" if not found else "not replayed: other training data is here")
         return verdict
+    if len(found) < len(claimed):
+        verdict.notes.append(f"not replayed: it ended after {len(found)} of {len(claimed)} looks: {message}")
+        return verdict
     stack = ("torch", "torch_threads", "device_name", "cpu")
     is_same_stack = start["device"] == "cpu" and all(here["env"].get(k) == start["env"].get(k) for k in stack)
     tolerance = 0.0 if is_same_stack else TOLERANCE
-    for ours, theirs in zip(found, claimed, strict=False):
+    for ours, theirs in zip(found, claimed, strict=True):
         if abs(ours.val_loss - theirs.val_loss) > tolerance:
             verdict.reasons.append(
                 f"replay: val_loss {ours.val_loss} at step {ours.step}, the record states {theirs.val_loss} "
@@ -70,8 +76,9 @@ def replay(verdict: Verdict, num_looks: int) -> Verdict:
             )
     if added := whole.keys() - start["sources"].keys():
         verdict.notes.append(f"the record does not embed, and the replay took from here: {', '.join(sorted(added))}")
-    verdict.word_if_good = "replayed"
-    verdict.notes.append(f"replayed {len(found)} looks to step {found[-1].step}, tolerance {tolerance:g}")
+    steps = start["config"]["train"]["steps"]
+    extent = "" if len(found) == len(run.validations) else f" to step {found[-1].step} of {steps}"
+    verdict.word_if_good = f"replayed{extent}" + (f" within {tolerance:g} on another stack" if tolerance else "")
     return verdict
 
 

@@ -258,8 +258,3 @@ def flaws(seeds: Sequence[int | None], losses: Sequence[Sequence[float]]) -> lis
     if duplicates:
         found.append(f"{duplicates} run{'s' * (duplicates != 1)} with the losses of another")
     return found
-
-
-def seed_gaps(seeds: Sequence[int]) -> list[int]:
-    """Seeds that are missing between the first and the last: were they run, and left out?"""
-    return sorted(set(range(min(seeds), max(seeds))) - set(seeds)) if seeds else []

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from results.record import Run
+from results.record import Run, seed_gaps
 from results.statistics import (
     GATE_SIGMA,
     MIN_RUNS,
@@ -37,7 +37,6 @@ from results.statistics import (
     reached,
     runs_needed,
     sd_test,
-    seed_gaps,
     t_below,
     welch,
     wilson,
@@ -287,7 +286,7 @@ def target_seconds(run: Run) -> float | None:
 
 def was_resumed(run: Run) -> bool:
     """Whether the run was stopped and went on later, perhaps on another machine: its seconds are no measurement."""
-    return run.end is not None and run.end.get("segments", 1) > 1
+    return bool(run.resumes) or (run.end is not None and run.end.get("segments", 1) > 1)
 
 
 def time_ratio(first: Group, second: Group, seconds_of: Callable[[Run], float | None]) -> tuple[float, Interval] | None:

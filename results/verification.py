@@ -4,24 +4,32 @@
 |---|---|---|
 | fields, order of events | torn, edited or merged files | a file rewritten as a whole |
 | code hash, task hash, run id | changed sources, task, seed, optimizer, date | hashes computed anew after the change |
-| config against embedded track and argv | a swapped config | both changed alike |
+| config against embedded track and argv, optimizers as read back | a swapped config | all changed alike |
+| train events at every step where the trainer writes one | what those checks need, left out | - |
 | lr of each train event against the schedule | steps, lr or schedule edited | a logged lr that is not used |
 | looks against the declared steps | early stop, extra or dropped looks | looks that were never logged |
 | neurons: counts, shares and ranks within their bounds, at declared steps | impossible numbers | invented ones |
-| times rise, step times add up, all differ | edited times, times typed in | a patched clock |
+| times rise, step times add up, all differ; timed + untimed = wall | edited times, times typed in | a patched clock |
 | step time against 6 N FLOP a token | impossible speed | a merely flattering one |
 | a val loss is a sum of float32 over its tokens | losses typed in or rounded | a sum that was forged on purpose |
 | loss of an untrained model, train against val loss | another vocabulary, leaked validation | slight leaks |
 | end event against the looks | edited results | - |
-| a folder's seeds and losses | dropped seeds, duplicates | seeds run elsewhere and left out at either end |
+| a folder's losses | duplicates | - |
+| noted only: a folder's seeds | dropped seeds | seeds run elsewhere and left out at either end |
+| noted only: sources against the commit they name | changes that the record keeps quiet about | another commit named |
 
-A consistent record can still be invented: only a replay, and then seeds of the verifier's own, show that it is not.
+A consistent record can still be invented: only a replay, and then seeds of the verifier's own, show that it is not. Nor
+does a replay tell what the embedded code does: it is compared with nothing but that commit, and code that cheats
+replays too.
 """
 
+import functools
 import hashlib
 import itertools
+import json
 import math
 import re
+import subprocess
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -33,26 +41,32 @@ from results.export import is_inside, overrides
 from results.record import (
     FIELD_TYPES,
     NUMBER,
+    ROOT,
     SCHEMA,
     RecordError,
     Run,
     Validation,
     code_hash,
     first_at_target,
+    in_force,
     is_sane,
     json_hash,
     read_events,
+    record_paths,
+    seed_gaps,
     task_hash,
 )
 
 # FLOP/s that no device of its kind reaches: above a B200's dense bfloat16, and a core with matrix units.
-PEAK_FLOPS = {"cuda": 3e15, "cpu": 2e12}
+PEAK_FLOPS = {"cuda": 3e15, "mps": 1e14, "cpu": 2e12}
 UNTRAINED_TOLERANCE = 0.05  # of the loss at step 0, from ln(vocab_size): the head starts at zero
+# Between val losses of one step that was run twice, by other ranks or threads: they add in another order.
+OTHER_ORDER_TOLERANCE = 1e-4
 
 
 @dataclass
-class Verdict:
-    """word: consistent, or refuted with reasons. After a replay also replayed; see scripts/verify.py."""
+class Verification:
+    """word: consistent, or refuted with reasons; gaps or replayed where that is known; see scripts/verify.py."""
 
     path: Path
     reasons: list[str] = field(default_factory=list)
@@ -66,26 +80,29 @@ class Verdict:
 
 @dataclass
 class Events:
-    """A record's events in the order of the file."""
+    """A record's first event, all others in the order of the file, and those that no resume has undone."""
 
     start: dict[str, Any]
     rest: list[dict[str, Any]]
 
+    def __post_init__(self) -> None:
+        self.kept = in_force(self.rest)
+
     def of(self, kind: str) -> list[dict[str, Any]]:
-        return [event for event in self.rest if event["event"] == kind]
+        return [event for event in self.kept if event["event"] == kind]
 
     @property
     def config(self) -> dict[str, Any]:
         return self.start["config"]
 
 
-def verify_run(path: Path) -> Verdict:
+def verify_run(path: Path) -> Verification:
     """Every check that one record allows. Never raises for what a record holds."""
     return verify_events(path)[0]
 
 
-def verify_events(path: Path) -> tuple[Verdict, Events | None]:
-    verdict = Verdict(path)
+def verify_events(path: Path) -> tuple[Verification, Events | None]:
+    verdict = Verification(path)
     try:
         events = [event for _, event in read_events(path)]
         if not events:
@@ -107,11 +124,37 @@ def verify_events(path: Path) -> tuple[Verdict, Events | None]:
             verdict.reasons.append(f"{check.__name__}: a field is missing or wrong ({type(error).__name__}: {error})")
     if not found.of("end"):
         verdict.notes.append("incomplete: no end event")
+    if not verdict.reasons and (changed := changed_sources(found.start)):
+        commit = found.start["git"]["commit"]
+        verdict.notes.append(f"sources differ from commit {commit[:12]} in: {', '.join(changed)}")
     return verdict, found
 
 
+def changed_sources(start: dict[str, Any]) -> list[str]:
+    """Sources that are not those of the commit that the record names; none where that commit is not known here."""
+    tree = hashes_of(str((start.get("git") or {}).get("commit")))
+    hashes = {name: text.encode("utf-8", "surrogatepass") for name, text in start["sources"].items()}
+    hashes = {name: hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() for name, data in hashes.items()}
+    # A track of one's own is in no commit.
+    return [name for name in hashes if tree and tree.get(name, name.endswith(".py")) not in (False, hashes[name])]
+
+
+@functools.lru_cache
+def hashes_of(commit: str) -> dict[str, str]:
+    """Git's hash of each file of a commit, by name; empty without git or the commit."""
+    if not re.fullmatch("[0-9a-f]{40}", commit):
+        return {}
+    command = ["git", "-C", str(ROOT), "ls-tree", "-r", "-z", commit]
+    try:
+        listing = subprocess.run(command, capture_output=True, check=True).stdout.decode()
+    except (OSError, subprocess.CalledProcessError, UnicodeDecodeError):
+        return {}
+    entries = (entry.partition("\t") for entry in listing.split("\0") if entry)
+    return {name: description.split()[2] for description, _, name in entries}
+
+
 def missing_fields(events: list[dict[str, Any]]) -> list[str]:
-    optional = {"tokens", "segments", "untimed"}
+    optional = {"tokens", "segments", "untimed", "wall_s"}
     lacking = {
         f"{event['event']} event lacks {key}": None
         for event in events
@@ -166,6 +209,8 @@ def check_order(run: Events) -> Iterator[str]:
     for kind, following in itertools.pairwise(kinds):
         if kind == "end" and following != "resume":
             yield f"an end event is followed by a {following} event"
+    stacks = {stack_of(segment) for segment in (run.start, *(e for e in run.rest if e["event"] == "resume"))}
+    tolerance = OTHER_ORDER_TOLERANCE if len(stacks) > 1 else 0.0
     seen: dict[int, float] = {}
     last = {"val": -1, "train": -1, "neurons": -1}
     for event in run.rest:
@@ -180,8 +225,14 @@ def check_order(run: Events) -> Iterator[str]:
         last[kind] = step
         if kind == "val" and run.start["device"] == "cpu":
             before = seen.setdefault(step, event["val_loss"])
-            if before != event["val_loss"]:
+            if abs(before - event["val_loss"]) > tolerance:
                 yield f"step {step} was run twice, with val_loss {before} and {event['val_loss']}"
+
+
+def stack_of(segment: dict[str, Any]) -> str:
+    """What the bits of a loss depend on, of a run or resume event."""
+    parts = {key: segment.get(key) for key in ("world_size", "micro_batch", "attention", "compiled")}
+    return json.dumps([parts, *(segment["env"].get(key) for key in ("torch", "torch_threads", "cpu"))])
 
 
 def check_identity(run: Events) -> Iterator[str]:
@@ -226,12 +277,16 @@ def check_config(run: Events) -> Iterator[str]:
     if [counts.get(role) for role in ("embed", "head", "matrix")] != [embed, embed, matrix]:
         yield f"parameter counts {counts} are not those of the model in the config"
     for group in start["param_groups"]:
-        if group["role"] == "matrix" and any(group[k] != start["hparams"][k] for k in ("lr", "weight_decay")):
-            yield f"the optimizer held lr {group['lr']} and weight_decay {group['weight_decay']}, unlike hparams"
+        for key, value in group.items():
+            name = hparam_name(key.removeprefix("peak_"), group["role"])
+            if start["hparams"].get(name, value) not in (value, "auto"):
+                yield f"the optimizer held {key} {value} for {group['role']}, {name} is {start['hparams'][name]}"
     argv, tracks = start["argv"], [text for name, text in start["sources"].items() if name.endswith(".toml")]
     if len(tracks) != 1:
         yield f"{len(tracks)} tracks are embedded"
-    elif argv and argv[0].endswith("train_gpt.py"):
+    elif not argv or not argv[0].endswith("train_gpt.py"):
+        yield f"argv {str(argv)[:100]} is no command line of train_gpt.py"
+    else:
         tables, settings = tomllib.loads(tracks[0]), overrides(argv)[1::2]  # without the flags between
         try:
             for override in settings:
@@ -247,6 +302,11 @@ def check_config(run: Events) -> Iterator[str]:
             for key, value in values.items():
                 if config[name].get(key) != value:
                     yield f"{name}.{key} is {config[name].get(key)}, by the embedded track and argv {value}"
+
+
+def hparam_name(key: str, role: str) -> str:
+    """Which hyper-parameter a setting of a parameter group comes from, where there is one."""
+    return key if role == "matrix" else f"{role}_lr" if key == "lr" else f"aux_{key}"
 
 
 def declared_looks(config: dict[str, Any]) -> set[int]:
@@ -274,6 +334,25 @@ def check_looks(run: Events) -> Iterator[str]:
             yield f"step {event['step']}: tokens {event['tokens']} are not step x batch_tokens"
 
 
+def declared_logs(run: Events) -> set[int]:
+    """The trainer's rule for the steps of train events: at every flush, and each log_every steps since the one before.
+
+    It flushes at looks, checkpoints and stops.
+    """
+    declared, train, ends = declared_looks(run.config), run.config["train"], run.of("end")
+    looks, stops = ([event["step"] for event in run.of(kind)] for kind in ("val", "resume"))
+    last = ends[-1]["step"] if ends and ends[-1]["status"] in ("done", "interrupted") else max(looks, default=0)
+    last = min(last, train["steps"])
+    saves = range(0, train["steps"], train["checkpoint_every"]) if train["checkpoint_every"] else ()
+    windows = itertools.pairwise(sorted(step for step in {0, last, *stops, *saves, *declared} if 0 <= step <= last))
+    return {step for low, high in windows for step in (*range(low, high, train["log_every"]), high)} - {0}
+
+
+def check_logs(run: Events) -> Iterator[str]:
+    if missing := declared_logs(run) - {event["step"] for event in run.of("train")}:
+        yield f"no train event at steps where one is due: {sorted(missing)[:5]}"
+
+
 def check_times(run: Events) -> Iterator[str]:
     looks, trains = run.of("val"), run.of("train")
     by_step = {event["step"]: event for event in looks}
@@ -285,7 +364,7 @@ def check_times(run: Events) -> Iterator[str]:
         yield "step times repeat: no clock gives them"
     if any(not 0 <= event["optimizer_ms"] <= event["step_ms"] for event in trains):
         yield "optimizer_ms is not within step_ms"
-    if run.of("resume") or not looks or not trains:
+    if not looks or not trains:
         return
     previous, windows = 0, []
     for event in trains:
@@ -297,12 +376,17 @@ def check_times(run: Events) -> Iterator[str]:
         elapsed = by_step[late]["train_time_s"] - by_step[early]["train_time_s"]
         if late in {step for step, _ in windows} and not 0.8 * elapsed - 0.05 <= sum(inside) <= 1.02 * elapsed + 0.01:
             yield f"steps {early} to {late} took {sum(inside):.3f} s by their step_ms, {elapsed:.3f} s by train_time_s"
-    counts, start = run.start["params_by_role"], run.start
+    counts = run.start["params_by_role"]
     flop = 6 * (counts["matrix"] + counts["head"]) * run.config["train"]["batch_tokens"]
-    units = start["world_size"] * (start["env"]["cpu_count"] if start["device"] == "cpu" else 1)
-    floor_ms = 1000 * flop / (PEAK_FLOPS[start["device"]] * units)
+    floor_ms = 1000 * flop / max(map(peak_flops, (run.start, *run.of("resume"))))
     if min(step_ms) < floor_ms:
         yield f"a step of {min(step_ms):.4g} ms is below the {floor_ms:.4g} ms that its FLOP take at best"
+
+
+def peak_flops(segment: dict[str, Any]) -> float:
+    """Of all ranks of a run or resume event."""
+    cores = segment["env"]["cpu_count"] if segment["device"] == "cpu" else 1
+    return PEAK_FLOPS[segment["device"]] * segment["world_size"] * cores
 
 
 def check_lr(run: Events) -> Iterator[str]:
@@ -335,10 +419,8 @@ def check_losses(run: Events) -> Iterator[str]:
     lows = dict(zip(train_losses, [*before[2:], *expected], strict=True))
     for event in looks[1:]:
         near = train_losses.get(event["step"])
-        if near is None:
-            continue
-        if not 0.75 * min(near, lows[event["step"]]) - 0.05 <= event["val_loss"] <= 1.6 * near + 0.2:
-            yield f"step {event['step']}: val_loss {event['val_loss']} is too far from train_loss {near}"
+        if near is not None and event["val_loss"] < 0.75 * min(near, lows[event["step"]]) - 0.05:
+            yield f"step {event['step']}: val_loss {event['val_loss']} is too far below train_loss {near}"
 
 
 def is_float32_sum(mean: float, tokens: int, seq_len: int) -> bool:
@@ -372,9 +454,15 @@ def check_end(run: Events) -> Iterator[str]:
         yield f"end event: train_time_s is {end['train_time_s']}, at the last look {last.train_time_s}"
     if any(not 0 <= seconds < 1e9 for seconds in end["untimed"].values()):
         yield "end event: untimed seconds cannot be"
-    # Fewer where a resumed process was killed before it saved anything.
-    if not 1 <= end["segments"] <= 1 + len(run.of("resume")):
-        yield f"end event: {end['segments']} segments, with {len(run.of('resume'))} resume events"
+    spent_s = end["train_time_s"] + sum(end["untimed"].values())
+    if "wall_s" not in end and any('"wall_s"' in text for text in run.start["sources"].values()):
+        yield "end event lacks wall_s, which its code writes"
+    elif not math.isclose(end.get("wall_s", spent_s), spent_s, rel_tol=1e-6):
+        yield f"end event: wall_s is {end['wall_s']}, train_time_s and untimed add up to {spent_s}"
+    # A process that was killed before it saved anything has the number of the one after it.
+    segments = {1, *(event["segment"] for event in run.of("resume"))}
+    if not 1 == min(segments) <= max(segments) == len(segments) == end["segments"]:
+        yield f"end event: {end['segments']} segments, those that began are {sorted(segments)}"
     if not re.fullmatch("[0-9a-f]{64}", end.get("weights_sha256", "0" * 64)):
         yield "end event: weights_sha256 is no sha256"
 
@@ -419,8 +507,8 @@ def check_neurons(run: Events) -> Iterator[str]:
 
 
 CHECKS = (
-    *(check_order, check_identity, check_config, check_looks, check_times, check_lr, check_losses, check_neurons),
-    check_end,
+    *(check_order, check_identity, check_config, check_looks, check_logs, check_times, check_lr, check_losses),
+    *(check_neurons, check_end),
 )
 
 
@@ -428,11 +516,11 @@ CHECKS = (
 # A folder
 
 
-def verify_folder(folder: Path) -> list[Verdict]:
+def verify_folder(folder: Path) -> list[Verification]:
     """A verdict for each record below a folder, with what only the records together show."""
     verdicts, groups = [], {}
     by_losses: dict[tuple[float, ...], Path] = {}
-    for path in sorted(folder.rglob("*.jsonl")):
+    for path in record_paths(folder):
         verdict, run = verify_events(path)
         verdicts.append(verdict)
         if run is None:
@@ -445,12 +533,12 @@ def verify_folder(folder: Path) -> list[Verdict]:
             together.append(f"repeats the losses of {twin.name}")
         start = run.start
         setting = json_hash(Run(path, start).setting)
-        key = path.parent, start["task_hash"], start["optimizer"], setting, start["code_hash"]
+        key = start["task_hash"], start["optimizer"], setting, start["code_hash"]
         groups.setdefault(key, []).append((start["seed"], verdict))
     for members in groups.values():
         seeds = sorted(seed for seed, _ in members)
-        missing = [seed for seed in range(seeds[0], min(seeds[-1], seeds[0] + 1000)) if seed not in seeds]
-        if missing and len(seeds) > 1:
+        if missing := seed_gaps(seeds):
             for _, verdict in members:
-                verdict.reasons.append(f"its group of seeds {seeds} lacks {missing}: run, and left out?")
+                verdict.word_if_good = "gaps"
+                verdict.notes.append(f"its group of seeds {seeds} lacks {missing}: run, and left out?")
     return verdicts

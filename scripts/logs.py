@@ -38,11 +38,8 @@ def main() -> int:
         parser.error("name logs, --claims or --export")
     if args.export and not args.out:
         parser.error("--export needs --out")
-    try:
-        from results import claims
-    except ImportError as error:
-        print(f"error: {error}; pip install scipy", file=sys.stderr)
-        return 2
+    if args.claims and not args.claims.is_file():
+        parser.error(f"--claims: no such file: {plain(args.claims)}")
     try:
         if args.export:
             from results.export import export_record
@@ -50,6 +47,8 @@ def main() -> int:
             export_record(args.export, args.out)
             print(args.out)
             return 0
+        from results import claims
+
         if args.claims:
             findings = claims.check_file(args.claims, args.target, args.metric)
         elif args.against:
@@ -57,6 +56,9 @@ def main() -> int:
         else:
             claim = claims.Claim(", ".join(map(str, args.logs)), args.steps, args.mean, args.runs)
             findings = [claims.check(args.logs, claim, args.target, args.metric)]
+    except ImportError as error:
+        print(f"error: {error}; pip install scipy", file=sys.stderr)
+        return 2
     except (ValueError, OSError) as error:
         print(f"error: {plain(error, 500)}", file=sys.stderr)
         return 2

@@ -4,11 +4,14 @@ python scripts/verify.py RECORD_OR_FOLDER... [--json]
 python scripts/verify.py RECORD --replay [--looks 2]    # RUNS THE CODE IN THE RECORD: only if you would run it anyway
 python scripts/verify.py FOLDER --against FOLDER        # records of your own, of the same setting with other seeds
 
-Verdicts: consistent (the record's own numbers fit), replayed (its code and seed gave its losses again), reproduced
-(seeds of your own give no higher loss, by Welch's test), refuted (with reasons). What each check can and cannot catch
-stands in results/verification.py.
+Of a record: consistent (its own numbers fit), gaps (they do, but seeds are missing beside it), refuted (with reasons),
+replayed (its code and seed gave all its losses again; "to step N of M" if only the first ones were run, "within T on
+another stack" if they differ by up to T nats).
+Of --against, by Welch's test of the losses at the end: reproduced (with 95 % confidence, the claim exaggerates by less
+than 0.005 nats), contradicted (your losses are higher, p < 0.01), not contradicted (too few runs to tell), not
+comparable. What each check can and cannot catch stands in results/verification.py.
 
-Exit codes: 0 nothing refuted, 1 something refuted or not replayed as asked, 2 usage.
+Exit codes: 0 nothing refuted, 1 something refuted, or not replayed or reproduced as asked, 2 usage.
 """
 
 import argparse
@@ -22,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from results.record import Run, read_folder, read_record
 from results.text import plain
-from results.verification import Verdict, verify_folder, verify_run
+from results.verification import Verification, verify_folder, verify_run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,13 +33,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("paths", nargs="+", type=Path)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--replay", action="store_true", help="run the code embedded in each record")
-    parser.add_argument("--looks", type=int, default=2, help="validations to replay, the one at step 0 included")
+    parser.add_argument(
+        "--looks", type=int, default=2, metavar="N", help="validations to replay, the one at step 0 included (2)"
+    )
     parser.add_argument("--against", type=Path, metavar="FOLDER", help="records of your own with other seeds")
     args = parser.parse_args(argv)
-    missing = [str(path) for path in args.paths if not path.exists()]
-    if missing:
-        parser.error(f"no such file: {plain(', '.join(missing))}")
-    verdicts: list[Verdict] = []
+    if args.looks < 1:
+        parser.error(f"--looks must be at least 1, got {args.looks}")
+    if args.against and not args.against.is_dir():
+        parser.error(f"--against: no such folder: {plain(args.against)}")
+    for path in args.paths:
+        if not path.exists():
+            parser.error(f"no such file: {plain(path)}")
+        if path.is_file() and path.suffix != ".jsonl":
+            parser.error(f"{plain(path)} is not a record, which is a .jsonl file")
+    verdicts: list[Verification] = []
     for path in args.paths:
         is_folder = path.is_dir() and not path.is_symlink()
         found = verify_folder(path) if is_folder else [verify_run(path)]
@@ -63,7 +74,8 @@ def main(argv: list[str] | None = None) -> int:
             print(": ".join(outcome))
     if outcome and outcome[0] != "reproduced":
         return 1
-    return int(any(verdict.word == "refuted" or (args.replay and verdict.word != "replayed") for verdict in verdicts))
+    words = {verdict.word for verdict in verdicts}
+    return int("refuted" in words or (args.replay and not all(word.startswith("replayed") for word in words)))
 
 
 def against(claimed: list[Path], own: Path) -> tuple[str, str]:

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import unittest.mock
 from pathlib import Path
 from typing import NamedTuple
 
@@ -122,7 +123,9 @@ def fixed_threads():
 
 def train_here(config: Path, out: Path, *args: str) -> int:
     """Run the trainer in this process; returns its exit code."""
-    return train_gpt.main(["--config", str(config), "--out", str(out), *args])
+    argv = ["--config", str(config), "--out", str(out), *args]
+    with unittest.mock.patch.object(sys, "argv", ["train_gpt.py", *argv]):  # which the record states
+        return train_gpt.main(argv)
 
 
 def start_process(*command: str, **options) -> subprocess.Popen:

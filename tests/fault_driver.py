@@ -39,6 +39,7 @@ def be_rank(job: dict, rank: int) -> None:
     code = 99
     try:
         exec(job["patch"], {"rank": rank, "train_gpt": train_gpt, "torch": torch, "os": os})
+        sys.argv = ["train_gpt.py", *job["argv"]]  # which the record states
         code = train_gpt.main(job["argv"])
     except BaseException:
         import traceback

@@ -8,6 +8,7 @@ import pytest
 from scipy import stats
 
 from results import statistics as ours
+from results.record import seed_gaps
 
 A = [3.2781, 3.2795, 3.2779, 3.2786, 3.2790]
 B = [3.2801, 3.2812, 3.2796, 3.2821]
@@ -153,7 +154,8 @@ def test_flaws_name_what_is_wrong_with_a_sample():
     assert ours.flaws([None] * 3, good) == []
     assert "fewer than 3" in ours.flaws([0, 1], good[:2])[0]
     assert "seeds more than once: 4" in ours.flaws([4, 4, 5], good)[0]
-    assert ours.seed_gaps([3, 0, 1]) == [2] and ours.seed_gaps([]) == []
+    assert seed_gaps([3, 0, 1]) == [2] and seed_gaps([]) == []
+    assert seed_gaps([2**31 - 1, 0], most=3) == [1, 2, 3]
     assert "losses of another" in ours.flaws([0, 1, 2], [good[0], good[0], good[1]])[0]
 
 
