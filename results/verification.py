@@ -460,9 +460,9 @@ def check_end(run: Events) -> Iterator[str]:
     elif not math.isclose(end.get("wall_s", spent_s), spent_s, rel_tol=1e-6):
         yield f"end event: wall_s is {end['wall_s']}, train_time_s and untimed add up to {spent_s}"
     # A process that was killed before it saved anything has the number of the one after it.
-    segments = {1, *(event["segment"] for event in run.of("resume"))}
-    if not 1 == min(segments) <= max(segments) == len(segments) == end["segments"]:
-        yield f"end event: {end['segments']} segments, those that began are {sorted(segments)}"
+    resumed = sorted({event["segment"] for event in run.of("resume")})
+    if resumed != list(range(2, 2 + len(resumed))) or end["segments"] != 1 + len(resumed):
+        yield f"end event: {end['segments']} segments, the resumed ones are {resumed}"
     if not re.fullmatch("[0-9a-f]{64}", end.get("weights_sha256", "0" * 64)):
         yield "end event: weights_sha256 is no sha256"
 

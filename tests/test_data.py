@@ -9,7 +9,7 @@ import pytest
 
 from configs.schema import load_config
 from data import local
-from data.loader import TokenLoader, open_run_data, steps_in_shard
+from data.loader import TokenLoader, find_shards, open_run_data, steps_in_shard
 from data.overlap import ProbeIndex
 from data.shards import ShardError, open_shard, verify_shard, write_shard
 from results.record import read_record
@@ -130,6 +130,14 @@ def test_loader_state_continues_in_mid_shard_and_at_its_edge(tmp_path):
         resumed.next_batch()
         resumed.load_state_dict(whole.state_dict())
         assert np.array_equal(whole.next_batch(), resumed.next_batch())
+
+
+def test_a_project_in_a_folder_with_brackets_finds_its_shards(tmp_path, monkeypatch):
+    folder = tmp_path / "runs [1]"
+    folder.mkdir()
+    write_shard(folder / "a_000001.bin", np.arange(10, dtype=np.uint16))
+    monkeypatch.setattr("data.loader.ROOT", folder)
+    assert find_shards("a_*.bin") == [folder / "a_000001.bin"]
 
 
 def test_run_data_counts_steps_and_opens_only_what_it_needs(tmp_path):

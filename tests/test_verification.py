@@ -3,19 +3,20 @@
 import contextlib
 import copy
 import json
-import math
+import os
 import random
+import subprocess
 import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from results.foreign import LogError, read_log
-from results.record import RecordError, Run, code_hash, read_record
-from results.replay import restore_sources
-from results.reproduction import reproduce
-from results.verdict import as_json, group_runs, report
-from results.verification import verify_folder, verify_run
+from results.record import RecordError, Run, code_hash, read_folder, read_record
+from results.replay import replay, restore_sources
+from results.reproduction import MARGIN, reproduce
+from results.verdict import as_json, group_runs, report, was_resumed
+from results.verification import changed_sources, verify_folder, verify_run
 from scripts import verify
 from tests.conftest import OPTIMIZERS, ROOT, train_here
 
@@ -64,7 +65,7 @@ def test_short_runs_whose_loss_still_falls_steeply_are_consistent(tiny_track, tm
     assert (verdict.word, verdict.reasons) == ("consistent", [])
 
 
-def test_honest_runs_of_own_steps_and_swiglu_are_consistent_and_replay(tiny_track, tmp_path):
+def test_honest_runs_of_own_steps_and_swiglu_are_consistent_and_replay(tiny_track, tmp_path, capsys):
     track = tmp_path / "own.toml"
     track.write_text(tiny_track.read_text().replace("[optimizer.adamw]", "[optimizer.adamw]\nsteps = 15"))
     assert train_here(track, tmp_path, "--optimizer", "adamw", "--set", "model.mlp=swiglu") == 0
@@ -72,7 +73,8 @@ def test_honest_runs_of_own_steps_and_swiglu_are_consistent_and_replay(tiny_trac
     record = [json.loads(line) for line in path.read_text().splitlines()]
     assert record[0]["config"]["train"]["steps"] == record[-1]["step"] == 15
     assert record[0]["params_by_role"]["matrix"] == 2 * (4 + 3 * 4) * 32**2
-    assert verify.main([str(path), "--replay", "--looks", "2"]) == 0
+    assert verify.main([str(path), "--replay", "--looks", "99"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "1 replayed"
     record[0]["config"]["train"]["steps"] = 30
     assert any("15" in reason for reason in verify_run(write(path, record)).reasons)
 
@@ -172,23 +174,160 @@ def run_twice(r):
     r.append(of(r, "end")[0])
 
 
-FROM_THE_RECORD = [
-    *(typed_in_loss, rounded_losses, edited_end, edited_time, all_times_halved, time_runs_back, invented_step_times),
-    *(impossible_speed, swapped_config, swapped_hparams, other_target, changed_source, changed_seed, other_optimizer),
-    *(early_stop, extra_look, dropped_look, other_validation_data, longer_schedule, run_twice),
-]
+def no_train_events(r):
+    r[:] = [event for event in r if event["event"] != "train"]
+
+
+def no_train_event_before_a_look(r):
+    r.remove(of(r, "train")[3])
+
+
+def faked_resume(r, segment=1):
+    stack = {key: r[0][key] for key in ("device", "world_size", "env", "micro_batch", "attention", "compiled")}
+    r.insert(1, {"event": "resume", "step": 0, "segment": segment} | stack)
+
+
+def impossible_speed_of_a_faked_resume(r):
+    faked_resume(r, segment=2)
+    of(r, "end")[0]["segments"] = 2
+    impossible_speed(r)
+
+
+def hidden_time(r):
+    of(r, "end")[0]["untimed"]["warmup_s"] += 10
+
+
+def no_wall_time(r):
+    del of(r, "end")[0]["wall_s"]
+
+
+def claimed_hparam(name, value):
+    def claimed(r):
+        r[0]["config"]["hparams"][name] = r[0]["hparams"][name] = value
+        r[0]["argv"] += ["--set", f"optimizer.muon.{name}={value}"]
+
+    claimed.__name__ = f"claimed_{name}"
+    return claimed
+
+
+def other_command(r):
+    r[0]["argv"] = ["train.py"]
+
+
+def leaked_validation(r):
+    for event in of(r, "train"):
+        event["train_loss"] *= 2
+
+
+FROM_THE_RECORD = {
+    typed_in_loss: "step 20: val_loss 3.51 is no sum of float32",
+    rounded_losses: "step 0: val_loss 4.15888 is no sum of float32",
+    edited_end: "end event: steps_to_target is 7, by the looks 10",
+    edited_time: "train_time_s does not rise",
+    all_times_halved: "end event: wall_s is",
+    time_runs_back: "train_time_s does not rise",
+    invented_step_times: "step times repeat",
+    impossible_speed: "that its FLOP take at best",
+    swapped_config: "hparams are not those of the config",
+    swapped_hparams: "the optimizer held lr 0.02 for matrix, lr is 0.5",
+    other_target: "eval.target is 4.5, by the embedded track and argv 3.9",
+    changed_source: "code_hash is not that of the embedded sources",
+    changed_seed: "does not state optimizer, seed 7",
+    other_optimizer: "does not state optimizer, seed 0",
+    early_stop: "done at step 25, but the config plans 30 steps",
+    extra_look: "validated at steps that the config does not declare: [12]",
+    dropped_look: "not validated at declared steps: [10]",
+    other_validation_data: "stream_id is not that of its shards and validation tokens",
+    longer_schedule: "train.steps is 60, by the embedded track and argv 30",
+    run_twice: "an end event is followed by a end event",
+    no_train_events: "no train event at steps where one is due: [5, 10, 15, 20, 25]",
+    no_train_event_before_a_look: "no train event at steps where one is due: [20]",
+    faked_resume: "end event: 1 segments, the resumed ones are [1]",
+    impossible_speed_of_a_faked_resume: "that its FLOP take at best",
+    hidden_time: "end event: wall_s is",
+    no_wall_time: "end event lacks wall_s",
+    claimed_hparam("momentum", 0.5): "the optimizer held momentum 0.95 for matrix, momentum is 0.5",
+    claimed_hparam("embed_lr", 0.5): "the optimizer held lr 0.003 for embed, embed_lr is 0.5",
+    other_command: "is no command line of train_gpt.py",
+    leaked_validation: "is too far below train_loss",
+}
 
 
 @pytest.mark.parametrize("tamper", FROM_THE_RECORD, ids=lambda tamper: tamper.__name__)
 def test_tampering_shows_in_the_record(tamper, muon, tmp_path):
     tamper(muon)
-    assert verify_run(write(tmp_path / "a.jsonl", muon)).word == "refuted"
+    reasons = verify_run(write(tmp_path / "a.jsonl", muon)).reasons
+    assert any(FROM_THE_RECORD[tamper] in reason for reason in reasons), reasons
+
+
+def test_a_run_that_learns_its_training_text_by_heart_is_consistent(muon, tmp_path):
+    for event in of(muon, "train"):
+        event["train_loss"] = 0.02
+    assert verify_run(write(tmp_path / "a.jsonl", muon)).reasons == []
+
+
+def test_a_run_on_an_apple_gpu_is_consistent(muon, tmp_path):
+    muon[0]["device"] = "mps"
+    assert verify_run(write(tmp_path / "a.jsonl", muon)).reasons == []
+
+
+# Segments of a run of twelve steps, with looks at 0, 4, 8 and 12 and checkpoints every 3: ranks and fault of each, then
+# the looks that count.
+SEGMENTS = {
+    "killed, resumed": ([(1, "kill:forward:5"), (1, "")], [0, 4, 8, 12]),
+    "killed, resumed by other ranks": ([(1, "kill:forward:5"), (2, "")], [0, 4, 8, 12]),
+    "resumed twice from one checkpoint": ([(1, "kill:forward:5"), (1, "kill:forward:5"), (1, "")], [0, 4, 8, 12]),
+    "stopped, resumed, killed, resumed": (
+        [(2, "term:forward:4"), (1, "kill:forward:8"), (2, "")],
+        [0, 4, 8, 12],
+    ),
+    "stopped": ([(1, "term:forward:4")], [0, 4]),
+    "stopped, resumed, killed": ([(1, "term:forward:4"), (1, "kill:forward:10")], [0, 4, 8]),
+    "killed, resumed, killed before the same look": ([(1, "kill:forward:8"), (1, "kill:forward:7")], [0, 4]),
+    "diverged": ([(1, "nan:check:6")], [0, 4]),
+}
+
+
+@pytest.mark.parametrize("segments,looks", SEGMENTS.values(), ids=SEGMENTS.keys())
+def test_resumed_and_broken_off_runs_are_consistent(twelve_steps, launch, tmp_path, segments, looks):
+    for number, (world_size, fault) in enumerate(segments):
+        resume = ["--resume"] if number else []
+        outcome = launch(*twelve_steps, "--out", tmp_path, *resume, world_size=world_size, fault=fault)
+        assert bool(fault) == any(outcome.codes), outcome.err
+    (path,) = tmp_path.glob("*.jsonl")
+    assert verify_run(path).reasons == []
+    run = read_record(path)
+    assert [look.step for look in run.validations] == looks
+    assert was_resumed(run) == bool(run.resumes) == (len(segments) > 1)
+
+
+def test_a_loss_that_a_resume_by_the_same_ranks_does_not_repeat_is_refuted(muon, tmp_path):
+    """By other ranks it need only come close, since they add in another order."""
+    faked_resume(muon, segment=2)
+    resume = muon.pop(1) | {"step": 10}
+    of(muon, "end")[0]["segments"] = 2
+    undone, at = dict(of(muon, "val")[2]), muon.index(of(muon, "neurons")[0]) + 1
+    muon[at:at] = [undone, resume]
+
+    def reasons(difference, world_size):
+        undone["val_loss"] = of(muon, "val")[3]["val_loss"] + difference
+        resume["world_size"] = world_size
+        return verify_run(write(tmp_path / "a.jsonl", muon)).reasons
+
+    grain = 2.0**-9 / 512
+    assert reasons(0, 1) == reasons(grain, 2) == []
+    assert "step 20 was run twice" in reasons(grain, 1)[0]
+    assert "step 20 was run twice" in reasons(100 * grain, 2)[0]
 
 
 def test_dropped_seed_and_duplicated_run_show_in_the_folder(tiny_track, trained, tmp_path):
     for seed in (0, 2):
-        train_here(tiny_track, tmp_path, "--optimizer", "muon", "--seed", str(seed), "--set", "train.steps=5")
-    assert all("lacks [1]" in verdict.reasons[0] for verdict in verify_folder(tmp_path))
+        out = tmp_path / str(seed)
+        train_here(tiny_track, out, "--optimizer", "muon", "--seed", str(seed), "--set", "train.steps=5")
+    found = verify_folder(tmp_path)
+    assert [verification.word for verification in found] == ["gaps"] * 2
+    assert all("lacks [1]" in verification.notes[0] for verification in found)
+    assert verify.main([str(tmp_path)]) == 0
     copies = tmp_path / "copies"
     copies.mkdir()
     for name in "ab":
@@ -200,7 +339,7 @@ def test_replay_catches_what_the_record_hides(muon, tmp_path, capsys):
     """Losses of another run, at which every sum agrees, are invented too well for the record alone."""
     honest = write(tmp_path / "honest.jsonl", muon)
     assert verify.main([str(honest), "--replay", "--looks", "2"]) == 0
-    assert "replayed" in capsys.readouterr().out
+    assert "replayed to step 10 of 30" in capsys.readouterr().out
     step = 2.0**-9 / 512  # keeps it a sum of float32 over the 512 tokens
     look = of(muon, "val")[1]
     look["val_loss"] = (round(look["val_loss"] / step) - 20) * step
@@ -208,6 +347,68 @@ def test_replay_catches_what_the_record_hides(muon, tmp_path, capsys):
     assert verify_run(forged).word == "consistent"
     assert verify.main([str(forged), "--replay", "--looks", "2"]) == 1
     assert "replay: val_loss" in capsys.readouterr().out
+
+
+def test_the_verdict_of_a_replay_says_how_far_and_how_near(muon, tmp_path, monkeypatch):
+    muon[0]["env"]["cpu"] = "another"
+    path = write(tmp_path / "a.jsonl", muon)
+    run = read_record(path)
+
+    def replayed(num_looks, num_found):
+        here = run.start | {"env": run.start["env"] | {"cpu": "this one"}}
+        monkeypatch.setattr("results.replay.run_until", lambda *args: (run.validations[:num_found], here, "killed"))
+        return replay(verify_run(path), num_looks)
+
+    assert replayed(5, 5).word == "replayed within 0.02 on another stack"
+    assert replayed(2, 2).word == "replayed to step 10 of 30 within 0.02 on another stack"
+    stopped = replayed(2, 1)
+    assert stopped.word == "consistent" and "after 1 of 2 looks: killed" in stopped.notes[-1]
+
+
+def test_sources_that_are_not_those_of_their_commit_are_noted():
+    def git(*args):
+        return subprocess.run(["git", "-C", ROOT, *args], capture_output=True, text=True, check=True).stdout
+
+    try:
+        commit = git("rev-parse", "HEAD").strip()
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("no git here")
+    sources = {"data/manifest.py": git("show", f"{commit}:data/manifest.py"), "own.toml": ""}
+    start = {"git": {"commit": commit}, "sources": sources}
+    assert changed_sources(start) == []
+    assert changed_sources(start | {"sources": sources | {"data/manifest.py": "", "new.py": ""}}) == [
+        "data/manifest.py",
+        "new.py",
+    ]
+    for unknown in ({"commit": "0" * 40}, {"commit": "--help"}, {}, None):
+        assert changed_sources(start | {"git": unknown, "sources": {"new.py": ""}}) == []
+
+
+def test_usage_errors_say_what_is_wrong(muon, tmp_path, capsys):
+    path = str(write(tmp_path / "a.jsonl", muon))
+    (tmp_path / "README.md").write_text("# Title\n")
+    for arguments, message in (
+        ([path, "--against", "nope"], "no such folder: nope"),
+        ([str(tmp_path / "README.md")], "README.md is not a record"),
+        ([path, "--replay", "--looks", "0"], "--looks must be at least 1, got 0"),
+    ):
+        with pytest.raises(SystemExit) as error:
+            verify.main(arguments)
+        assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_folder_is_read_while_checkpoints_come_and_go(muon, tmp_path, monkeypatch):
+    path = write(tmp_path / "a.jsonl", muon)
+    for name in ("a.checkpoints", "vanishes"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "b.jsonl", muon)
+    scandir = os.scandir
+
+    def vanishing(folder):
+        return scandir(f"{folder}, which is gone" if str(folder).endswith("vanishes") else folder)
+
+    monkeypatch.setattr(os, "scandir", vanishing)
+    assert [run.path for run in read_folder(tmp_path)[0]] == [path]
 
 
 def test_anything_gets_a_verdict(muon, tmp_path):
@@ -315,24 +516,41 @@ def test_terminal_escapes_are_not_printed(muon, tmp_path, capsys):
     path = write(tmp_path / "a\x1b[31m.jsonl", muon)
     assert verify.main([str(path)]) == 1
     output = capsys.readouterr().out
-    assert not any(c in output for c in "\x1b\x07\u202e") and math.isfinite(len(output))
+    assert "refuted" in output and "evil" in output
+    assert not any(c in output for c in "\x1b\x07\u202e")
 
 
-def test_seeds_of_ones_own_reproduce_or_refute(tmp_path):
-    def runs(first_seed, losses):
-        start = {"task_hash": "t", "hparams": {"lr": 1}, "config": {"train": {"steps": 9}}}
-        return [
-            Run(tmp_path, start | {"seed": first_seed + i}, end={"status": "done", "val_loss": loss})
-            for i, loss in enumerate(losses)
-        ]
+def runs_of(first_seed, losses):
+    start = {"task_hash": "t", "hparams": {"lr": 1}, "config": {"train": {"steps": 9}}}
+    return [
+        Run(Path(), start | {"seed": first_seed + i}, end={"status": "done", "val_loss": loss})
+        for i, loss in enumerate(losses)
+    ]
 
-    claimed = runs(0, [3.0, 3.01, 2.99])
-    assert reproduce(claimed, runs(10, [3.005, 3.0, 2.98]))[0] == "reproduced"
-    assert reproduce(claimed, runs(10, [2.5, 2.51, 2.52]))[0] == "reproduced", "better than claimed refutes nothing"
-    word, reason = reproduce(claimed, runs(10, [3.2, 3.21, 3.22]))
-    assert word == "refuted" and "Welch p = " in reason
+
+def test_seeds_of_ones_own_reproduce_or_contradict():
+    claimed = runs_of(0, [3.0, 3.001, 2.999])
+    assert reproduce(claimed, runs_of(10, [3.0005, 3.0, 2.9985]))[0] == "reproduced"
+    assert reproduce(claimed, runs_of(10, [2.5, 2.51, 2.52]))[0] == "reproduced", "better than claimed"
+    assert reproduce(claimed, runs_of(10, [3.02, 3.0, 2.98]))[0] == "not contradicted", "too wide a spread to tell"
+    word, reason = reproduce(claimed, runs_of(10, [3.2, 3.21, 3.22]))
+    assert word == "contradicted" and "Welch p = " in reason
+    assert reproduce(runs_of(0, [3.0] * 3), runs_of(10, [3.0] * 3))[0] == "not comparable", "no spread, no test"
     assert "both sides" in reproduce(claimed, claimed)[1]
-    assert "3 finished runs" in reproduce(claimed, runs(10, [3.0, 3.1]))[1]
-    other = runs(10, [3.0, 3.1, 3.2])
+    assert "3 finished runs" in reproduce(claimed, runs_of(10, [3.0, 3.1]))[1]
+    other = runs_of(10, [3.0, 3.1, 3.2])
     other[0].start["hparams"] = {"lr": 2}
     assert reproduce(claimed, other)[0] == "not comparable"
+
+
+@pytest.mark.parametrize("sd", [0.0013, 0.0057])
+def test_a_claim_that_exaggerates_by_the_margin_is_seldom_reproduced(sd):
+    rng = random.Random(0)
+
+    def word(exaggeration):
+        claimed, own = ([rng.gauss(mean, sd) for _ in range(3)] for mean in (3.0, 3.0 + exaggeration))
+        return reproduce(runs_of(0, claimed), runs_of(10, own))[0]
+
+    assert sum(word(MARGIN) == "reproduced" for _ in range(300)) <= 15  # 2.5 % are expected
+    honest = sum(word(0.0) == "reproduced" for _ in range(100))
+    assert honest > 80 if sd == 0.0013 else honest < 20
