@@ -13,9 +13,8 @@ from pathlib import Path
 
 from results.export import is_inside, whole_sources
 from results.record import ROOT, RecordError, read_folder, read_record
-from results.verification import Verification
+from results.verification import OTHER_STACK_TOLERANCE, Verification
 
-TOLERANCE = 2e-2  # of a val loss in nats, on another stack: differences grow with steps, and replays are short
 TIMEOUT_S = 3600
 POLL_S = 0.1
 
@@ -67,7 +66,7 @@ def replay(verdict: Verification, num_looks: int) -> Verification:
         return verdict
     stack = ("torch", "torch_threads", "device_name", "cpu")
     is_same_stack = start["device"] == "cpu" and all(here["env"].get(k) == start["env"].get(k) for k in stack)
-    tolerance = 0.0 if is_same_stack else TOLERANCE
+    tolerance = 0.0 if is_same_stack else OTHER_STACK_TOLERANCE
     for ours, theirs in zip(found, claimed, strict=True):
         if abs(ours.val_loss - theirs.val_loss) > tolerance:
             verdict.reasons.append(

@@ -60,8 +60,9 @@ from results.record import (
 # FLOP/s that no device of its kind reaches: above a B200's dense bfloat16, and a core with matrix units.
 PEAK_FLOPS = {"cuda": 3e15, "mps": 1e14, "cpu": 2e12}
 UNTRAINED_TOLERANCE = 0.05  # of the loss at step 0, from ln(vocab_size): the head starts at zero
-# Between val losses of one step that was run twice, by other ranks or threads: they add in another order.
-OTHER_ORDER_TOLERANCE = 1e-4
+# Nats between val losses of one step on two stacks, such as other ranks or threads, which add in another order:
+# differences grow with steps, and a resume or replay repeats few.
+OTHER_STACK_TOLERANCE = 2e-2
 
 
 @dataclass
@@ -210,7 +211,7 @@ def check_order(run: Events) -> Iterator[str]:
         if kind == "end" and following != "resume":
             yield f"an end event is followed by a {following} event"
     stacks = {stack_of(segment) for segment in (run.start, *(e for e in run.rest if e["event"] == "resume"))}
-    tolerance = OTHER_ORDER_TOLERANCE if len(stacks) > 1 else 0.0
+    tolerance = OTHER_STACK_TOLERANCE if len(stacks) > 1 else 0.0
     seen: dict[int, float] = {}
     last = {"val": -1, "train": -1, "neurons": -1}
     for event in run.rest:

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from results.text import plain
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("logs", nargs="*", type=Path, metavar="FOLDER")
     parser.add_argument("--target", type=float, default=3.28, help="loss to reach (default 3.28)")
@@ -33,7 +33,7 @@ def main() -> int:
     parser.add_argument("--export", type=Path, metavar="RECORD")
     parser.add_argument("--out", type=Path, help="of --export")
     parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if not (args.logs or args.claims or args.export):
         parser.error("name logs, --claims or --export")
     if args.export and not args.out:

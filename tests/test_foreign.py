@@ -13,6 +13,7 @@ from results import claims
 from results.export import export_record, is_inside
 from results.foreign import LogError, read_log
 from results.text import cell, plain
+from scripts import logs
 from tests.conftest import ROOT, losses, start_process
 
 
@@ -335,6 +336,35 @@ def test_exported_record_reads_back_and_its_source_part_trains_to_the_same_losse
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "again") == losses(tmp_path / "run")
+
+
+def test_export_makes_folders_and_overwrites_nothing(trained, tmp_path, capsys):
+    record = tmp_path / "a.jsonl"
+    record.write_text("".join(json.dumps(event) + "\n" for event in trained["muon"]))
+    before, out = record.read_bytes(), tmp_path / "new" / "log.txt"
+    assert logs.main(["--export", str(record), "--out", str(out)]) == 0
+    assert out.exists() and capsys.readouterr().out == f"{out}\n"
+    for existing in (record, out):
+        assert logs.main(["--export", str(record), "--out", str(existing)]) == 2
+        assert f"{existing.name} exists; name a new file" in capsys.readouterr().err
+    assert record.read_bytes() == before
+
+
+def test_export_needs_no_scipy(trained, tmp_path, monkeypatch):
+    record = tmp_path / "a.jsonl"
+    record.write_text("".join(json.dumps(event) + "\n" for event in trained["muon"]))
+    monkeypatch.setitem(sys.modules, "results.claims", None)
+    monkeypatch.delattr("results.claims")
+    assert logs.main(["--export", str(record), "--out", str(tmp_path / "log.txt")]) == 0
+    assert logs.main([str(tmp_path)]) == 2
+
+
+def test_files_that_are_missing_are_named(tmp_path, capsys):
+    assert logs.main(["--export", "nope", "--out", str(tmp_path / "log.txt")]) == 2
+    assert capsys.readouterr().err == "error: nope: no such file\n"
+    with pytest.raises(SystemExit) as error:
+        logs.main(["--claims", "nope.json"])
+    assert error.value.code == 2 and "no such file: nope.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["../x.py", "/etc/x", "a/../../x", "a\\b", "C:x", ""])
