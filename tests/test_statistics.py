@@ -155,7 +155,7 @@ def test_flaws_name_what_is_wrong_with_a_sample():
     assert "fewer than 3" in ours.flaws([0, 1], good[:2])[0]
     assert "seeds more than once: 4" in ours.flaws([4, 4, 5], good)[0]
     assert seed_gaps([3, 0, 1]) == [2] and seed_gaps([]) == []
-    assert seed_gaps([2**31 - 1, 0], most=3) == [1, 2, 3]
+    assert seed_gaps([10**6, 0], most=3) == [1, 2, 3]
     assert "losses of another" in ours.flaws([0, 1, 2], [good[0], good[0], good[1]])[0]
 
 

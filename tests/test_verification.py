@@ -182,13 +182,18 @@ def no_train_event_before_a_look(r):
     r.remove(of(r, "train")[3])
 
 
-def faked_resume(r, segment=1):
+def faked_resume(r, segment=2):
     stack = {key: r[0][key] for key in ("device", "world_size", "env", "micro_batch", "attention", "compiled")}
     r.insert(1, {"event": "resume", "step": 0, "segment": segment} | stack)
 
 
+def faked_resume_of_a_later_segment(r):
+    faked_resume(r, segment=3)
+    of(r, "end")[0]["segments"] = 2
+
+
 def impossible_speed_of_a_faked_resume(r):
-    faked_resume(r, segment=2)
+    faked_resume(r)
     of(r, "end")[0]["segments"] = 2
     impossible_speed(r)
 
@@ -242,7 +247,8 @@ FROM_THE_RECORD = {
     run_twice: "an end event is followed by a end event",
     no_train_events: "no train event at steps where one is due: [5, 10, 15, 20, 25]",
     no_train_event_before_a_look: "no train event at steps where one is due: [20]",
-    faked_resume: "end event: 1 segments, the resumed ones are [1]",
+    faked_resume: "end event: 1 segments, the resumed ones are [2]",
+    faked_resume_of_a_later_segment: "end event: 2 segments, the resumed ones are [3]",
     impossible_speed_of_a_faked_resume: "that its FLOP take at best",
     hidden_time: "end event: wall_s is",
     no_wall_time: "end event lacks wall_s",
@@ -281,6 +287,8 @@ SEGMENTS = {
         [(2, "term:forward:4"), (1, "kill:forward:8"), (2, "")],
         [0, 4, 8, 12],
     ),
+    "killed when all was saved, resumed": ([(1, "kill:end:12"), (1, "")], [0, 4, 8, 12]),
+    "killed before a look, resumed": ([(2, "kill:measure:8"), (2, "")], [0, 4, 8, 12]),
     "stopped": ([(1, "term:forward:4")], [0, 4]),
     "stopped, resumed, killed": ([(1, "term:forward:4"), (1, "kill:forward:10")], [0, 4, 8]),
     "killed, resumed, killed before the same look": ([(1, "kill:forward:8"), (1, "kill:forward:7")], [0, 4]),
@@ -303,7 +311,7 @@ def test_resumed_and_broken_off_runs_are_consistent(twelve_steps, launch, tmp_pa
 
 def test_a_loss_that_a_resume_by_the_same_ranks_does_not_repeat_is_refuted(muon, tmp_path):
     """By other ranks it need only come close, since they add in another order."""
-    faked_resume(muon, segment=2)
+    faked_resume(muon)
     resume = muon.pop(1) | {"step": 10}
     of(muon, "end")[0]["segments"] = 2
     undone, at = dict(of(muon, "val")[2]), muon.index(of(muon, "neurons")[0]) + 1
