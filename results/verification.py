@@ -133,7 +133,8 @@ def verify_events(path: Path) -> tuple[Verification, Events | None]:
 
 def changed_sources(start: dict[str, Any]) -> list[str]:
     """Sources that are not those of the commit that the record names; none where that commit is not known here."""
-    tree = hashes_of(str((start.get("git") or {}).get("commit")))
+    git = start.get("git")
+    tree = hashes_of(str(git.get("commit"))) if isinstance(git, dict) else {}
     hashes = {name: text.encode("utf-8", "surrogatepass") for name, text in start["sources"].items()}
     hashes = {name: hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() for name, data in hashes.items()}
     # A track of one's own is in no commit.
@@ -257,6 +258,8 @@ def check_identity(run: Events) -> Iterator[str]:
     bad = [name for name in start["sources"] if not is_inside(name)]
     if bad:
         yield f"names of sources lead out of their folder: {bad}"
+    if bad := [name for name, text in start["sources"].items() if not isinstance(text, str)]:
+        yield f"sources that are no text: {bad}"
 
 
 def first_code_hash(sources: dict[str, str]) -> str:

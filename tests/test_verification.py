@@ -511,6 +511,13 @@ def test_sources_stay_below_their_folder(name, muon, tmp_path):
     assert not list(inside.iterdir()) and not (tmp_path / "evil.py").exists()
 
 
+def test_sources_and_commits_of_any_type_get_a_verdict(muon, tmp_path):
+    muon[0]["git"] = ["commit"]
+    assert verify_run(write(tmp_path / "a.jsonl", muon)).word == "consistent"
+    muon[0]["sources"]["data.txt"] = 5
+    assert "sources that are no text: ['data.txt']" in verify_run(write(tmp_path / "a.jsonl", muon)).reasons
+
+
 def test_links_and_large_files_are_refused(muon, tmp_path):
     (tmp_path / "link.jsonl").symlink_to(write(tmp_path / "a.jsonl", muon))
     assert "links" in verify_run(tmp_path / "link.jsonl").reasons[0]
