@@ -90,7 +90,7 @@ if wants peer; then
     done
     export PYTHONUNBUFFERED=1
     part public 250 bash -c 'cd "$0" && { "$@" & } && until grep -q "^step:$STOP/" "$LOG" || ! kill -0 $!; do sleep 1; done
-        kill $! 2>/dev/null; wait' "$DATA/peer" torchrun --standalone --nproc_per_node=1 "$(realpath "$PEER")"
+        kill $! 2>/dev/null; wait' "$DATA/peer" $PYTHON -m torch.distributed.run --standalone --nproc_per_node=1 "$(realpath "$PEER")"
     part ours 250 $PYTHON train_gpt.py --config configs/gpt2_small.toml --optimizer muon "${OURS[@]}" \
         --set "data.train=$DATA/text/local_train_*.bin" --set "data.val=$DATA/text/local_val_*.bin" \
         --set train.steps=$PEER_STEPS --set schedule.cooldown_frac=0 --set eval.late_every=125 \
