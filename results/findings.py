@@ -1,8 +1,7 @@
-"""What runs say of each published claim: supported, not supported, or not testable, with a figure and why.
+"""What runs say of each published claim: supported, contradicted, undecided or not testable, with a figure and why.
 
 Two-sided tests at 5 %, Holm-corrected within a claim. Two rules are compared as in verdict.py: by their losses at the
-end of equally long schedules, otherwise by steps to the target, where a run that never arrives comes last. Means are
-judged by Student's t, since bootstrap intervals of few runs are too narrow.
+end of equally long schedules, otherwise by steps to the target, where a run that never arrives comes last.
 """
 
 import math
@@ -13,17 +12,16 @@ import numpy as np
 from scipy import stats
 
 from results.record import Run
-from results.statistics import CONFIDENCE, MIN_RUNS, Interval, holm, ratio_interval, welch
-from results.verdict import ALPHA, Group, Pair, compare_pairs, step_seconds, time_ratio
+from results.statistics import CONFIDENCE, MIN_RUNS, Interval, holm, mean_interval, ratio_interval, welch
+from results.verdict import ALPHA, Group, Pair, compare, step_seconds, time_ratio
 
-SUPPORTED, NOT_SUPPORTED, NOT_TESTABLE = "supported", "not supported", "not testable"
 NAMES = {"adamw": "AdamW", "muon": "Muon", "unormuon": "U-NorMuon", "aurora": "Aurora"}
 QUARTER, DEAD_STEP = 25.0, 500  # "more than a quarter of the neurons", "by about step 500"
 COST_CLAIM = 1.06
 
 
 class Finding(NamedTuple):
-    """verdict: one of the three words; figure: with its 95 % interval, empty without one; why: in a sentence."""
+    """verdict: one of the four words; figure: with its 95 % interval, empty without one; why: in a sentence."""
 
     claim: str
     verdict: str
@@ -31,12 +29,13 @@ class Finding(NamedTuple):
     why: str
 
 
-def judged(claim: str, is_supported: bool, figure: str, why: str) -> Finding:
-    return Finding(claim, SUPPORTED if is_supported else NOT_SUPPORTED, figure, why)
+def judged(claim: str, is_supported: bool, is_contradicted: bool, figure: str, why: str) -> Finding:
+    verdict = "supported" if is_supported else "contradicted" if is_contradicted else "undecided"
+    return Finding(claim, verdict, figure, why)
 
 
 def not_testable(claim: str, why: str, figure: str = "") -> Finding:
-    return Finding(claim, NOT_TESTABLE, figure, why)
+    return Finding(claim, "not testable", figure, why)
 
 
 def single_groups(tasks: dict[str, list[Group]]) -> tuple[dict[str, Group], str | None]:
@@ -56,14 +55,6 @@ def flaw_of(groups: dict[str, Group], *names: str) -> str | None:
     return "; ".join(f"{NAMES[name]}: {flaw}" for name in names for flaw in groups[name].flaws()) or None
 
 
-def t_interval(values: Sequence[float]) -> Interval:
-    """95 % interval of the mean by Student's t; NaN of a single value."""
-    if len(values) < 2:
-        return Interval(math.nan, math.nan, "one value")
-    half = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * stats.sem(values)
-    return Interval(float(np.mean(values) - half), float(np.mean(values) + half), "t")
-
-
 def signed(value: float, low: float, high: float, digits: int = 1, unit: str = "") -> str:
     """A difference and its interval, where there is one."""
     text = f"{value:+.{digits}f}{unit}"
@@ -80,11 +71,12 @@ def order_findings(groups: dict[str, Group]) -> list[Finding]:
         ("3a. U-NorMuon beats Muon", "unormuon", "muon"),
         ("3b. Aurora beats U-NorMuon", "aurora", "unormuon"),
     ]
-    found = [compare_pairs([groups[a], groups[b]])[0] if {a, b} <= groups.keys() else None for _, a, b in pairs]
+    found = [compare(groups[a], groups[b]) if {a, b} <= groups.keys() else None for _, a, b in pairs]
     p_values = [pair.p if pair else math.nan for pair in found]
     adjusted = [p_values[0], *holm(p_values[1:])]
+    counts = [1, *[np.isfinite(p_values[1:]).sum()] * 2]
     findings = []
-    for (claim, *names), pair, p in zip(pairs, found, adjusted, strict=True):
+    for (claim, *names), pair, p, count in zip(pairs, found, adjusted, counts, strict=True):
         if pair is None:
             findings.append(not_testable(claim, flaw_of(groups, *names)))
         elif math.isnan(p):
@@ -93,12 +85,17 @@ def order_findings(groups: dict[str, Group]) -> list[Finding]:
             )
         else:
             is_ahead = ahead(pair) == names[0]
-            why = f"p = {p:.2g}; {pair.measure}"
+            why = f"{corrected(p, count)}; {pair.measure}"
             if pair.measure == "steps to target":
                 why += ": " + ", ".join(arrivals(groups[name]) for name in names)
-            why += "; the opposite is significant" * (p < ALPHA and not is_ahead)
-            findings.append(judged(claim, p < ALPHA and is_ahead, figure_of(pair, names[0]), why))
+            is_real = p < ALPHA
+            findings.append(judged(claim, is_real and is_ahead, is_real, figure_of(pair, names[0]), why))
     return findings
+
+
+def corrected(p: float, count: int) -> str:
+    """count: the tests over which p is Holm's."""
+    return f"p = {p:.2g}" + (f" (Holm over {count})" if count > 1 else "")
 
 
 def ahead(pair: Pair) -> str:
@@ -177,14 +174,15 @@ def starved_findings(groups: dict[str, Group]) -> list[Finding]:
         if flaws[name] or math.isnan(adjusted[name]):
             findings.append(not_testable(claim, flaws[name] or "no spread between seeds"))
             continue
-        test, why = tests[name], f"p = {adjusted[name]:.2g}; mean over the looks of a run"
-        is_supported = adjusted[name] < ALPHA and test.difference > 0
-        findings.append(judged(claim, is_supported, signed(*test[:3], unit=" points"), why))
+        test, is_real = tests[name], adjusted[name] < ALPHA
+        why = f"{corrected(adjusted[name], len(tests))}; mean over the looks of a run"
+        figure = signed(*test[:3], unit=" points")
+        findings.append(judged(claim, is_real and test.difference > 0, is_real, figure, why))
     claim = "2c. Muon starves more than a quarter of the rows of up"
     if flaw := neuron_flaw(groups, "muon"):
         return [*findings, not_testable(claim, flaw)]
     why = f"mean over the looks of a run; at the last look {starved_last(groups['muon']):.1f} %"
-    return [*findings, judged(claim, t_interval(shares["muon"]).low > QUARTER, percent(shares["muon"]), why)]
+    return [*findings, above_quarter(claim, shares["muon"], why)]
 
 
 def dead_findings(groups: dict[str, Group]) -> list[Finding]:
@@ -196,7 +194,7 @@ def dead_findings(groups: dict[str, Group]) -> list[Finding]:
         if step < DEAD_STEP:
             findings = [not_testable(claim, f"these runs end at step {step}, where this is the share", percent(values))]
         else:
-            findings = [judged(claim, t_interval(values).low > QUARTER, percent(values), f"at step {step}")]
+            findings = [above_quarter(claim, values, f"at step {step}")]
     claim = f"2e. Under a quarter of U-NorMuon's and of Aurora's neurons are dead by step {DEAD_STEP}"
     if flaw := neuron_flaw(groups, "unormuon", "aurora"):
         return [*findings, not_testable(claim, flaw)]
@@ -205,8 +203,14 @@ def dead_findings(groups: dict[str, Group]) -> list[Finding]:
     step = min(step for _, step in found.values())
     if step < DEAD_STEP:
         return [*findings, not_testable(claim, f"runs end at step {step}, where these are the shares", figure)]
-    is_supported = all(t_interval(values).high < QUARTER for values, _ in found.values())
-    return [*findings, judged(claim, is_supported, figure, f"at step {step}")]
+    intervals = [mean_interval(values) for values, _ in found.values()]
+    is_below, is_above = all(i.high < QUARTER for i in intervals), any(i.low > QUARTER for i in intervals)
+    return [*findings, judged(claim, is_below, is_above, figure, f"at step {step}")]
+
+
+def above_quarter(claim: str, shares: Sequence[float], why: str) -> Finding:
+    low, high, _ = mean_interval(shares)
+    return judged(claim, low > QUARTER, high < QUARTER, percent(shares), why)
 
 
 def dead_by(group: Group) -> tuple[list[float], int]:
@@ -219,7 +223,7 @@ def dead_by(group: Group) -> tuple[list[float], int]:
 
 
 def percent(values: Sequence[float]) -> str:
-    found = t_interval(values)
+    found = mean_interval(values)
     return f"{np.mean(values):.1f} % [{found.low:.1f}, {found.high:.1f}]"
 
 
@@ -233,7 +237,9 @@ def step_cost_finding(groups: dict[str, Group]) -> Finding:
     flaw = flaw_of(groups, "aurora", "muon")
     ratio = None if flaw else time_ratio(groups["aurora"], groups["muon"], step_seconds)
     if ratio is None:
-        return not_testable(claim, flaw or "unlike machines or stacks, a resumed run, or fewer than two common seeds")
+        return not_testable(
+            claim, flaw or "unlike machines, stacks or folders, a resumed run, or fewer than two common seeds"
+        )
     return judged_ratio(claim, *ratio, "whole steps of the runs, paired by seed")
 
 
@@ -248,10 +254,8 @@ def optimizer_cost_finding(table: dict[str, Any] | None) -> Finding:
 
 
 def judged_ratio(claim: str, ratio: float, found: Interval, why: str) -> Finding:
-    is_supported = found.high <= COST_CLAIM
-    if not is_supported:
-        why += "; the interval lies above" if found.low > COST_CLAIM else "; the interval does not rule out more"
-    return judged(claim, is_supported, f"{ratio:.3f} [{found.low:.3f}, {found.high:.3f}]", why)
+    figure = f"{ratio:.3f} [{found.low:.3f}, {found.high:.3f}]"
+    return judged(claim, found.high <= COST_CLAIM, found.low > COST_CLAIM, figure, why)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -308,4 +312,4 @@ def expansion_finding(widths: Widths, flaw: str | None) -> Finding:
     half = stats.t.ppf((1 + CONFIDENCE) / 2, len(points) - 2) * fit.stderr
     figure = signed(fit.slope, fit.slope - half, fit.slope + half, 4, " nats")
     why = f"slope of the gain in final loss for each doubling, {len(points)} pairs of runs, p = {fit.pvalue:.2g}"
-    return judged(claim, fit.slope - half > 0, figure, why)
+    return judged(claim, fit.slope - half > 0, fit.slope + half < 0, figure, why)

@@ -23,22 +23,45 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 
-from results import findings as claims
-from results.findings import NAMES, Finding, Widths
+from results.findings import (
+    NAMES,
+    Finding,
+    Widths,
+    dead_last,
+    expansion_finding,
+    gains,
+    has_telemetry,
+    neuron_findings,
+    optimizer_cost_finding,
+    order_findings,
+    signed,
+    single_groups,
+    starved_last,
+    starved_mean,
+    step_cost_finding,
+    widths_of,
+)
 from results.record import read_folder
-from results.text import cell
-from results.verdict import Group, group_cells, group_runs, markdown_table
+from results.report import group_cells
+from results.statistics import mean_interval
+from results.text import cell, markdown_table
+from results.verdict import Group, group_runs
 
 PAGE = "FINDINGS.md"
 INTRODUCTION = (
     "The claims are those of [the paper](https://arxiv.org/abs/2606.27715) and "
     "[its blog](https://blog.tilderesearch.com/blog/aurora). A verdict holds for the conditions that stand above its "
-    "figures and no others. Not supported does not mean refuted: the interval says what remains possible. *Beats* "
-    "means a lower loss at the end of equally long schedules, or fewer steps to the target where each rule has a "
-    "schedule of its own. Brackets are 95 % intervals of single figures; each p is corrected (Holm) for the tests "
-    "within its claim and setting, and for no more, so among many settings one verdict in twenty may be chance."
+    "figures and no others. *Supported*: the test or the 95 % interval shows what is claimed; *contradicted*: it shows "
+    "the opposite; *undecided*: it leaves both possible. *Beats* means a lower loss at the end of equally long "
+    "schedules, or fewer steps to the target where each rule has a schedule of its own.\n\n"
+    "Differences are those of means, the first-named minus the second: in claims 1 and 3 negative says that the "
+    "first-named is better, in steps to the target or, where lengths are equal, in nats of final loss; in claim 2 "
+    "positive says that it starves more, in percentage points of rows. Brackets are 95 % intervals of single figures. "
+    "Each p is corrected (Holm) for the tests of its claim in one setting, of which there are two in 2a and 2b and in "
+    "3a and 3b, and for no more, so among many settings one verdict in twenty may be chance; the tables of "
+    "[README.md](README.md) correct over all pairs of a folder, so their p are larger."
 )
-# Cells of verdict.group_cells() that the page shows, and three of its own.
+# Cells of report.group_cells() that the page shows, and three of its own.
 CELLS = {
     0: "optimizer",
     1: "steps",
@@ -83,16 +106,16 @@ class Page:
 
     def setting(self, title: str, folder: str, command: str, note: str) -> tuple[list[Finding], list[str]]:
         """Claims 1 to 4a in one setting: what was found, and its section of the page."""
-        groups, flaw = claims.single_groups(groups_in(self.results, folder))
+        groups, flaw = single_groups(groups_in(self.results, folder))
         groups = {} if flaw else groups
         loss, neurons = "", ""
         if groups:
             looks = [(g.label, g.runs[0].target, run.validations) for g in groups.values() for run in g.runs]
             loss = self.plot(f"{folder}/findings-loss.png", looks, lambda p, d: draw_loss(groups, p, d))
-        if groups and all(map(claims.has_telemetry, groups.values())):
+        if groups and all(map(has_telemetry, groups.values())):
             events = [(g.label, run.neuron_events) for g in groups.values() for run in g.runs]
             neurons = self.plot(f"{folder}/findings-neurons.png", events, lambda p, d: draw_neurons(groups, p, d))
-        findings = claims.order_findings(groups) + claims.neuron_findings(groups) + [claims.step_cost_finding(groups)]
+        findings = order_findings(groups) + neuron_findings(groups) + [step_cost_finding(groups)]
         findings.sort(key=lambda finding: finding.claim)
         links = {finding.claim: neurons if finding.claim.startswith("2") else loss for finding in findings}
         lines = [f"## {title}", "", f"Not comparable: {flaw}." if flaw else conditions(groups), "", note, ""]
@@ -105,14 +128,14 @@ class Page:
         """Claims 4b and 5, which rest on evidence of their own."""
         path = self.results / cost["file"]
         table = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-        widths, flaw = claims.widths_of(groups_in(self.results, expansion["folder"]))
-        findings = [claims.optimizer_cost_finding(table), claims.expansion_finding(widths, flaw)]
+        widths, flaw = widths_of(groups_in(self.results, expansion["folder"]))
+        findings = [optimizer_cost_finding(table), expansion_finding(widths, flaw)]
         links = {findings[0].claim: f"[table]({cost['file'].replace('.json', '.md')})" if table else ""}
         rows = [(str(e), *group_row(group)) for e, groups in widths.items() for group in groups.values()]
-        gains = gain_rows(widths)
+        rows_of_gain = gain_rows(widths)
         if widths:
             name = f"{expansion['folder']}/findings-width.png"
-            link = self.plot(name, [gains, rows], lambda p, d: draw_widths(widths, p, d))
+            link = self.plot(name, [rows_of_gain, rows], lambda p, d: draw_widths(widths, p, d))
             links[findings[1].claim] = link
         lines = [
             "## Cost of the optimizer, and width",
@@ -129,7 +152,7 @@ class Page:
             "",
         ]
         if widths:
-            lines += [markdown_table(("gain", "expansion factor", "pairs", "nats [95 %]"), gains), ""]
+            lines += [markdown_table(("gain", "expansion factor", "pairs", "nats [95 %]"), rows_of_gain), ""]
             lines += [markdown_table(("expansion factor", *CELLS.values(), *OWN_CELLS), rows), ""]
         return findings, lines
 
@@ -177,18 +200,18 @@ def conditions(groups: dict[str, Group]) -> str:
 def group_row(group: Group) -> tuple[str, ...]:
     cells = group_cells(group)
     shares = ["-"] * 3
-    if claims.has_telemetry(group):
-        mean = np.mean([claims.starved_mean(run) for run in group.runs])
-        shares = [f"{share:.1f} %" for share in (mean, claims.starved_last(group), claims.dead_last(group))]
+    if has_telemetry(group):
+        mean = np.mean([starved_mean(run) for run in group.runs])
+        shares = [f"{share:.1f} %" for share in (mean, starved_last(group), dead_last(group))]
     return (cell(group.label), *(cells[i] for i in CELLS if i), *shares)
 
 
 def gain_rows(widths: Widths) -> list[tuple[str, ...]]:
     rows = []
     for base, other in GAINS:
-        for expansion, by_seed in claims.gains(widths, base, other).items():
+        for expansion, by_seed in gains(widths, base, other).items():
             values = list(by_seed.values())
-            figure = claims.signed(float(np.mean(values)), *claims.t_interval(values)[:2], 4)
+            figure = signed(float(np.mean(values)), *mean_interval(values)[:2], 4)
             rows.append((f"{NAMES[base]}'s loss - {NAMES[other]}'s", str(expansion), str(len(values)), figure))
     return rows
 
@@ -221,7 +244,7 @@ def draw_widths(widths: Widths, path: Path, description: str) -> None:
     figure, (left, *axes) = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
     for base, other in GAINS:
         color, line, marker = STYLES[other]
-        by_width = claims.gains(widths, base, other)
+        by_width = gains(widths, base, other)
         for expansion, by_seed in by_width.items():
             left.plot([expansion] * len(by_seed), list(by_seed.values()), marker, color=color, alpha=0.5)
         if by_width:
@@ -229,12 +252,12 @@ def draw_widths(widths: Widths, path: Path, description: str) -> None:
             left.plot(list(by_width), means, linestyle=line, color=color, label=NAMES[other])
     left.axhline(0, color="0.5", linewidth=1)
     left.set_ylabel("Muon's final loss - the other's (nats per token)")
-    shares = {"starved rows of up": claims.starved_last, "dead neurons": claims.dead_last}
+    shares = {"starved rows of up": starved_last, "dead neurons": dead_last}
     for axis, (title, share) in zip(axes, shares.items(), strict=True):
         for name in NAMES:
             color, line, marker = STYLES[name]
             found = {e: groups[name] for e, groups in widths.items() if name in groups}
-            points = {e: share(group) for e, group in found.items() if claims.has_telemetry(group)}
+            points = {e: share(group) for e, group in found.items() if has_telemetry(group)}
             if points:
                 axis.plot(
                     *zip(*points.items(), strict=True), linestyle=line, marker=marker, color=color, label=NAMES[name]
