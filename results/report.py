@@ -140,7 +140,8 @@ def remarks(groups: Sequence[Group], pairs: Sequence[Pair]) -> list[str]:
         lines.append("Times are not comparable: the runs come from more than one machine, stack or folder.")
     if coarse := [group.label for group in groups if group.is_coarse]:
         lines.append(
-            f"Too few looks around the target to say when it was met, other than between which: {', '.join(coarse)}."
+            f"Looks of {', '.join(coarse)} are too far apart around the target to say when it was met: steps and "
+            "seconds are those between which it was."
         )
     resumed = [f"{group.label} seed {run.start['seed']}" for group in groups for run in group.runs if was_resumed(run)]
     if resumed:

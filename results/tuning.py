@@ -70,7 +70,7 @@ class Search:
 
     @property
     def best(self) -> Trial:
-        return min(self.trials, key=lambda trial: trial.val_loss)
+        return best_of(self.trials)
 
     def run(self) -> None:
         try:
@@ -125,9 +125,13 @@ class Search:
         return loss
 
 
+def best_of(trials: Sequence[Trial]) -> Trial:
+    return min(trials, key=lambda trial: trial.val_loss)
+
+
 def neighbours_tried(trials: Sequence[Trial], knob: str) -> tuple[Trial | None, Trial | None]:
     """Of the best trial: the nearest ones below and above it in this knob, all else equal, as far as they were made."""
-    best = min(trials, key=lambda trial: trial.val_loss)
+    best = best_of(trials)
     same = [t for t in trials if all(t.setting[k] == v for k, v in best.setting.items() if k != knob)]
     below = [t for t in same if t.setting[knob] < best.setting[knob]]
     above = [t for t in same if t.setting[knob] > best.setting[knob]]

@@ -239,10 +239,9 @@ def compare(one: Group, other: Group) -> Pair:
         reasons.append(f"no {measure}")
     elif not np.isfinite([*a, *b]).any():
         reasons.append("no run of either met the target")
-    elif not is_same_schedule:
-        reasons += [
-            f"{group.label}: looks too far apart around the target" for group in (first, second) if group.is_coarse
-        ]
+    elif not is_same_schedule and (coarse := [group.label for group in (first, second) if group.is_coarse]):
+        reasons.append(f"looks of {', '.join(coarse)} too far apart around the target")
+        a, b = [], []
     is_ranked = not np.isfinite([*a, *b]).all()
     test, share, spread = Welch(*[math.nan] * 4), math.nan, math.nan
     if is_ranked:

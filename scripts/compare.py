@@ -29,9 +29,10 @@ from typing import NamedTuple, TextIO
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from configs.schema import HarnessError
 from results.record import Run, read_folder, read_sources
 from results.text import cell, plain
-from scripts.runs import PREEMPTED, Workers, finished_run, was_interrupted, without_out
+from scripts.runs import PREEMPTED, Outcome, Workers, check_settings, finished_run
 
 DEFAULT_OPTIMIZERS = ["adamw", "muon", "unormuon", "aurora"]
 
@@ -61,6 +62,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.jobs < 1 or (args.jobs > 1 and args.nproc > 1):
         parser.error("--jobs must be at least 1, and 1 with --nproc above 1")
+    if args.nproc < 1:
+        parser.error(f"--nproc must be at least 1, got {args.nproc}")
+    for option in ("optimizers", "seeds"):
+        names = getattr(args, option)
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            parser.error(f"--{option} has {', '.join(map(str, repeated))} more than once; each run is made once")
     return args
 
 
@@ -77,11 +84,6 @@ def grid_values(text: str) -> list[tuple[str, str]]:
     if not equals or not all([key, *parts]):
         raise argparse.ArgumentTypeError(f"{text!r} must look like optimizer.lr=0.01,0.02")
     return [(key, part) for part in parts]
-
-
-class Outcome(NamedTuple):
-    run: Run | None  # finished, or the last attempt
-    exit_code: int
 
 
 class Planned(NamedTuple):
@@ -115,23 +117,20 @@ def run_all(
         if is_stopped.is_set():
             return Outcome(None, PREEMPTED)
         place = f"[{number}/{len(plan)}]"
-        if found := finished_run(read_folder(args.out)[0], argv, args.nproc, sources):
+        if found := finished_run(workers.records(), argv, args.nproc, sources):
             say(f"{place} {title}: finished before, {found.path}")
             return Outcome(found, 0)
         left_s = statistics.mean(durations_s) * (len(plan) - number + 1) / args.jobs if durations_s else None
         say(f"{place} {title}" + (f" (about {left_s / 60:.0f} min left for all runs)" if left_s else ""))
         begin_s = time.monotonic()
         prefix = f"    {place} " if args.jobs > 1 else "    "
-        exit_code = workers.train(argv, args.nproc, progress, prefix)
+        outcome = workers.train(argv, args.nproc, sources, progress, prefix)
         durations_s.append(time.monotonic() - begin_s)
-        records = read_folder(args.out)[0]
-        if exit_code == PREEMPTED or was_interrupted(records, argv):
+        if outcome.exit_code == PREEMPTED:
             is_stopped.set()
-            return Outcome(None, PREEMPTED)
-        if found := finished_run(records, argv, args.nproc, sources):
-            return Outcome(found, 0)
-        attempts = [run for run in records if without_out(run.start["argv"][1:]) == argv]
-        return Outcome(attempts[-1] if attempts else None, exit_code)
+        elif outcome.run and outcome.run.is_done:
+            return Outcome(outcome.run, 0)
+        return outcome
 
     def say(text: str) -> None:
         progress.write(f"{text}\n")
@@ -148,12 +147,13 @@ def run_all(
 
 def report_runs(args: argparse.Namespace, runs: Sequence[Run], failures: dict[str, int]) -> str:
     """The tables of all tasks in Markdown; writes them and the curves to --out unless only asked to report."""
-    from results import verdict
+    from results.report import as_json, markdown_report
+    from results.verdict import group_runs
 
-    tasks = verdict.group_runs(runs)
-    tables = {task_hash: verdict.as_json(groups) for task_hash, groups in tasks.items()}
+    tasks = group_runs(runs)
+    tables = {task_hash: as_json(groups) for task_hash, groups in tasks.items()}
 
-    def make_text(write: Callable[..., str]) -> str:
+    def make_text(escape: Callable[..., str]) -> str:
         text = ""
         for groups in tasks.values():
             first = groups[0].runs[0]
@@ -161,9 +161,9 @@ def report_runs(args: argparse.Namespace, runs: Sequence[Run], failures: dict[st
             machines = sorted({f"{run.start['world_size']} x {run.start['env']['device_name']}" for run in runs})
             lengths = ", ".join(map(str, sorted({group.planned_steps for group in groups})))
             text += (
-                f"{write(track)}: {lengths} steps, target {first.target:g}, "
-                f"{write(', '.join(machines))}, torch {write(first.start['env']['torch'])}\n\n"
-                f"{verdict.report(groups, write)}\n"
+                f"{escape(track)}: {lengths} steps, target {first.target:g}, "
+                f"{escape(', '.join(machines))}, torch {escape(first.start['env']['torch'])}\n\n"
+                f"{markdown_report(groups, escape)}\n"
             )
         if len(tasks) > 1:
             text += "Not comparable with each other: runs of different data, model, batch, evaluation or target.\n"
@@ -184,18 +184,19 @@ def main() -> int:
         return tune(sys.argv[2:])
     args = parse_args()
     try:
-        import results.verdict  # noqa: F401  before hours of runs
+        import results.report  # noqa: F401  before hours of runs
     except ImportError as error:
-        print(f"error: {error}; pip install scipy", file=sys.stderr)
+        print(f"error: {error}; pip install -e '.[report]'", file=sys.stderr)
         return 2
     if args.report:
         return report_folders(args)
     progress = sys.stderr if args.json else sys.stdout
     plan = plan_runs(args)
     try:
+        check_settings((planned.argv for planned in plan), args.nproc)
         sources = read_sources(ROOT / args.config)
-    except OSError as error:
-        print(f"error: config {args.config} cannot be read: {error.strerror}", file=sys.stderr)
+    except (HarnessError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     outcomes = run_all(args, plan, sources, progress)
     if any(outcome.exit_code == PREEMPTED for outcome in outcomes):
@@ -209,15 +210,17 @@ def main() -> int:
     if not any(run.is_done for run in done):
         return max(failures.values())
 
-    print("\n" + report_runs(args, done, failures))
-    try:
-        from scripts.plot import plot_loss_curves
+    print("\n" + report_runs(args, done, failures), flush=True)
+    if len({run.start["task_hash"] for run in done}) == 1:
+        try:
+            from scripts.plot import plot_loss_curves
 
-        if len({run.start["task_hash"] for run in done}) == 1:
             plot_loss_curves(done, args.out / "loss_curves.png")
             print(f"curves: {args.out / 'loss_curves.png'}", file=progress)
-    except ImportError as error:
-        print(f"no curves: {error}; pip install matplotlib", file=sys.stderr)
+        except ImportError as error:
+            print(f"no curves: {error}; pip install -e '.[report]'", file=sys.stderr)
+        except (OSError, ValueError) as error:
+            print(f"no curves: {error}", file=sys.stderr)
     return 1 if failures or len({run.start["task_hash"] for run in done}) > 1 and not args.grid else 0
 
 

@@ -280,6 +280,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of the records and the page")
     args = parser.parse_args(argv)
     page = args.results / PAGE
+    if not args.results.is_dir():
+        print(f"error: there is no folder {args.results}", file=sys.stderr)
+        return 2
     try:
         made = Page(args.results)
         stale = [] if page.is_file() and page.read_text(encoding="utf-8") == made.text else [page]
@@ -292,7 +295,7 @@ def main(argv: list[str] | None = None) -> int:
                 draw(path, digest)
             page.write_text(made.text, encoding="utf-8")
     except ImportError as error:
-        print(f"error: {error}; pip install matplotlib", file=sys.stderr)
+        print(f"error: {error}; pip install -e '.[report]'", file=sys.stderr)
         return 2
     except (OSError, ValueError, KeyError, TypeError) as error:
         print(f"error: {error!r}: is {args.results}/findings.toml right, and are its records whole?", file=sys.stderr)

@@ -12,8 +12,8 @@ folders, public results from reference.toml.
 import argparse
 import hashlib
 import json
+import os
 import re
-import shutil
 import statistics
 import sys
 import tomllib
@@ -27,25 +27,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from results.record import LATER_SETTINGS, RecordError, Run, model_of, read_record
+from results.report import LONG, PAIR_HEADER, as_p, pair_cells, remarks, to_target
 from results.statistics import MIN_RUNS, common_step, gate, t_below
-from results.text import cell, plain
-from results.verdict import (
-    LONG,
-    PAIR_HEADER,
-    Group,
-    Pair,
-    as_p,
-    compare_pairs,
-    label_of,
-    markdown_table,
-    mean_loss,
-    order_of_arrival,
-    pair_cells,
-    remarks,
-    stack_of,
-    to_target,
-    without_repeated_attempts,
-)
+from results.text import cell, markdown_table, plain
+from results.verdict import Group, Pair, compare_pairs, label_groups, mean_loss, stack_of
 from results.verification import verify_folder
 
 PAGE, NOTES = "README.md", "notes.md"
@@ -91,12 +76,10 @@ def make_groups(runs: Iterable[Run], results: Path) -> list[Group]:
     """Runs of one task by rule, setting, code, hardware and folder; those that arrive first come first."""
     by_row: dict[tuple, list[Run]] = {}
     for run in runs:
-        setting = json.dumps(run.setting, sort_keys=True)
-        key = (run.start["optimizer"], setting), run.start["code_hash"], stack_of(run), folder_of(run, results)
+        setting = run.start["optimizer"], json.dumps(run.setting, sort_keys=True)
+        key = setting, run.start["code_hash"], stack_of(run), folder_of(run, results)
         by_row.setdefault(key, []).append(run)
-    settings = {key[0] for key in by_row}
-    groups = [Group(label_of(key[0], settings), without_repeated_attempts(found)) for key, found in by_row.items()]
-    return sorted(groups, key=order_of_arrival)
+    return label_groups(by_row.values())
 
 
 def hardware(run: Run) -> str:
@@ -119,53 +102,6 @@ EVIDENCE_HEADER = (
     *("row", "val loss at the end", "sd", "margin", "p below target", "gate from step", "date", "commit", "code"),
     "records by seed",
 )
-
-
-def row(number: int, group: Group, machines: Sequence[tuple], trials: Sequence[Run], results: Path) -> tuple[str, ...]:
-    """Cells under HEADER, as Markdown."""
-    found, run = group.steps_to_target(), group.runs[0]
-    begin = min(run.start["utc"] for run in group.runs)  # later trials chose settings of other rows
-    family = setting_family(run)
-    num_trials = sum(setting_family(trial) == family and trial.start["utc"] <= begin for trial in trials)
-    folder = folder_of(run, results)
-    return (
-        str(number),
-        cell(group.label),
-        str(group.planned_steps),
-        str(len(group.runs)),
-        f"{found.count}/{found.runs}",
-        to_target(found, 1),
-        to_target(group.seconds_to_target(), 1),
-        letter(machines.index(stack_of(run))),
-        str(num_trials),
-        cell(folder),
-    )
-
-
-def evidence(number: int, group: Group, links: dict[str, str], results: Path) -> tuple[str, ...]:
-    """Cells under EVIDENCE_HEADER. Links are by reference, or the table could not be read as text."""
-    run, losses = group.runs[0], group.losses(group.last_step)
-    looks = [{look.step: look.val_loss for look in run.validations} for run in group.runs]
-    is_whole, step = len(losses) == len(group.runs), common_step(looks, run.target)
-    commits = {(run.start.get("git") or {}).get("commit", "")[:8] for run in group.runs}
-    is_dirty = any((run.start.get("git") or {}).get("dirty") for run in group.runs)
-    seeds = []
-    for found in group.runs:
-        name = f"r{len(links) + 1}"
-        links[name] = quote(found.path.relative_to(results).as_posix())
-        seeds.append(f"[{cell(found.start['seed'])}][{name}]")
-    return (
-        str(number),
-        f"{mean_loss(group):.4f}",
-        "-" if len(losses) < 2 else f"{statistics.stdev(losses):.4f}",
-        f"{gate(losses, run.target).margin:+.4f}" if is_whole and len(losses) >= MIN_RUNS else "-",
-        cell(as_p(t_below(losses, run.target))) if is_whole else "-",
-        "-" if step is None else str(step),
-        cell(max(run.start["utc"] for run in group.runs)[:10]),
-        cell(" ".join(sorted(commits))) + (", changed" if is_dirty else ""),
-        cell(run.start["code_hash"][:8]),
-        " ".join(seeds),
-    )
 
 
 def letter(index: int) -> str:
@@ -202,42 +138,109 @@ def changes_of_track(run: Run) -> dict[str, Any]:
     return found
 
 
-def task_section(
-    task: str, runs: Sequence[Run], trials: Sequence[Run], links: dict[str, str], results: Path
-) -> list[str]:
-    """Heading, leaderboard, and for each folder its notes, curves and tests.
+class Page:
+    """The text, and the groups of each picture that it shows."""
 
-    links: by name, those of this section are added.
-    """
-    groups, config = make_groups(runs, results), runs[0].start["config"]
-    machines = list({stack_of(group.runs[0]): hardware(group.runs[0]) for group in groups}.items())
-    stacks = [stack for stack, _ in machines]
-    track = ", ".join(sorted({Path(config_name(run)).stem for run in runs}))
-    variation = "".join(f", {cell(key)} {cell(value)}" for key, value in changes_of_track(runs[0]).items())
-    lines = [
-        f"## {cell(track)}{variation}: target {runs[0].target:g}, {config['train']['batch_tokens']:,} tokens a step",
-        "",
-        f"Task {cell(task[:12])}. Times compare within one machine only.",
-        "",
-        *(f"- machine {letter(i)}: {cell(name)}" for i, (_, name) in enumerate(machines)),
-        "",
-    ]
-    numbered = list(enumerate(groups, start=1))
-    lines += [markdown_table(HEADER, [row(i, group, stacks, trials, results) for i, group in numbered]), ""]
-    lines += ["The records behind these rows, and whether each rule is below the target at its last step:", ""]
-    lines += [markdown_table(EVIDENCE_HEADER, [evidence(i, group, links, results) for i, group in numbered])]
-    sections = by_folder(groups, results)
-    # The widest comparison comes first.
-    for folder in sorted(sections, key=lambda name: (-len({group.optimizer for group in sections[name]}), name)):
-        inside = sections[folder]
-        picture = quote(picture_of(inside, results).relative_to(results).as_posix())
-        lines += ["", f"### {cell(folder)}", "", *notes(results / folder)]
-        lines += [f"![validation loss of {cell(folder)}]({picture})", ""]
-        pairs = compare_pairs(inside)
-        if pairs:
+    def __init__(self, results: Path, runs: Sequence[Run]):
+        self.results = results
+        self.trials = [run for run in runs if is_tuning(run, results)]
+        self.links: dict[str, str] = {}
+        self.pictures: dict[Path, list[Group]] = {}
+        self.noted: set[str] = set()
+        tasks = by_task(runs, results)
+        lines = ["<!-- Written by scripts/leaderboard.py from the records and notes.md; edit those. -->", ""]
+        lines += ["# Results", "", *notes(results)]
+        for task in sorted(tasks, key=lambda task: max(run.start["utc"] for run in tasks[task]), reverse=True):
+            lines += [*self.task_section(task, tasks[task]), ""]
+        lines += reference_section(tasks, results)
+        for folder in sorted({folder_of(run, results) for run in self.trials}):
+            inside = [run for run in runs if folder_of(run, results) == folder]
+            lines += [f"## {cell(folder)}", "", *notes(results / folder), tuning_table(inside), ""]
+        lines += [f"[{name}]: {target}" for name, target in self.links.items()]
+        self.text = "\n".join(lines).rstrip("\n") + "\n"
+
+    def task_section(self, task: str, runs: Sequence[Run]) -> list[str]:
+        """Heading, leaderboard, and for each folder its notes, curves and tests."""
+        groups, batch_tokens = make_groups(runs, self.results), runs[0].start["config"]["train"]["batch_tokens"]
+        machines = list({stack_of(group.runs[0]): hardware(group.runs[0]) for group in groups}.items())
+        stacks = [stack for stack, _ in machines]
+        track = ", ".join(sorted({Path(config_name(run)).stem for run in runs}))
+        variation = "".join(f", {cell(key)} {cell(value)}" for key, value in changes_of_track(runs[0]).items())
+        numbered = list(enumerate(groups, start=1))
+        lines = [
+            f"## {cell(track)}{variation}: target {runs[0].target:g}, {batch_tokens:,} tokens a step",
+            "",
+            f"Task {cell(task[:12])}. Seconds compare within one folder only, of runs of one command.",
+            "",
+            *(f"- machine {letter(i)}: {cell(name)}" for i, (_, name) in enumerate(machines)),
+            "",
+            markdown_table(HEADER, [self.row(i, group, stacks) for i, group in numbered]),
+            "",
+            "The records behind these rows, and whether each rule is below the target at its last step:",
+            "",
+            markdown_table(EVIDENCE_HEADER, [self.evidence(i, group) for i, group in numbered]),
+        ]
+        sections = by_folder(groups, self.results)
+        # The widest comparison comes first.
+        for folder in sorted(sections, key=lambda name: (-len({group.optimizer for group in sections[name]}), name)):
+            lines += self.folder_section(folder, sections[folder])
+        return lines
+
+    def folder_section(self, folder: str, groups: list[Group]) -> list[str]:
+        picture = picture_of(groups, self.results)
+        self.pictures[picture] = groups
+        text = ["Notes and command: above.", ""] if folder in self.noted else notes(self.results / folder)
+        self.noted.add(folder)
+        link = quote(picture.relative_to(self.results).as_posix())
+        lines = ["", f"### {cell(folder)}", "", *text, f"![validation loss of {cell(folder)}]({link})", ""]
+        if pairs := compare_pairs(groups):
             lines += [markdown_table(PAIR_HEADER, [escaped_pair(pair) for pair in pairs]), ""]
-        lines += [f"- {cell(remark, LONG)}" for remark in remarks(inside, pairs)]
-    return lines
+        return lines + [f"- {cell(remark, LONG)}" for remark in remarks(groups, pairs)]
+
+    def row(self, number: int, group: Group, machines: Sequence[tuple]) -> tuple[str, ...]:
+        """Cells under HEADER, as Markdown."""
+        found, run = group.steps_to_target(), group.runs[0]
+        begin = min(run.start["utc"] for run in group.runs)  # later trials chose settings of other rows
+        family = setting_family(run)
+        num_trials = sum(setting_family(trial) == family and trial.start["utc"] <= begin for trial in self.trials)
+        folder = folder_of(run, self.results)
+        return (
+            str(number),
+            cell(group.label),
+            str(group.planned_steps),
+            str(len(group.runs)),
+            f"{found.count}/{found.runs}",
+            to_target(found, 1),
+            to_target(group.seconds_to_target(), 1),
+            letter(machines.index(stack_of(run))),
+            str(num_trials),
+            cell(folder),
+        )
+
+    def evidence(self, number: int, group: Group) -> tuple[str, ...]:
+        """Cells under EVIDENCE_HEADER. Links are by reference, or the table could not be read as text."""
+        run, losses = group.runs[0], group.losses(group.last_step)
+        looks = [{look.step: look.val_loss for look in run.validations} for run in group.runs]
+        is_whole, step = len(losses) == len(group.runs), common_step(looks, run.target)
+        commits = {(run.start.get("git") or {}).get("commit", "")[:8] for run in group.runs}
+        is_dirty = any((run.start.get("git") or {}).get("dirty") for run in group.runs)
+        seeds = []
+        for found in group.runs:
+            name = f"r{len(self.links) + 1}"
+            self.links[name] = quote(found.path.relative_to(self.results).as_posix())
+            seeds.append(f"[{cell(found.start['seed'])}][{name}]")
+        return (
+            str(number),
+            f"{mean_loss(group):.4f}",
+            "-" if len(losses) < 2 else f"{statistics.stdev(losses):.4f}",
+            f"{gate(losses, run.target).margin:+.4f}" if is_whole and len(losses) >= MIN_RUNS else "-",
+            cell(as_p(t_below(losses, run.target))) if is_whole else "-",
+            "-" if step is None else str(step),
+            cell(max(run.start["utc"] for run in group.runs)[:10]),
+            cell(" ".join(sorted(commits))) + (", changed" if is_dirty else ""),
+            cell(run.start["code_hash"][:8]),
+            " ".join(seeds),
+        )
 
 
 def escaped_pair(pair: Pair) -> list[str]:
@@ -246,14 +249,14 @@ def escaped_pair(pair: Pair) -> list[str]:
 
 
 def by_folder(groups: Iterable[Group], results: Path) -> dict[str, list[Group]]:
-    """Groups of one task by the folder of their runs, in order of arrival, with labels that tell them apart."""
+    """Groups of one task by the folder of their runs, with labels that tell them apart there."""
     found: dict[str, list[Group]] = {}
     for group in groups:
         found.setdefault(folder_of(group.runs[0], results), []).append(group)
-    for inside in found.values():
-        inside.sort(key=order_of_arrival)
+    tables = {folder: label_groups(group.runs for group in inside) for folder, inside in found.items()}
+    for inside in tables.values():
         tell_apart(inside)
-    return found
+    return tables
 
 
 def tell_apart(groups: Sequence[Group]) -> None:
@@ -300,23 +303,7 @@ def reference_section(tasks: dict[str, list[Run]], results: Path) -> list[str]:
     return lines
 
 
-def make_page(results: Path, runs: Sequence[Run]) -> str:
-    trials = [run for run in runs if is_tuning(run, results)]
-    tasks = by_task(runs, results)
-    lines = ["<!-- Written by scripts/leaderboard.py from the records and notes.md; edit those. -->", ""]
-    lines += ["# Results", "", *notes(results)]
-    links: dict[str, str] = {}
-    for task in sorted(tasks, key=lambda task: max(run.start["utc"] for run in tasks[task]), reverse=True):
-        lines += [*task_section(task, tasks[task], trials, links, results), ""]
-    lines += reference_section(tasks, results)
-    for folder in sorted({folder_of(run, results) for run in runs if is_tuning(run, results)}):
-        inside = [run for run in runs if folder_of(run, results) == folder]
-        lines += [f"## {cell(folder)}", "", *notes(results / folder), tuning_table(inside, results), ""]
-    lines += [f"[{name}]: {target}" for name, target in links.items()]
-    return "\n".join(lines).rstrip("\n") + "\n"
-
-
-def tuning_table(runs: Sequence[Run], results: Path) -> str:
+def tuning_table(runs: Sequence[Run]) -> str:
     """For each rule its number of trials and the best of them."""
     families: dict[str, list[Run]] = {}
     for run in runs:
@@ -352,30 +339,22 @@ def digest(groups: Iterable[Group]) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
-def pictures(runs: Sequence[Run], results: Path) -> dict[Path, list[Group]]:
-    """Path of every picture of the page, and the groups it shows."""
-    sections = [by_folder(make_groups(inside, results), results) for inside in by_task(runs, results).values()]
-    return {picture_of(groups, results): groups for section in sections for groups in section.values()}
-
-
-def stale_files(results: Path, runs: Sequence[Run]) -> list[Path]:
+def stale_files(results: Path, page: Page) -> list[Path]:
     """The page and its pictures, as far as they are not what the records give."""
-    page = results / PAGE
-    stale = [] if page.is_file() and page.read_text(encoding="utf-8") == make_page(results, runs) else [page]
-    for path, groups in pictures(runs, results).items():
+    path = results / PAGE
+    stale = [] if path.is_file() and path.read_text(encoding="utf-8") == page.text else [path]
+    for path, groups in page.pictures.items():
         if not path.is_file() or digest(groups).encode() not in path.read_bytes():
             stale.append(path)
     return stale
 
 
-def write(results: Path, runs: Sequence[Run]) -> None:
+def write(results: Path, page: Page) -> None:
     from scripts.plot import plot_groups
 
-    stale = stale_files(results, runs)
-    for path, groups in pictures(runs, results).items():
-        if path in stale:
-            plot_groups(groups, path, description=digest(groups))
-    (results / PAGE).write_text(make_page(results, runs), encoding="utf-8")
+    for path in page.pictures.keys() & set(stale_files(results, page)):
+        plot_groups(page.pictures[path], path, description=digest(page.pictures[path]))
+    (results / PAGE).write_text(page.text, encoding="utf-8")
 
 
 def add(source: Path, results: Path) -> list[Path]:
@@ -404,10 +383,26 @@ def add(source: Path, results: Path) -> list[Path]:
         if target.exists():
             raise RecordError(f"{target} exists; rename {run.path}")
         copies[run.path] = target
-    for path, target in copies.items():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
+    copy_all(copies)
     return list(copies.values())
+
+
+def copy_all(copies: dict[Path, Path]) -> None:
+    """Copy files, all of them or, with an error, none. A target gets its name when all are whole and on the disk."""
+    temporary = {target: target.with_name(f"{target.name}.tmp") for target in copies.values()}
+    try:
+        for path, target in copies.items():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary[target], "wb") as file:
+                file.write(path.read_bytes())
+                file.flush()
+                os.fsync(file.fileno())
+        for target, whole in temporary.items():
+            whole.rename(target)
+    except BaseException:
+        for path in (*temporary, *temporary.values()):
+            path.unlink(missing_ok=True)
+        raise
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -419,19 +414,25 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if (args.command == "add") != (args.folder is not None):
         parser.error("add needs the folder of the new records, nothing else takes one")
+    if not args.results.is_dir():
+        print(f"error: there is no folder {args.results}", file=sys.stderr)
+        return 2
     try:
         if args.command == "add":
             for path in add(args.folder, args.results):
                 print(path)
-        runs = read_results(args.results)
+        page = Page(args.results, read_results(args.results))
         if args.check:
-            stale = stale_files(args.results, runs)
+            stale = stale_files(args.results, page)
             for path in stale:
                 print(f"error: {path} is not what the records give: python scripts/leaderboard.py", file=sys.stderr)
             return 1 if stale else 0
-        write(args.results, runs)
+        write(args.results, page)
     except (RecordError, OSError, tomllib.TOMLDecodeError) as error:
         print(f"error: {plain(error, 500)}", file=sys.stderr)
+        return 2
+    except ImportError as error:
+        print(f"error: {error}; pip install -e '.[report]'", file=sys.stderr)
         return 2
     except (KeyError, TypeError, AttributeError) as error:
         print(f"error: a record lacks what the page shows ({error!r}); see scripts/verify.py", file=sys.stderr)

@@ -16,7 +16,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from results.record import Run, read_folder
 from results.text import plain
-from results.verdict import Group, group_runs
+
+try:
+    from results.report import to_target
+    from results.verdict import Group, group_runs
+except ImportError as error:
+    print(f"error: {error}; pip install -e '.[report]'", file=sys.stderr)
+    sys.exit(2)
 
 # Okabe and Ito's palette, told apart by colour-blind readers; line styles and markers tell them apart in grey print.
 STYLES = {
@@ -95,12 +101,11 @@ def save_figure(figure, path: Path, description: str = "") -> None:
 
 
 def styles_of(groups: Sequence[Group]) -> list[tuple]:
-    spare, used, styles = iter(SPARE_STYLES * len(groups)), set(), []
-    for group in groups:
-        own = STYLES.get(group.optimizer)
-        is_free = own is not None and own not in used
-        styles.append(own if is_free else next(style for style in spare if style not in used or len(used) > 8))
-        used.add(styles[-1])
+    """Of each group its own, where another has not taken that, else the least used spare one."""
+    own = [STYLES.get(group.optimizer) for group in groups]
+    styles = [style if style not in own[:i] else None for i, style in enumerate(own)]
+    for i, style in enumerate(styles):
+        styles[i] = style or min(SPARE_STYLES, key=styles.count)
     return styles
 
 
@@ -145,12 +150,15 @@ def zoom(groups: Sequence[Group], target: float) -> dict[str, tuple[float, float
 
 
 def draw_steps_to_target(axis, groups: Sequence[Group], styles: Sequence[tuple]) -> None:
-    """A bar a group with its 95 % interval; an open one with an arrow where not every run arrived."""
+    """A bar a group with its 95 % interval; an open one with an arrow where runs did not arrive, or nobody saw when."""
     hatches = ["", "//", "..", "xx", "\\\\", "++", "oo", "--"]
-    longest = max(group.steps_to_target().restricted_mean for group in groups)
-    for position, (group, (color, _, marker)) in enumerate(zip(groups, styles, strict=True)):
-        reached = group.steps_to_target()
-        height, is_whole = reached.restricted_mean, reached.count == reached.runs
+    found = [group.steps_to_target() for group in groups]
+    heights = [reached.bracket[1] if reached.bracket else reached.restricted_mean for reached in found]
+    longest = max(heights)
+    for position, (group, reached, height, (color, _, marker)) in enumerate(
+        zip(groups, found, heights, styles, strict=True)
+    ):
+        is_whole = reached.count == reached.runs and not reached.bracket
         hatch = hatches[position % len(hatches)]
         axis.barh(
             position, height, color=color if is_whole else "none", edgecolor=color if not is_whole else "white",
@@ -161,9 +169,11 @@ def draw_steps_to_target(axis, groups: Sequence[Group], styles: Sequence[tuple])
             axis.errorbar(height, position, xerr=[[height - low], [high - height]], color="black", capsize=4, lw=1.5)
         axis.plot(height, position, marker=marker if is_whole else ">", color="black", markersize=5)
         for hit in group.crossings():
-            if hit:
+            if hit and not reached.bracket:
                 axis.plot(hit.step, position + 0.38, marker="|", color="black", markersize=6)
-        text = f"{height:.0f}" if is_whole else f"> {height:.0f}, {reached.count} of {reached.runs} arrived"
+        text = to_target(reached, 0).partition(" [")[0]
+        if reached.count < reached.runs:
+            text += f", {reached.count} of {reached.runs} arrived"
         axis.annotate(text, (0.02 * longest, position), va="center", color="black",
                       bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})  # fmt: skip
     axis.set_yticks(range(len(groups)), [printable(group.label) for group in groups])
@@ -182,6 +192,9 @@ def main() -> int:
     runs = [run for run in runs if run.validations]
     for error in errors:
         print(f"warning: {error}", file=sys.stderr)
+    if not runs:
+        print(f"error: no record in {args.folder}", file=sys.stderr)
+        return 2
     tasks = {run.start["task_hash"] for run in runs}
     if len(tasks) != 1:
         print(f"error: {args.folder} must hold runs of one task, found {len(tasks)} tasks", file=sys.stderr)
@@ -195,6 +208,9 @@ def main() -> int:
             plot_neurons(groups, args.out)
         else:
             plot_loss_curves(runs, args.out)
+    except ImportError as error:
+        print(f"error: {error}; pip install -e '.[report]'", file=sys.stderr)
+        return 2
     except (OSError, ValueError) as error:  # ValueError: a suffix that is no picture
         print(f"error: {args.out} cannot be written: {error}", file=sys.stderr)
         return 2

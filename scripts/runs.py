@@ -1,17 +1,36 @@
-"""Runs of train_gpt.py as child processes: start one, find it again among the records."""
+"""Runs of train_gpt.py as child processes: check, start and resume them, find them again among the records."""
 
 import contextlib
 import os
 import queue
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
-from results.record import ROOT, Run
+from configs.schema import Exit, load_config
+from results.record import ROOT, Run, read_folder
 
-PREEMPTED = 75
+PREEMPTED = Exit.PREEMPTED
+
+
+def check_settings(argvs: Iterable[Sequence[str]], nproc: int) -> None:
+    """Raise HarnessError for runs that could not start, as far as that shows without data. argvs: of train_gpt.py."""
+    from aurora.runtime.batch import plan_batch  # which imports torch: seconds, that a mere report does without
+    from aurora.runtime.optimizers import checked_hparams
+
+    # A setting is checked once, for all of its seeds.
+    for config_name, optimizer, *overrides in dict.fromkeys((argv[1], argv[3], *argv[7::2]) for argv in argvs):
+        config = load_config(ROOT / config_name, optimizer, overrides)
+        checked_hparams(config)
+        plan_batch(config, nproc)
+
+
+class Outcome(NamedTuple):
+    run: Run | None  # what the attempt recorded
+    exit_code: int
 
 
 class Workers:
@@ -21,32 +40,51 @@ class Workers:
     """
 
     def __init__(self, jobs: int, out: Path):
-        self.jobs, self.out = jobs, out
+        self.out, self.environment, self.lock = out, None, threading.Lock()
+        self.free: queue.SimpleQueue[tuple[Path, list[int]]] = queue.SimpleQueue()
+        if jobs == 1:
+            self.free.put((out, []))
+            return
         can_pin = hasattr(os, "sched_setaffinity")  # Linux
         cores = sorted(os.sched_getaffinity(0)) if can_pin else list(range(os.cpu_count() or 1))
         threads = max(1, len(cores) // jobs)
         self.environment = os.environ | {"OMP_NUM_THREADS": str(threads), "SPEEDRUN_JOBS": str(jobs)}
-        self.free: queue.SimpleQueue[tuple[int, list[int]]] = queue.SimpleQueue()
         for place in range(jobs):
             own = cores[place * threads : (place + 1) * threads]  # none where there are more jobs than cores
-            self.free.put((place, own if can_pin else []))
+            self.free.put((out / f".job{place}", own if can_pin else []))
 
-    def train(self, argv: list[str], nproc: int, progress: TextIO, prefix: str = "    ") -> int:
-        """Train in a child process as soon as a place is free; returns its exit code. The record ends up in out."""
-        if self.jobs == 1:
-            return run_one(argv, self.out, nproc, progress)
-        with self._place() as (place, cores):
-            folder = self.out / f".job{place}"
+    def train(self, argv: list[str], nproc: int, sources: dict[str, str], progress: TextIO, prefix: str) -> Outcome:
+        """Train in a child process as soon as a place is free. The record ends up in out.
+
+        A run with these arguments and sources that was stopped with a checkpoint in out goes on from there.
+        """
+        with self._place() as (folder, cores):
             folder.mkdir(parents=True, exist_ok=True)
+            unfinished = stopped_run(self.records(), argv, nproc, sources)
+            with self.lock:
+                if unfinished:
+                    bring([unfinished.path, checkpoints_of(unfinished)], folder)
+                before = {path.name: path.stat().st_size for path in self.out.rglob("*.jsonl")}
+            command = [*argv, *(["--resume"] if unfinished else [])]
             try:
-                return run_one(argv, folder, nproc, progress, prefix, self.environment, cores)
+                code = run_one(command, folder, nproc, progress, prefix, self.environment, cores)
             finally:
-                for path in folder.iterdir():
-                    if path.name != ".lock":
-                        path.rename(self.out / path.name)
+                with self.lock:
+                    bring([path for path in folder.iterdir() if folder != self.out and path.name != ".lock"], self.out)
+        found = [run for run in self.records() if arguments_of(run) == argv]
+        new = [run for run in found if run.path.stat().st_size != before.get(run.path.name)]
+        run = new[-1] if new else None
+        # torchrun hides the exit code.
+        is_stopped = run is not None and run.end is not None and run.end["status"] == "interrupted"
+        return Outcome(run, PREEMPTED if is_stopped else code)
+
+    def records(self) -> list[Run]:
+        """All that can be read in out. Meanwhile no file is moved."""
+        with self.lock:
+            return read_folder(self.out)[0]
 
     @contextlib.contextmanager
-    def _place(self) -> Iterator[tuple[int, list[int]]]:
+    def _place(self) -> Iterator[tuple[Path, list[int]]]:
         place = self.free.get()
         try:
             yield place
@@ -54,14 +92,19 @@ class Workers:
             self.free.put(place)
 
 
+def bring(paths: Iterable[Path], folder: Path) -> None:
+    for path in paths:
+        path.rename(folder / path.name)
+
+
 def run_one(
     argv: list[str],
     out: Path,
     nproc: int,
     progress: TextIO,
-    prefix: str = "    ",
-    environment: dict[str, str] | None = None,
-    cores: Sequence[int] = (),
+    prefix: str,
+    environment: dict[str, str] | None,
+    cores: Sequence[int],
 ) -> int:
     """Train in a child process, passing its lines on; returns its exit code.
 
@@ -76,14 +119,10 @@ def run_one(
     if cores:
         with contextlib.suppress(ProcessLookupError):
             os.sched_setaffinity(child.pid, cores)  # before it has threads, which inherit this
-    try:
-        for line in child.stdout:
-            progress.write(f"{prefix}{line}")  # in one piece: others write too
-            progress.flush()
-        return child.wait()
-    except KeyboardInterrupt:  # the child got it too and is saving what it has
-        child.wait()
-        return PREEMPTED
+    for line in child.stdout:
+        progress.write(f"{prefix}{line}")  # in one piece: others write too
+        progress.flush()
+    return child.wait()
 
 
 def finished_run(runs: Sequence[Run], argv: list[str], nproc: int, sources: dict[str, str]) -> Run | None:
@@ -91,17 +130,23 @@ def finished_run(runs: Sequence[Run], argv: list[str], nproc: int, sources: dict
     return next((run for run in reversed(runs) if run.is_done and is_same(run, argv, nproc, sources)), None)
 
 
+def stopped_run(runs: Sequence[Run], argv: list[str], nproc: int, sources: dict[str, str]) -> Run | None:
+    """The newest such run that neither finished nor diverged and has a checkpoint."""
+    unfinished = [run for run in runs if run.end is None or run.end["status"] == "interrupted"]
+    same = [run for run in reversed(unfinished) if is_same(run, argv, nproc, sources)]
+    return next((run for run in same if any(checkpoints_of(run).glob("step-*"))), None)
+
+
+def checkpoints_of(run: Run) -> Path:
+    return run.path.with_suffix(".checkpoints")
+
+
 def is_same(run: Run, argv: list[str], nproc: int, sources: dict[str, str]) -> bool:
-    same_arguments = without_out(run.start["argv"][1:]) == argv and run.start["world_size"] == nproc
-    return same_arguments and run.start["sources"] == sources
+    return arguments_of(run) == argv and run.start["world_size"] == nproc and run.start["sources"] == sources
 
 
-def was_interrupted(runs: Sequence[Run], argv: list[str]) -> bool:
-    """Whether the newest run with these arguments was stopped on request; torchrun hides the exit code."""
-    ends = [run.end for run in runs if without_out(run.start["argv"][1:]) == argv]
-    return bool(ends) and ends[-1] is not None and ends[-1]["status"] == "interrupted"
-
-
-def without_out(argv: list[str]) -> list[str]:
+def arguments_of(run: Run) -> list[str]:
+    """Of train_gpt.py, without where and whether to go on."""
+    argv = [argument for argument in run.start["argv"][1:] if argument != "--resume"]
     index = argv.index("--out") if "--out" in argv else len(argv)
     return argv[:index] + argv[index + 2 :]

@@ -6,7 +6,8 @@
 
 The search and its space are declared in advance: results/tuning.py and --space. Each trial is an ordinary run with a
 record in --out. A trial that diverged counts, at an infinite loss. Stopped, the same command goes on: a trial whose
-arguments, config and code have a record is not run again. Writes ledger.json (one trial a line) and tuning.md to --out.
+arguments, config and code have a record is not run again. Writes ledger.json (one trial a line) and tuning.md to --out,
+where optimizers that are not searched this time keep their lines.
 """
 
 import argparse
@@ -20,10 +21,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
 
-from configs.schema import HarnessError, load_config
-from results.record import ROOT, Run, code_hash, read_folder, read_sources
-from results.tuning import Search, Space, is_finite, neighbours_tried, read_space, write_setting
-from scripts.runs import PREEMPTED, Workers, was_interrupted, without_out
+from configs.schema import Exit, HarnessError, load_config
+from results.record import ROOT, Run, code_hash, read_sources
+from results.text import markdown_table
+from results.tuning import Search, Space, Trial, best_of, is_finite, neighbours_tried, read_space, write_setting
+from scripts.runs import PREEMPTED, Workers, arguments_of, check_settings
 
 LEDGER, PAGE = "ledger.json", "tuning.md"
 
@@ -33,7 +35,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         prog="compare.py tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", default="configs/quick.toml", help="track (TOML)")
-    parser.add_argument("--space", type=Path, default=ROOT / "configs/tuning/quick.toml", help="search space (TOML)")
+    parser.add_argument("--space", type=Path, help="search space (default: configs/tuning/<name of the track>.toml)")
     parser.add_argument("--optimizers", nargs="+", metavar="NAME", help="default: all of the search space")
     parser.add_argument("--trials", type=int, default=20, metavar="N", help="of each optimizer")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="optimizers at a time, with cores / N each")
@@ -45,6 +47,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         parser.error("--trials and --jobs must be at least 1")
     if args.write and args.overrides:
         parser.error("--write takes values into the track, so they must be found on it: without --set")
+    args.space = args.space or ROOT / "configs/tuning" / Path(args.config).name
     return args
 
 
@@ -55,26 +58,43 @@ class Stopped(Exception):
 class Ledger:
     """All trials so far, one a line, rewritten after each: {optimizer, trial, knob, value, setting, why, ...}."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, searched: Sequence[str]):
+        """searched: optimizers whose lines are made anew; those of others stay. Raises HarnessError."""
         self.path, self.entries, self.lock = path, [], threading.Lock()
+        try:
+            entries = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+            self.entries = [entry for entry in entries if entry["optimizer"] not in searched]
+            for optimizer in {entry["optimizer"] for entry in self.entries}:
+                self.trials(optimizer)
+        except (ValueError, KeyError, TypeError) as error:
+            message = (
+                f"{path} is not a list of trials ({error!r}); move it away, trials that have a record are not run again"
+            )
+            raise HarnessError(Exit.CONFIG, message) from error
 
     def add(self, entry: dict[str, Any]) -> None:
         with self.lock:
             self.entries.append(entry)
-            ordered = sorted(self.entries, key=lambda e: (e["optimizer"], e["trial"]))
-            text = "[\n" + ",\n".join(map(json.dumps, ordered)) + "\n]\n"
+            self.entries.sort(key=lambda e: (e["optimizer"], e["trial"]))
+            text = "[\n" + ",\n".join(map(json.dumps, self.entries)) + "\n]\n"
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text(text, encoding="utf-8")
             temporary.replace(self.path)
+
+    def trials(self, optimizer: str) -> list[Trial]:
+        own = [entry for entry in self.entries if entry["optimizer"] == optimizer]
+        losses = [math.inf if entry["val_loss"] is None else entry["val_loss"] for entry in own]
+        keys = ("trial", "knob", "setting", "why")
+        return [Trial(*(entry[key] for key in keys), loss) for entry, loss in zip(own, losses, strict=True)]
 
 
 class Tuner:
     """The trials of all optimizers: run, or found again among the records."""
 
-    def __init__(self, args: argparse.Namespace, space: Space, progress: TextIO):
-        self.args, self.space, self.progress = args, space, progress
-        self.workers, self.ledger = Workers(args.jobs, args.out), Ledger(args.out / LEDGER)
-        self.code_hash = code_hash(read_sources(ROOT / args.config))
+    def __init__(self, args: argparse.Namespace, space: Space, ledger: Ledger, progress: TextIO):
+        self.args, self.space, self.ledger, self.progress = args, space, ledger, progress
+        self.workers = Workers(args.jobs, args.out)
+        self.sources = read_sources(ROOT / args.config)
         self.is_stopped = threading.Event()
 
     def search(self, optimizer: str) -> Search:
@@ -86,7 +106,7 @@ class Tuner:
             place = f"[{optimizer} {number}/{self.args.trials}]"
             run, is_found = self.find(argv), True
             if run is None:
-                self.say(f"{place} {why}: " + ", ".join(f"{k} {v}" for k, v in setting.items()))
+                self.say(f"{place} {why}: {as_words(setting)}")
                 run, is_found = self.train(argv, place), False
             loss = run.end["val_loss"] if run.is_done else math.inf
             self.say(f"{place} {'found' if is_found else 'done'}: {run.end['status']}, val_loss {loss:.5f}")
@@ -112,27 +132,29 @@ class Tuner:
     def train(self, argv: list[str], place: str) -> Run:
         if self.is_stopped.is_set():
             raise Stopped(PREEMPTED)
-        code = self.workers.train(argv, 1, self.progress, f"    {place} ")
-        run = self.find(argv)
-        if run is None:
+        outcome = self.workers.train(argv, 1, self.sources, self.progress, f"    {place} ")
+        if outcome.run is None or not is_over(outcome.run):
             self.is_stopped.set()
-            raise Stopped(PREEMPTED if was_interrupted(read_folder(self.args.out)[0], argv) else code or 1)
-        return run
+            raise Stopped(outcome.exit_code or 1)
+        return outcome.run
 
     def find(self, argv: list[str]) -> Run | None:
         """The newest run with these arguments, this code and this config that finished or diverged."""
         config = load_config(ROOT / self.args.config, argv[3], argv[argv.index("--set") + 1 :: 2])
         wanted = as_read(dataclasses.asdict(config))
-        for run in reversed(read_folder(self.args.out)[0]):
-            is_over = run.end is not None and run.end["status"] in ("done", "diverged")
-            same_arguments = without_out(run.start["argv"][1:]) == argv and run.start["code_hash"] == self.code_hash
-            if is_over and same_arguments and as_read(run.start["config"]) == wanted:
+        for run in reversed(self.workers.records()):
+            is_same = arguments_of(run) == argv and run.start["code_hash"] == code_hash(self.sources)
+            if is_over(run) and is_same and as_read(run.start["config"]) == wanted:
                 return run
         return None
 
     def say(self, text: str) -> None:
         self.progress.write(f"{text}\n")
         self.progress.flush()
+
+
+def is_over(run: Run) -> bool:
+    return run.end is not None and run.end["status"] in ("done", "diverged")
 
 
 def as_read(config: dict[str, Any]) -> dict[str, Any]:
@@ -145,24 +167,23 @@ def keys_of(space: Space, optimizer: str, setting: dict[str, Any]) -> dict[str, 
     return {key: setting[knob.name] for knob in space.knobs[optimizer] for key in knob.keys}
 
 
-def report(searches: dict[str, Search], args: argparse.Namespace) -> str:
+def report(ledger: Ledger, space: Space, args: argparse.Namespace) -> str:
     """What was chosen and why, and every trial, in Markdown."""
-    from results.verdict import markdown_table
-
-    chosen, trials = [], []
-    for optimizer, search in searches.items():
-        best, first = search.best, search.knobs[0].name
-        around = neighbours_tried(search.trials, first)
-        texts = [f"{t.setting[first]:g}: {as_loss(t.val_loss)}" if t else "not tried" for t in around]
-        setting = ", ".join(f"{key} {value}" for key, value in best.setting.items())
-        diverged = sum(not is_finite(trial.val_loss) for trial in search.trials)
-        chosen.append((optimizer, str(len(search.trials)), str(diverged), setting, as_loss(best.val_loss), *texts))
-        for trial in search.trials:
-            setting = ", ".join(f"{key} {value}" for key, value in trial.setting.items())
-            is_best = " (chosen)" if trial is best else ""
-            trials.append(
-                (optimizer, str(trial.number), trial.why, trial.knob, setting, as_loss(trial.val_loss) + is_best)
-            )
+    chosen, rows = [], []
+    for optimizer in [name for name in space.knobs if ledger.trials(name)]:
+        trials, first = ledger.trials(optimizer), space.knobs[optimizer][0].name
+        best = best_of(trials)
+        around = [
+            f"{t.setting[first]:g}: {as_loss(t.val_loss)}" if t else "not tried"
+            for t in neighbours_tried(trials, first)
+        ]
+        diverged = sum(not is_finite(trial.val_loss) for trial in trials)
+        chosen.append(
+            (optimizer, str(len(trials)), str(diverged), as_words(best.setting), as_loss(best.val_loss), *around)
+        )
+        for trial in trials:
+            loss = as_loss(trial.val_loss) + (" (chosen)" if trial is best else "")
+            rows.append((optimizer, str(trial.number), trial.why, trial.knob, as_words(trial.setting), loss))
     header = ("optimizer", "trials", "diverged", "chosen", "val loss", "next lower lr: loss", "next higher lr: loss")
     command = f"python scripts/compare.py tune --config {args.config} --trials {args.trials}"
     command += "".join(f" --set {override}" for override in args.overrides)
@@ -170,9 +191,13 @@ def report(searches: dict[str, Search], args: argparse.Namespace) -> str:
         f"Made by `{command}` (search space `{args.space.name}`, one seed that no comparison uses).\n\n"
         + markdown_table(header, chosen)
         + "\n\n"
-        + markdown_table(("optimizer", "trial", "why", "knob", "setting", "val loss"), trials)
+        + markdown_table(("optimizer", "trial", "why", "knob", "setting", "val loss"), rows)
         + "\n"
     )
+
+
+def as_words(setting: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in setting.items())
 
 
 def as_loss(loss: float) -> str:
@@ -201,15 +226,21 @@ def main(argv: Sequence[str]) -> int:
     args = parse_args(argv)
     searches: dict[str, Search] = {}
     try:
+        if not args.space.is_file():
+            track = f"configs/tuning/ has none for {args.config}"
+            raise HarnessError(
+                Exit.CONFIG, f"there is no search space {args.space}: {track}; write one, or name one with --space"
+            )
         space = read_space(args.space)
         optimizers = args.optimizers or list(space.knobs)
         if unknown := [name for name in optimizers if name not in space.knobs]:
             print(f"error: {args.space} has no knobs for {', '.join(unknown)}", file=sys.stderr)
             return 2
-        for optimizer in optimizers:  # before hours of runs
-            load_config(ROOT / args.config, optimizer, [*space.overrides, *args.overrides])
         args.out.mkdir(parents=True, exist_ok=True)
-        tuner = Tuner(args, space, sys.stdout)
+        ledger = Ledger(args.out / LEDGER, optimizers)
+        tuner = Tuner(args, space, ledger, sys.stdout)
+        starts = ({knob.name: knob.start for knob in space.knobs[optimizer]} for optimizer in optimizers)
+        check_settings((tuner.argv(*start) for start in zip(optimizers, starts, strict=True)), nproc=1)
         with ThreadPoolExecutor(args.jobs) as pool:
             try:
                 futures = {optimizer: pool.submit(tuner.search, optimizer) for optimizer in optimizers}
@@ -229,7 +260,7 @@ def main(argv: Sequence[str]) -> int:
         words = "stopped" if stopped.args[0] == PREEMPTED else f"error: a trial ended with exit code {stopped.args[0]}"
         print(f"{words}; the same command goes on with the trials that are left", file=sys.stderr)
         return int(stopped.args[0])
-    text = report(searches, args)
+    text = report(ledger, space, args)
     (args.out / PAGE).write_text(text, encoding="utf-8")
     print("\n" + text)
     return 0

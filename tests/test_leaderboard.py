@@ -4,19 +4,23 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 
-from results import verdict
+from results import report, verdict
 from results.record import read_folder
-from results.text import cell
-from scripts import compare, leaderboard, plot
+from results.text import cell, markdown_table
+from scripts import compare, findings, leaderboard, plot
 from tests.conftest import ROOT
 
 HOSTILE = "<script>alert(1)</script>|](http://evil)\n# x\x1b[31m![i](javascript:a) $\\frac$ `c` =1+1"
 
 
-def record(optimizer="muon", seed=0, losses=(4.0, 3.0, 1.5), text="plain", steps=20, **changes):
-    """Lines of a record, with a text of one's choice in every field that can hold one."""
+def record(optimizer="muon", seed=0, losses=(4.0, 3.0, 1.5), text="plain", steps=200, **changes):
+    """Lines of a record, with a text of one's choice in every field that can hold one.
+
+    losses: at points that are evenly spaced, with straight lines between them.
+    """
     start = {
         "event": "run", "schema": 1, "run_id": text, "utc": text, "argv": [text], "optimizer": optimizer, "seed": seed,
         "task_hash": "0123abcd" + text, "world_size": 1, "device": "cpu", "compiled": False, "code_hash": text,
@@ -27,9 +31,10 @@ def record(optimizer="muon", seed=0, losses=(4.0, 3.0, 1.5), text="plain", steps
         "data": {"stream_id": text},
         "env": {"device_name": text, "cpu": text, "torch": text, "torch_threads": 1},
     }  # fmt: skip
+    points = np.linspace(0, steps, len(losses))
     looks = [
-        {"event": "val", "step": i * steps // 2, "val_loss": loss + seed / 1000, "train_time_s": i * steps / 4}
-        for i, loss in enumerate(losses)
+        {"event": "val", "step": i, "val_loss": np.interp(i, points, losses) + seed / 1000, "train_time_s": i / 2}
+        for i in range(0, steps + 1, 2)
     ]
     end = {
         "event": "end", "status": "done", "step": steps, "val_loss": losses[-1] + seed / 1000, "train_time_s": steps / 2
@@ -84,12 +89,12 @@ def test_page_is_stale_after_every_change_of_what_it_shows(results, capsys):
 def test_row_counts_seeds_arrivals_and_tuning_trials(results):
     run("--results", results)
     page = (results / "README.md").read_text()
-    # Straight line from 3 at step 10 to 1.5 at step 20: the target of 2 is met at 16.67.
+    # Straight line from 3 at step 100 to 1.5 at step 200: the target of 2 is met at 166.7.
     muon, muon_evidence = cells(page, "muon")
-    assert muon[:7] == ["muon", "20", "3", "3/3", "16.7 [16.7, 16.7]", "8.3 [8.3, 8.3]", "A"]
-    assert muon[7] == "2" and muon[8] == "quick" and muon_evidence[4] == "20"
+    assert muon[:7] == ["muon", "200", "3", "3/3", "166.7 [166.6, 166.9]", "83.4 [83.3, 83.4]", "A"]
+    assert muon[7] == "2" and muon[8] == "quick" and muon_evidence[4] == "168"
     adamw, adamw_evidence = cells(page, "adamw")
-    assert adamw[2:6] == ["3", "0/3", "> 20.0", "> 10.0"] and adamw[7] == "0" and adamw_evidence[4] == "-"
+    assert adamw[2:6] == ["3", "0/3", "> 200.0", "> 100.0"] and adamw[7] == "0" and adamw_evidence[4] == "-"
     name = re.search(r"\[2\]\[(r\d+)\]", muon_evidence[-1])[1]
     assert f"[{name}]: quick/muon-2.jsonl" in page and "quick_tuning/muon-7.jsonl" not in page
     assert "supported: muon is lower" in page
@@ -99,15 +104,15 @@ def test_longer_schedule_is_a_row_that_is_compared_by_its_arrival(results):
     """It never had the lower loss at a common step, and has it at its own end: neither counts."""
     for seed in range(3):
         slow = record(
-            "normuon", seed, (4.0, 3.2, 1.4), steps=50, env={"device_name": "GPU", "torch": "2"}, device="cuda"
+            "normuon", seed, (4.0, 3.2, 1.4), steps=500, env={"device_name": "GPU", "torch": "2"}, device="cuda"
         )
         (results / "quick" / f"normuon-{seed}.jsonl").write_text(slow)
     assert run("--results", results) == 0
     page = (results / "README.md").read_text()
     row, evidence = cells(page, "normuon")
-    assert row[1:4] == ["50", "3", "3/3"] and float(row[4].split()[0]) > 40 and evidence[0] == "1.4010"
+    assert row[1:4] == ["500", "3", "3/3"] and float(row[4].split()[0]) > 400 and evidence[0] == "1.4010"
     assert {cells(page, "muon")[0][6], row[6]} == {"A", "B"} and "- machine B: " in page
-    assert "supported: muon arrives before normuon" in page and "Schedules of 20, 50 steps" in page
+    assert "supported: muon arrives before normuon" in page and "Schedules of 200, 500 steps" in page
     pair = next(line for line in page.splitlines() if line.startswith("| muon \\- normuon"))
     assert "steps to target" in pair and "loss at step" not in pair and pair.split(" | ")[5].strip() == "-"
 
@@ -124,7 +129,7 @@ def test_variation_of_a_track_has_a_table_of_its_own_and_is_not_set_beside_publi
         changed = config | {"model": model, "eval": config["eval"] | {"every": 5}}
         text = record(config=changed, task_hash=folder, sources=sources)
         (results / folder / "muon-0.jsonl").write_text(text)
-    page = leaderboard.make_page(results, leaderboard.read_results(results))
+    page = leaderboard.Page(results, leaderboard.read_results(results)).text
     assert "## plain, head\\_dtype float8, num\\_layers 3: target 2, 512 tokens a step\n\nTask varied." in page
     assert "## plain: target 2, 512 tokens a step\n\nTask plain." in page
     assert page.count("| ours") == 3, "of the rules of quick, and of plain"
@@ -141,10 +146,11 @@ def test_page_of_a_record_that_lacks_what_it_shows_is_an_error_in_one_line(resul
 
 def test_failed_run_stays_in_its_row(results):
     path = results / "quick" / "muon-1.jsonl"
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-2]))
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if json.loads(line).get("step", 0) <= 150))
     run("--results", results)
     page = (results / "README.md").read_text()
-    assert cells(page, "muon")[0][2:5] == ["3", "2/3", "> 14.4"]
+    assert cells(page, "muon")[0][2:5] == ["3", "2/3", "> 161.2"]
     assert "without a final loss: seed 1 \\(cut short\\)" in page or "without a final loss: seed 1 (cut short)" in page
 
 
@@ -177,7 +183,7 @@ def test_text_of_a_record_is_text_in_the_report(results, capsys, monkeypatch):
     groups = next(
         groups for task, groups in verdict.group_runs(read_folder(results / "quick")[0]).items() if "<" in task
     )
-    text = verdict.report(groups, cell)
+    text = report.markdown_report(groups, cell)
     assert "<script" not in text and "](http" not in text and "://" not in text
 
 
@@ -207,6 +213,47 @@ def test_add_copies_new_records_once_and_refuses_what_is_refuted(results, tmp_pa
         assert reason in capsys.readouterr().err and not (results / "mine" / "b.jsonl").exists()
 
 
+def test_add_without_space_for_all_adds_none(results, tmp_path, monkeypatch, capsys):
+    new = tmp_path / "mine"
+    new.mkdir()
+    for path in sorted((ROOT / "results" / "quick").rglob("*-adamw-s[01]-*.jsonl")):
+        shutil.copy(path, new)
+    synced = []
+
+    def fsync(file):
+        synced.append(file)
+        if len(synced) == 2:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fsync)
+    before = sorted(results.rglob("*.*"))
+    assert run("add", new, "--results", results) == 2
+    assert "No space left" in capsys.readouterr().err and sorted(results.rglob("*.*")) == before
+    assert run("--results", results) == 0
+    assert run("add", new, "--results", results) == 0 and len(list(results.glob("mine/*.jsonl"))) == 2
+
+
+@pytest.mark.parametrize("command", [leaderboard, findings])
+def test_page_of_a_folder_that_is_not_there_is_an_error_in_one_line(tmp_path, capsys, command):
+    for option in ([], ["--check"]):
+        assert command.main(["--results", str(tmp_path / "nope"), *option]) == 2
+        assert capsys.readouterr().err == f"error: there is no folder {tmp_path / 'nope'}\n"
+
+
+def test_folder_is_labelled_by_what_differs_inside_and_its_notes_stand_once(results):
+    for folder, lr, task in (("quick", 0.1, "x"), ("slow", 0.2, "x"), ("slow", 0.2, "y")):
+        for seed in range(3):
+            path = results / folder / f"muon-{task}-{seed}.jsonl"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(record("aurora", seed, hparams={"lr": lr, "b_lr": lr}, task_hash=task))
+    (results / "slow" / "notes.md").write_text("How it was made.\n")
+    page = leaderboard.Page(results, leaderboard.read_results(results))
+    assert "| aurora b\\_lr=lr=0.1 |" in page.text and "| aurora b\\_lr=lr=0.2 |" in page.text
+    labels = {path.parent.name: [group.label for group in groups] for path, groups in page.pictures.items()}
+    assert labels["slow"] == ["aurora"]
+    assert page.text.count("How it was made.") == 1 and page.text.count("Notes and command: above.") == 1
+
+
 @pytest.mark.parametrize("suffix", ["png", "svg"])
 def test_plot_of_the_same_runs_has_the_same_bytes(tmp_path, suffix):
     runs, _ = read_folder(ROOT / "results" / "quick")
@@ -225,6 +272,6 @@ def test_plot_of_runs_without_a_common_look(results):
 
 def test_the_readme_shows_the_committed_table_of_the_quick_track():
     (groups,) = verdict.group_runs(read_folder(ROOT / "results" / "quick" / "comparison")[0]).values()
-    shown = [i for i, title in enumerate(verdict.HEADER) if title not in ("p below target", "gate")]
-    header, *rows = ([cells[i] for i in shown] for cells in (verdict.HEADER, *map(verdict.group_cells, groups)))
-    assert verdict.markdown_table(header, rows) in (ROOT / "README.md").read_text()
+    shown = [i for i, title in enumerate(report.HEADER) if title not in ("p below target", "gate")]
+    header, *rows = ([cells[i] for i in shown] for cells in (report.HEADER, *map(report.group_cells, groups)))
+    assert markdown_table(header, rows) in (ROOT / "README.md").read_text()

@@ -3,15 +3,26 @@
 import json
 import math
 import os
+import re
+import shutil
+import sys
 import types
 
+import numpy as np
 import pytest
 from scipy import stats
 
-from results import verdict
+from results import report, verdict
 from results.record import RecordError, Validation, read_folder, read_record
-from scripts import compare
+from results.statistics import runs_needed
+from scripts import compare, plot, runs
 from tests.conftest import start_process
+
+
+def straight(*points, every=2):
+    """Looks on straight lines between points (step, loss), so near each other that they tell when a loss was met."""
+    steps, losses = zip(*points, strict=True)
+    return [(step, float(np.interp(step, steps, losses))) for step in range(0, steps[-1] + 1, every)]
 
 
 def record_lines(optimizer="muon", seed=0, losses=((0, 4.0), (10, 3.0), (20, 2.0)), target=2.5, status="done"):
@@ -21,14 +32,14 @@ def record_lines(optimizer="muon", seed=0, losses=((0, 4.0), (10, 3.0), (20, 2.0
         "seed": seed,
         "task_hash": "t",
         "world_size": 1,
-        "config": {"eval": {"target": target}, "train": {"steps": 20, "batch_tokens": 512}},
+        "config": {"eval": {"target": target}, "train": {"steps": losses[-1][0], "batch_tokens": 512}},
         "env": {"device_name": "CPU", "torch": "2"},
         "argv": ["train_gpt.py"],
         "sources": {},
     }
     vals = [{"event": "val", "step": s, "val_loss": loss, "train_time_s": s * 0.5} for s, loss in losses]
     trains = [{"event": "train", "step": 10, "step_ms": 500.0, "optimizer_ms": 20.0 if optimizer == "muon" else 30.0}]
-    end = {"event": "end", "status": status, "step": 20, "val_loss": losses[-1][1], "train_time_s": 10.0}
+    end = {"event": "end", "status": status, "step": losses[-1][0], "val_loss": losses[-1][1], "train_time_s": 10.0}
     return [json.dumps(event) for event in (start, *vals, *trains, end)]
 
 
@@ -82,16 +93,35 @@ def groups_of(folder):
 
 
 def test_report_orders_by_loss_and_never_averages_over_the_seeds_that_made_it(tmp_path):
-    write(tmp_path / "m0.jsonl", record_lines())
-    write(tmp_path / "m1.jsonl", record_lines(seed=1, losses=((0, 4.0), (10, 3.0), (20, 2.6))))
-    write(tmp_path / "a0.jsonl", record_lines("aurora", losses=((0, 4.0), (10, 2.4), (20, 1.9))))
+    write(tmp_path / "m0.jsonl", record_lines(losses=straight((0, 4.0), (100, 3.0), (200, 2.0))))
+    write(tmp_path / "m1.jsonl", record_lines(seed=1, losses=straight((0, 4.0), (100, 3.0), (200, 2.6))))
+    write(tmp_path / "a0.jsonl", record_lines("aurora", losses=straight((0, 4.0), (100, 2.4), (200, 1.9))))
     groups = groups_of(tmp_path)
-    aurora, muon = map(verdict.group_cells, groups)
-    assert aurora == ("aurora", "20", "1", "1.9000", "-", "-", "-", "1/1", "9.4", "4.7", "500.0", "30.0")
-    assert muon == ("muon", "20", "2", "2.3000", "0.4243", "-", "-", "1/2", "> 17.5", "> 8.8", "500.0", "20.0")
-    text = verdict.report(groups)
-    assert "Lowest validation loss after 20 steps: aurora, 0.4000 below muon." in text
-    assert "First at the target: aurora after 9.4 steps." in text and "n = 1 is a lead, not evidence" in text
+    aurora, muon = map(report.group_cells, groups)
+    assert aurora == ("aurora", "200", "1", "1.9000", "-", "-", "-", "1/1", "93.8", "46.9", "500.0", "30.0")
+    assert muon == ("muon", "200", "2", "2.3000", "0.4243", "-", "-", "1/2", "> 175.0", "> 87.5", "500.0", "20.0")
+    text = report.markdown_report(groups)
+    assert "Lowest validation loss after 200 steps: aurora, 0.4000 below muon." in text
+    assert "First at the target: aurora after 93.8 steps." in text and "n = 1 is a lead, not evidence" in text
+
+
+def test_looks_that_are_far_apart_give_a_bracket_and_no_mean_test_or_ratio(tmp_path):
+    for seed in range(3):
+        begin, end = (0, 4 + seed / 9), 2.0 + seed / 100
+        write(tmp_path / f"muon{seed}.jsonl", record_lines("muon", seed, losses=(begin, (100, 3.0), (200, end))))
+        write(tmp_path / f"aurora{seed}.jsonl", record_lines("aurora", seed, losses=(begin, (300, end))))
+    groups = groups_of(tmp_path)
+    cells = {row[0]: row[8:10] for row in map(report.group_cells, groups)}
+    assert cells == {"muon": ("100 to 200", "50 to 100"), "aurora": ("0 to 300", "0 to 150")}
+    (pair,) = verdict.compare_pairs(groups)
+    assert math.isnan(pair.p) and pair.target_ratio is None and pair.step_ratio
+    assert pair.verdict == "not comparable: looks of muon, aurora too far apart around the target"
+    text = report.markdown_report(groups)
+    assert "too far apart around the target to say" in text and "First at the target" not in text
+    plot.plot_groups(groups, tmp_path / "curves.png")
+    write(tmp_path / "muon2.jsonl", record_lines("muon", 2, losses=((0, 4.5), (100, 3.0), (200, 2.9))))
+    assert {row[0]: row[8] for row in map(report.group_cells, groups_of(tmp_path))}["muon"] == "> 100"
+    json.dumps(report.as_json(groups), allow_nan=False)
 
 
 def write_seeds(folder, **losses_of):
@@ -106,11 +136,24 @@ def test_verdicts_say_what_the_seeds_can_tell_apart(tmp_path):
     pairs = {(pair.first.label, pair.second.label): pair for pair in verdict.compare_pairs(groups_of(tmp_path))}
     close = pairs["aurora", "muon"]
     assert close.difference == pytest.approx(-1 / 300) and close.p == pytest.approx(0.966, abs=1e-3)
-    assert close.verdict.startswith("not supported: about ")
+    assert re.fullmatch("not supported: it takes a fresh comparison with about [0-9]+ seeds a side", close.verdict)
     clear = pairs["muon", "adamw"]
     assert clear.p == pytest.approx(0.00026, abs=1e-5) and 2 * clear.p <= clear.p_holm <= 3 * clear.p
     assert clear.verdict == "supported: muon is lower"
     assert clear.measure == "loss at step 20" and clear.step_ratio[0] == 1.0 and clear.target_ratio is None
+
+
+def test_verdicts_follow_holm_and_advise_a_fresh_comparison_at_its_level(tmp_path):
+    """Each of two neighbours differs at p = 0.03: alone that is significant, among three pairs it is not."""
+    low = [2.0, 2.01, 2.02]
+    write_seeds(tmp_path, muon=low, aurora=[x + 0.027 for x in low], adamw=[x + 0.054 for x in low])
+    pairs = {(pair.first.label, pair.second.label): pair for pair in verdict.compare_pairs(groups_of(tmp_path))}
+    close = pairs["muon", "aurora"], pairs["aurora", "adamw"]
+    assert [pair.p for pair in close] == pytest.approx([0.03, 0.03], abs=1e-3)
+    assert all(pair.p_holm > 0.05 and pair.verdict.startswith("not supported") for pair in close)
+    first_of_the_two = min(close, key=lambda pair: pair.p)
+    assert f"with about {runs_needed(0.027, 0.01, 0.025)} seeds a side" in first_of_the_two.verdict
+    assert pairs["muon", "adamw"].verdict == "supported: muon is lower"
 
 
 def write_schedules(folder, **losses_of):
@@ -118,17 +161,15 @@ def write_schedules(folder, **losses_of):
     for name, losses in losses_of.items():
         optimizer, steps = name.split("_")
         for seed, loss in enumerate(losses):
-            looks = ((0, 4.0 + seed / 100), (int(steps), loss))
-            start, *rest = map(json.loads, record_lines(optimizer, seed, losses=looks))
-            start["config"]["train"]["steps"] = rest[-1]["step"] = int(steps)
-            write(folder / f"{name}-{seed}.jsonl", map(json.dumps, (start, *rest)))
+            looks = straight((0, 4.0 + seed / 100), (int(steps), loss))
+            write(folder / f"{name}-{seed}.jsonl", record_lines(optimizer, seed, losses=looks))
 
 
 def test_other_schedules_are_compared_by_steps_to_the_target_and_never_by_loss(tmp_path):
     """Muon is lower than adamw at every common step and at the end; what counts is when each meets the target."""
-    write_schedules(tmp_path, muon_20=[2.0, 2.1, 1.9], aurora_20=[1.8, 1.7, 1.9], adamw_50=[2.3, 2.35, 2.25])
+    write_schedules(tmp_path, muon_200=[2.0, 2.1, 1.9], aurora_200=[1.8, 1.7, 1.9], adamw_500=[2.3, 2.35, 2.25])
     pairs = {(pair.first.label, pair.second.label): pair for pair in verdict.compare_pairs(groups_of(tmp_path))}
-    assert pairs["aurora", "muon"].measure == "loss at step 20"
+    assert pairs["aurora", "muon"].measure == "loss at step 200"
     across = pairs["muon", "adamw"]
     crossings = [[hit.step for hit in group.crossings()] for group in (across.first, across.second)]
     assert across.measure == "steps to target"
@@ -138,36 +179,43 @@ def test_other_schedules_are_compared_by_steps_to_the_target_and_never_by_loss(t
     # 0.5 s a step in all of them, so the ratio is that of the steps: each pair of one seed.
     ratios = [a / b for a, b in zip(*crossings, strict=True)]
     assert across.target_ratio[0] == pytest.approx(stats.gmean(ratios))
-    text = verdict.report(groups_of(tmp_path))
-    assert "Schedules of 20, 50 steps" in text and "Lowest validation loss after 20 steps: aurora" in text
-    assert "after 50 steps" not in text
+    text = report.markdown_report(groups_of(tmp_path))
+    assert "Schedules of 200, 500 steps" in text and "Lowest validation loss after 200 steps: aurora" in text
+    assert "after 500 steps" not in text
 
 
 def test_across_schedules_runs_that_never_arrive_are_ranked_last_and_none_is_dropped(tmp_path):
-    write_schedules(tmp_path, muon_20=[2.0, 2.1, 1.9, 2.05, 2.15], adamw_50=[2.6, 2.45, 2.7, 2.8, 2.9])
+    write_schedules(tmp_path, muon_200=[2.0, 2.1, 1.9, 2.05, 2.15], adamw_500=[2.6, 2.45, 2.7, 2.8, 2.9])
     (pair,) = verdict.compare_pairs(groups_of(tmp_path))
     assert pair.share == 1.0 and pair.p == pytest.approx(2 / math.comb(10, 5))
     assert pair.verdict == "supported: muon arrives before adamw" and math.isnan(pair.difference)
-    assert "earlier in 100% of pairs of runs" in verdict.report(groups_of(tmp_path))
+    assert "earlier in 100% of pairs of runs" in report.markdown_report(groups_of(tmp_path))
     for seed in (3, 4):
-        (tmp_path / f"muon_20-{seed}.jsonl").unlink()
+        (tmp_path / f"muon_200-{seed}.jsonl").unlink()
     (pair,) = verdict.compare_pairs(groups_of(tmp_path))
     assert pair.p == pytest.approx(2 / math.comb(8, 3)) and pair.verdict.startswith("supported")
     for seed in (3, 4):
-        (tmp_path / f"adamw_50-{seed}.jsonl").unlink()
+        (tmp_path / f"adamw_500-{seed}.jsonl").unlink()
     (pair,) = verdict.compare_pairs(groups_of(tmp_path))
-    assert pair.verdict == "not supported: ranks need at least 4 runs a side"
-    write_schedules(tmp_path, muon_20=[2.6, 2.7, 2.8], adamw_50=[2.6, 2.7, 2.8])
+    assert pair.verdict == "not supported: it takes a fresh comparison with at least 4 seeds a side"
+    write_schedules(tmp_path, muon_200=[2.6, 2.7, 2.8], adamw_500=[2.6, 2.7, 2.8])
     assert "no run of either met the target" in verdict.compare_pairs(groups_of(tmp_path))[0].verdict
 
 
+def test_one_run_a_side_of_unequal_schedules_of_which_one_never_arrives_has_no_test(tmp_path):
+    write_schedules(tmp_path, muon_200=[2.0], adamw_500=[2.6])
+    (pair,) = verdict.compare_pairs(groups_of(tmp_path))
+    assert pair.verdict.startswith("not comparable") and "no test with fewer than 3" in pair.verdict
+    assert "| adamw" in report.markdown_report(groups_of(tmp_path))
+
+
 def test_runs_of_one_optimizer_with_several_schedules_are_groups_of_their_own(tmp_path):
-    write_schedules(tmp_path, muon_20=[2.0, 2.1, 1.9], muon_30=[1.9, 1.95])
+    write_schedules(tmp_path, muon_200=[2.0, 2.1, 1.9], muon_300=[1.9, 1.95])
     groups = groups_of(tmp_path)
-    assert [(group.label, len(group.runs)) for group in groups] == [("muon steps=20", 3), ("muon steps=30", 2)]
-    lines = [json.loads(line) for line in (tmp_path / "muon_20-0.jsonl").read_text().splitlines()]
+    assert [(group.label, len(group.runs)) for group in groups] == [("muon steps=200", 3), ("muon steps=300", 2)]
+    lines = [json.loads(line) for line in (tmp_path / "muon_200-0.jsonl").read_text().splitlines()]
     lines[0]["config"]["schedule"] = {"cooldown_frac": 0.1}
-    write(tmp_path / "muon_20-0.jsonl", map(json.dumps, lines))
+    write(tmp_path / "muon_200-0.jsonl", map(json.dumps, lines))
     assert len(groups_of(tmp_path)) == 3, "another cooldown is another setting"
 
 
@@ -186,7 +234,7 @@ def test_times_of_unlike_machines_are_never_compared(tmp_path, env):
     write(tmp_path / "muon1.jsonl", map(json.dumps, lines))
     (pair,) = verdict.compare_pairs(groups_of(tmp_path))
     assert pair.step_ratio is None and pair.target_ratio is None and pair.verdict.startswith("supported")
-    assert "Times are not comparable" in verdict.report(groups_of(tmp_path))
+    assert "Times are not comparable" in report.markdown_report(groups_of(tmp_path))
 
 
 def test_seconds_of_a_resumed_run_are_not_compared(tmp_path):
@@ -195,7 +243,17 @@ def test_seconds_of_a_resumed_run_are_not_compared(tmp_path):
     lines[-1]["segments"] = 2
     write(tmp_path / "muon1.jsonl", map(json.dumps, lines))
     assert verdict.compare_pairs(groups_of(tmp_path))[0].step_ratio is None
-    assert "seconds are not comparable: muon seed 1" in verdict.report(groups_of(tmp_path))
+    assert "seconds are not comparable: muon seed 1" in report.markdown_report(groups_of(tmp_path))
+
+
+def test_times_of_unlike_folders_are_never_compared(tmp_path):
+    write_seeds(tmp_path, muon=[2.0, 2.1, 1.9], aurora=[1.0, 1.1, 1.2])
+    (tmp_path / "later").mkdir()
+    for path in tmp_path.glob("muon*.jsonl"):
+        path.rename(tmp_path / "later" / path.name)
+    (pair,) = verdict.compare_pairs(groups_of(tmp_path))
+    assert pair.step_ratio is None and pair.target_ratio is None and pair.verdict.startswith("supported")
+    assert "more than one machine, stack or folder" in report.markdown_report(groups_of(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -218,8 +276,8 @@ def test_what_forbids_a_test_is_named_and_nothing_is_dropped(tmp_path, change, r
     (pair,) = verdict.compare_pairs(groups)
     assert pair.verdict.startswith("not comparable: ") and reason in pair.verdict
     assert sum(len(group.runs) for group in groups) == len(aurora) + len(muon)
-    json.dumps(verdict.as_json(groups), allow_nan=False)
-    assert verdict.report(groups)
+    json.dumps(report.as_json(groups), allow_nan=False)
+    assert report.markdown_report(groups)
 
 
 def test_an_attempt_that_was_stopped_and_made_good_counts_once_and_a_diverged_one_stays(tmp_path):
@@ -237,6 +295,16 @@ def test_groups_are_labelled_by_the_settings_in_which_they_differ(tmp_path):
         start = json.loads(lines[0]) | {"hparams": {"lr": lr, "momentum": 0.95}}
         write(tmp_path / f"{lr}.jsonl", [json.dumps(start), *lines[1:]])
     assert [group.label for group in groups_of(tmp_path)] == ["muon lr=0.01", "muon lr=0.02"]
+
+
+def test_labels_name_keys_that_go_together_once_and_only_what_tells_groups_of_one_rule_apart(tmp_path):
+    for optimizer, rates in {"muon": (0.01, 0.02), "aurora": (0.04,)}.items():
+        for rate in rates:
+            start, *rest = record_lines(optimizer)
+            hparams = {"embed_lr": rate, "head_lr": rate, "vector_lr": rate, "momentum": 0.9}
+            write(tmp_path / f"{optimizer}{rate}.jsonl", [json.dumps(json.loads(start) | {"hparams": hparams}), *rest])
+    labels = sorted(group.label for group in groups_of(tmp_path))
+    assert labels == ["aurora", "muon embed_lr=head_lr=vector_lr=0.01", "muon embed_lr=head_lr=vector_lr=0.02"]
 
 
 def test_plan_alternates_optimizers_and_multiplies_grids():
@@ -302,19 +370,138 @@ def test_jobs_run_side_by_side_on_cores_of_their_own(tiny_track, tmp_path):
     assert code == 2 and "--jobs must be at least 1, and 1 with --nproc above 1" in err
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--seeds", "0", "1", "0"], "--seeds has 0 more than once"),
+        (["--optimizers", "muon", "muon"], "--optimizers has muon more than once"),
+        (["--nproc", "0"], "--nproc must be at least 1, got 0"),
+    ],
+)
+def test_usage_that_makes_no_sense_is_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        compare.parse_args(arguments)
+    assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+def run_compare(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["compare.py", *map(str, arguments)])
+    return compare.main()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--optimizers", "muon", "foo"], "unknown optimizer 'foo'"),
+        (["--set", "train.stepz=3"], "unknown key 'stepz'"),
+        (["--optimizers", "muon", "--grid", "optimizer.lr=0.1,high"], "optimizer.muon.lr must be a finite number"),
+        (["--optimizers", "muon", "--grid", "optimizer.lrr=0.1"], "optimizer.muon has an unknown key 'lrr'"),
+        (["--nproc", "7"], "7 ranks do not divide the 16 sequences"),
+    ],
+)
+def test_what_no_run_could_start_with_is_said_once_before_the_first(
+    tiny_track, tmp_path, monkeypatch, capsys, arguments, message
+):
+    monkeypatch.setattr(runs, "run_one", lambda *args: pytest.fail("a run was started"))
+    assert run_compare(monkeypatch, "--config", tiny_track, "--out", tmp_path, *arguments) == 2
+    said = capsys.readouterr()
+    assert message in said.err and said.err.count("\n") == 1 and not said.out
+
+
+ARGV, SOURCES = ["--config", "c", "--optimizer", "muon", "--seed", "0"], {"train_gpt.py": "code"}
+
+
+def write_stopped(folder, name="old", status="interrupted", sources=SOURCES, has_checkpoint=True):
+    """A run with ARGV that did not finish."""
+    lines = [json.loads(line) for line in record_lines(status=status)]
+    lines[0] |= {"argv": ["train_gpt.py", *ARGV, "--out", "somewhere"], "sources": sources}
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder / f"{name}.jsonl", map(json.dumps, lines))
+    if has_checkpoint:
+        (folder / f"{name}.checkpoints" / "step-000010").mkdir(parents=True)
+
+
+def train(jobs, out):
+    return runs.Workers(jobs, out).train(ARGV, 1, SOURCES, sys.stdout, "")
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_failure_after_a_stop_is_a_failure(tmp_path, monkeypatch, jobs):
+    """Its record is the old one, as data are missing or memory ran out before there was a new one."""
+    write_stopped(tmp_path, has_checkpoint=False)
+    monkeypatch.setattr(runs, "run_one", lambda *args: 3)
+    assert train(jobs, tmp_path) == runs.Outcome(None, 3)
+    monkeypatch.setattr(runs, "run_one", lambda argv, out, *args: write_stopped(out, "new") or 1)
+    outcome = train(jobs, tmp_path)
+    assert outcome.exit_code == 75 and outcome.run.path == tmp_path / "new.jsonl", "torchrun hides 75"
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_stopped_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch, jobs):
+    write_stopped(tmp_path)
+    write_stopped(tmp_path, "other", sources={"train_gpt.py": "changed"})
+    write_stopped(tmp_path, "without", has_checkpoint=False)
+
+    def go_on(argv, out, *args):
+        assert argv == [*ARGV, "--resume"] and (out / "old.checkpoints" / "step-000010").is_dir()
+        write_stopped(out, status="done", has_checkpoint=False)
+        return 0
+
+    monkeypatch.setattr(runs, "run_one", go_on)
+    assert train(jobs, tmp_path).run.path == tmp_path / "old.jsonl"
+    assert (tmp_path / "old.checkpoints").is_dir() and not list(tmp_path.glob(".job*/*.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "change", [{"status": "done"}, {"status": "diverged"}, {"sources": {}}, {"has_checkpoint": False}]
+)
+def test_any_other_run_starts_anew(tmp_path, monkeypatch, change):
+    write_stopped(tmp_path, **change)
+    started = []
+    monkeypatch.setattr(runs, "run_one", lambda argv, *args: started.append(argv) or 0)
+    train(1, tmp_path)
+    assert started == [ARGV]
+
+
+def test_compare_goes_on_with_a_run_that_was_killed(tiny_track, tmp_path):
+    arguments = ["--optimizers", "muon", "--set", "train.steps=20", "--set", "train.checkpoint_every=10"]
+    assert compare_command(tiny_track, tmp_path, *arguments)[0] == 0
+    (path,) = tmp_path.glob("*.jsonl")
+    write(path, [line for line in path.read_text().splitlines() if json.loads(line).get("step", 0) <= 10])
+    shutil.rmtree(next(tmp_path.glob("*.checkpoints")) / "step-000020")
+    code, out, err = compare_command(tiny_track, tmp_path, *arguments)
+    assert (code, err) == (0, "") and "resume: from step 10" in out
+    (run,) = read_folder(tmp_path)[0]
+    assert run.is_done and run.end["segments"] == 2
+
+
+def test_an_error_of_the_plot_does_not_cost_the_table(tiny_track, tmp_path, monkeypatch, capsys):
+    done = read_record(write(tmp_path / "muon.jsonl", record_lines()))
+    monkeypatch.setattr(runs.Workers, "train", lambda *args: runs.Outcome(done, 0))
+
+    def fail(*args):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(plot, "plot_loss_curves", fail)
+    out = tmp_path / "out"
+    assert run_compare(monkeypatch, "--config", tiny_track, "--out", out, "--optimizers", "muon") == 0
+    said = capsys.readouterr()
+    assert "| muon" in said.out and "no curves: no space left" in said.err
+
+
 def test_finished_run_must_match_arguments_sources_and_world_size(tmp_path):
     write(tmp_path / "a.jsonl", record_lines())
-    runs, _ = read_folder(tmp_path)
-    start = runs[0].start
+    found, _ = read_folder(tmp_path)
+    start = found[0].start
     start["argv"] = ["train_gpt.py", "--optimizer", "muon", "--out", "anywhere", "--set", "train.steps=10"]
     start["sources"] = {"train_gpt.py": "code"}
     argv, sources = ["--optimizer", "muon", "--set", "train.steps=10"], {"train_gpt.py": "code"}
-    assert compare.finished_run(runs, argv, 1, sources) is runs[0]
-    assert compare.finished_run(runs, argv[:2], 1, sources) is None
-    assert compare.finished_run(runs, argv, 2, sources) is None
-    assert compare.finished_run(runs, argv, 1, {"train_gpt.py": "changed"}) is None
-    runs[0].end["status"] = "diverged"
-    assert compare.finished_run(runs, argv, 1, sources) is None
+    assert compare.finished_run(found, argv, 1, sources) is found[0]
+    assert compare.finished_run(found, argv[:2], 1, sources) is None
+    assert compare.finished_run(found, argv, 2, sources) is None
+    assert compare.finished_run(found, argv, 1, {"train_gpt.py": "changed"}) is None
+    found[0].end["status"] = "diverged"
+    assert compare.finished_run(found, argv, 1, sources) is None
 
 
 def test_compare_names_a_config_that_cannot_be_read(tmp_path):
@@ -331,8 +518,31 @@ def test_plot_of_the_committed_runs_and_of_what_cannot_be_written(tmp_path):
     assert process.returncode == 2 and err.startswith("error: ") and err.count("\n") == 1
 
 
+def test_every_group_has_a_style_and_as_few_as_can_be_share_one(tmp_path):
+    for optimizer in ("adamw", "muon", "unormuon", "aurora"):
+        for lr in (0.01, 0.02, 0.04):
+            start, *rest = record_lines(optimizer)
+            write(tmp_path / f"{optimizer}{lr}.jsonl", [json.dumps(json.loads(start) | {"hparams": {"lr": lr}}), *rest])
+    groups = groups_of(tmp_path)
+    styles = plot.styles_of(groups)
+    assert len(styles) == 12 and len(set(styles)) == 7
+    assert len(plot.styles_of([group for group in groups if group.optimizer == "muon"] * 3)) == 9
+    plot.plot_groups(groups, tmp_path / "a.svg")
+
+
+@pytest.mark.parametrize("is_empty", [True, False])
+def test_plot_of_nothing_or_without_matplotlib_is_an_error_in_one_line(tmp_path, monkeypatch, capsys, is_empty):
+    if not is_empty:
+        write(tmp_path / "muon.jsonl", record_lines())
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr("sys.argv", ["plot.py", str(tmp_path), "--out", str(tmp_path / "a.png")])
+    assert plot.main() == 2
+    err = capsys.readouterr().err
+    assert ("no record in" if is_empty else "pip install -e '.[report]'") in err and err.count("\n") == 1
+
+
 def test_progress_time_left_is_the_mean_of_the_runs_so_far(tiny_track, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(compare.Workers, "train", lambda *args: 5)
+    monkeypatch.setattr(compare.Workers, "train", lambda *args: runs.Outcome(None, 5))
     clock = iter(range(0, 10_000, 120))
     monkeypatch.setattr(compare, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
     monkeypatch.setattr("sys.argv", ["compare.py", "--config", str(tiny_track), "--out", str(tmp_path)])

@@ -58,6 +58,9 @@ def test_rank_test_agrees_with_all_permutations_with_ties_at_infinity():
     plain = ours.rank_test(A, B)
     assert plain.p == pytest.approx(stats.mannwhitneyu(A, B, method="exact").pvalue, abs=1e-12)
     assert math.isnan(ours.rank_test([1.0, 2.0], B).p)
+    assert ours.rank_test([1.0], [math.inf]) == pytest.approx((1.0, math.nan), nan_ok=True)
+    many = ours.rank_test(range(10), range(10, 20))
+    assert many == pytest.approx((1.0, 2 / math.comb(20, 10)), rel=1e-9), "no floor"
     assert ours.ranks_needed(0.05) == 4 and ours.ranks_needed(0.11) == 3
 
 
@@ -76,19 +79,18 @@ def test_holm_agrees_with_its_definition_over_all_orders():
     assert adjusted[0] == 0.02 and math.isnan(adjusted[1]) and adjusted[2] == 0.02
 
 
-def test_bootstrap_agrees_with_scipy_and_repeats_itself():
-    values = list(np.random.default_rng(1).normal(size=12))
-    found = ours.mean_interval(values)
-    again = ours.mean_interval(values)
-    wanted = stats.bootstrap((values,), np.mean, n_resamples=100_000, rng=np.random.default_rng(5)).confidence_interval
-    assert found == again and found.method == "BCa bootstrap"
-    assert found[:2] == pytest.approx((wanted.low, wanted.high), abs=0.02)
-    assert ours.mean_interval(values[:4]).method == "t"
-    assert ours.mean_interval(values[:4])[:2] == pytest.approx(
-        stats.t.interval(0.95, 3, np.mean(values[:4]), stats.sem(values[:4])), abs=1e-12
-    )
-    assert math.isnan(ours.mean_interval([1.0]).low)
-    assert ours.mean_interval([2.0] * 6)[:2] == (2.0, 2.0)
+def test_holm_asks_of_each_p_its_share_even_where_the_adjusted_one_is_capped():
+    assert ours.holm_levels([0.6, 0.8, 0.7], 0.06) == pytest.approx([0.02, 0.06, 0.03])
+    assert math.isnan(ours.holm_levels([0.6, math.nan], 0.06)[1])
+
+
+@pytest.mark.parametrize("n", [2, 4, 5, 10])
+def test_interval_of_the_mean_covers_it_as_often_as_it_says(n):
+    samples = np.random.default_rng(n).normal(size=(2000, n))
+    found = np.array([ours.mean_interval(sample)[:2] for sample in samples])
+    assert np.mean((found[:, 0] < 0) & (found[:, 1] > 0)) == pytest.approx(0.95, abs=0.015)
+    assert found[0] == pytest.approx(stats.t.interval(0.95, n - 1, samples[0].mean(), stats.sem(samples[0])), abs=1e-12)
+    assert math.isnan(ours.mean_interval([1.0]).low) and ours.mean_interval([2.0] * 6)[:2] == (2.0, 2.0)
 
 
 def test_error_rates_are_nominal_over_twenty_thousand_trials():
@@ -120,6 +122,8 @@ def test_crossing_interpolates_between_looks():
     assert ours.crossing(looks, 4.0) == ours.Crossing(10.0, 2.0, (0, 10))
     assert ours.crossing(looks, 6.0) == ours.Crossing(0.0, 0.0, (0, 0))
     assert ours.crossing(looks, 2.0) is None
+    assert ours.crossing(looks[2:], 3.5) == ours.Crossing(20.0, 5.0, (0, 20)), "who knows when before"
+    assert [ours.Crossing(195, 0, (begin, 200)).is_coarse for begin in (190, 189)] == [False, True]
     assert ours.crossing([(0, math.nan, 0.0), (10, math.nan, 1.0)], 3.0) is None
 
 
@@ -139,6 +143,8 @@ def test_common_step_needs_every_run():
     assert ours.common_step(runs, 3.1) == 10
     assert ours.common_step([*runs, {0: 5.0, 20: 2.9}], 3.1) == 20
     assert ours.common_step([*runs, {0: 5.0, 20: math.nan}], 3.1) is None
+    assert ours.gate([2.0, 3.0, 3.9], 3.1).passes
+    assert ours.common_step([{10: 2.0}, {10: 3.0}, {10: 3.9}], 3.1) is None, "seeds scatter too much"
 
 
 def test_runs_needed_reaches_the_power_in_simulation():
@@ -157,9 +163,16 @@ def test_flaws_name_what_is_wrong_with_a_sample():
     assert seed_gaps([3, 0, 1]) == [2] and seed_gaps([]) == []
     assert seed_gaps([10**6, 0], most=3) == [1, 2, 3]
     assert "losses of another" in ours.flaws([0, 1, 2], [good[0], good[0], good[1]])[0]
+    assert ours.flaws([0, 1, 2], [[3.1], [3.1], [3.1]]) == ["2 runs with the losses of another"]
+    assert ours.flaws([0, 1, 2], [[3.1], [], []]) == []
 
 
 def test_intervals_of_proportions_and_of_ratios():
     assert ours.wilson(6, 10)[:2] == pytest.approx((0.3127, 0.8318), abs=1e-4)
     ratio, interval = ours.ratio_interval([2.0, 2.2, 1.8, 2.1], [1.0, 1.1, 0.9, 1.05])
     assert ratio == pytest.approx(2.0) and interval[:2] == pytest.approx((2.0, 2.0))
+    logs = [0.1, 0.3, 0.2, -0.1]
+    ratio, interval = ours.ratio_interval(np.exp(logs), [1.0] * 4)
+    wanted = stats.t.interval(0.95, 3, np.mean(logs), stats.sem(logs))
+    assert ratio == pytest.approx(np.exp(np.mean(logs))) and interval[:2] == pytest.approx(np.exp(wanted), abs=1e-12)
+    assert math.isnan(ours.ratio_interval([2.0], [1.0])[1].low)

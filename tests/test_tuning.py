@@ -10,6 +10,7 @@ from configs.schema import HarnessError, load_config
 from results.record import read_folder, read_record
 from results.tuning import Knob, Search, Trial, neighbours_tried, read_space, write_setting
 from results.verification import verify_folder
+from scripts import tune
 from tests.conftest import ROOT, start_process
 
 SPACE = ROOT / "configs" / "tuning" / "quick.toml"
@@ -65,8 +66,9 @@ def test_search_follows_the_declared_order_and_walks_on_while_the_edge_is_best()
 def test_trials_that_diverge_count_and_are_never_chosen():
     search = Search(knobs(), 20, bowl(lr=0.002, aux_lr=0.01, momentum=0.95))
     search.run()
-    assert any(math.isinf(trial.val_loss) for trial in search.trials) or search.best.setting["lr"] < 0.016
-    assert len(search.trials) == 20 and math.isfinite(search.best.val_loss)
+    too_high = [trial.setting["lr"] > 0.016 for trial in search.trials]
+    assert [math.isinf(trial.val_loss) for trial in search.trials] == too_high and any(too_high)
+    assert len(search.trials) == 20 and search.best.setting["lr"] < 0.004
 
 
 def test_the_committed_space_fits_its_track():
@@ -159,6 +161,28 @@ def test_tuning_runs_goes_on_and_writes_the_track(tiny_track, tmp_path):
         assert load_config(config, optimizer).hparams["lr"] == best["setting"]["lr"]
     assert f"# Tuned: 3 trials, {out}" in config.read_text() and "(chosen)" in (out / "tuning.md").read_text()
     assert tune("--trials", "3").count("] found: ") == 6, "values that are in the track now change no trial"
+
+
+def test_lines_of_optimizers_that_are_not_searched_stay_in_ledger_and_page(tmp_path):
+    folder, space = ROOT / "results" / "quick_tuning", read_space(SPACE)
+    path = tmp_path / "ledger.json"
+    shutil.copy(folder / "ledger.json", path)
+    page = tune.report(tune.Ledger(path, []), space, tune.parse_args(["--trials", "16"]))
+    assert page.split("\n\n", 1)[1] == (folder / "tuning.md").read_text().split("\n\n", 1)[1]
+    ledger = tune.Ledger(path, ["aurora"])
+    new = ledger.entries[-1] | {"optimizer": "aurora", "trial": 1}
+    ledger.add(new)
+    kept = json.loads(path.read_text())
+    assert len(kept) == 49 and [entry for entry in kept if entry["optimizer"] == "aurora"] == [new]
+    path.write_text('[{"optimizer": "muon"}]')
+    with pytest.raises(HarnessError, match="ledger.json is not a list of trials"):
+        tune.Ledger(path, [])
+
+
+def test_space_of_another_track_is_not_taken(tmp_path, capsys):
+    assert tune.main(["--config", "configs/gpt2_small.toml", "--out", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert "there is no search space" in err and "configs/tuning/gpt2_small.toml" in err and err.count("\n") == 1
 
 
 def test_the_quick_tracks_values_are_the_best_of_its_committed_trials():

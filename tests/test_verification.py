@@ -14,8 +14,9 @@ import pytest
 from results.foreign import LogError, read_log
 from results.record import RecordError, Run, code_hash, read_folder, read_record
 from results.replay import replay, restore_sources
+from results.report import as_json, markdown_report
 from results.reproduction import MARGIN, reproduce
-from results.verdict import as_json, group_runs, report, was_resumed
+from results.verdict import group_runs, was_resumed
 from results.verification import changed_sources, verify_folder, verify_run
 from scripts import verify
 from tests.conftest import OPTIMIZERS, ROOT, train_here
@@ -434,7 +435,7 @@ def test_anything_gets_a_verdict(muon, tmp_path):
         with contextlib.suppress(RecordError):
             runs.append(read_record(path))
         for groups in group_runs(runs[: i % 10 == 0]).values():  # of every tenth, it is slow under tracemalloc
-            assert report(groups) and json.dumps(as_json(groups), allow_nan=False)
+            assert markdown_report(groups) and json.dumps(as_json(groups), allow_nan=False)
         try:
             assert all(trial.status in ("complete", "torn", "diverged", "open") for trial in read_log(path))
         except LogError as error:
