@@ -95,7 +95,7 @@ def order_findings(groups: dict[str, Group]) -> list[Finding]:
 
 def corrected(p: float, count: int) -> str:
     """count: the tests over which p is Holm's."""
-    return f"p = {p:.2g}" + (f" (Holm over {count})" if count > 1 else "")
+    return f"p = {p:.2g}" + (f", Holm over {count}" if count > 1 else "")
 
 
 def ahead(pair: Pair) -> str:

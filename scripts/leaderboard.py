@@ -189,7 +189,9 @@ class Page:
     def folder_section(self, folder: str, groups: list[Group]) -> list[str]:
         picture = picture_of(groups, self.results)
         self.pictures[picture] = groups
-        text = ["Notes and command: above.", ""] if folder in self.noted else notes(self.results / folder)
+        text = notes(self.results / folder)
+        if text and folder in self.noted:
+            text = ["Notes and command: above.", ""]
         self.noted.add(folder)
         link = quote(picture.relative_to(self.results).as_posix())
         lines = ["", f"### {cell(folder)}", "", *text, f"![validation loss of {cell(folder)}]({link})", ""]

@@ -13,7 +13,7 @@ import pytest
 from scipy import stats
 
 from results import report, verdict
-from results.record import RecordError, Validation, read_folder, read_record
+from results.record import RecordError, Validation, read_folder, read_record, read_sources
 from results.statistics import runs_needed
 from scripts import compare, plot, runs
 from tests.conftest import start_process
@@ -115,7 +115,7 @@ def test_looks_that_are_far_apart_give_a_bracket_and_no_mean_test_or_ratio(tmp_p
     assert cells == {"muon": ("100 to 200", "50 to 100"), "aurora": ("0 to 300", "0 to 150")}
     (pair,) = verdict.compare_pairs(groups)
     assert math.isnan(pair.p) and pair.target_ratio is None and pair.step_ratio
-    assert pair.verdict == "not comparable: looks of muon, aurora too far apart around the target"
+    assert pair.verdict == "not comparable: looks of aurora, muon too far apart around the target"
     text = report.markdown_report(groups)
     assert "too far apart around the target to say" in text and "First at the target" not in text
     plot.plot_groups(groups, tmp_path / "curves.png")
@@ -463,16 +463,20 @@ def test_any_other_run_starts_anew(tmp_path, monkeypatch, change):
     assert started == [ARGV]
 
 
-def test_compare_goes_on_with_a_run_that_was_killed(tiny_track, tmp_path):
-    arguments = ["--optimizers", "muon", "--set", "train.steps=20", "--set", "train.checkpoint_every=10"]
-    assert compare_command(tiny_track, tmp_path, *arguments)[0] == 0
-    (path,) = tmp_path.glob("*.jsonl")
-    write(path, [line for line in path.read_text().splitlines() if json.loads(line).get("step", 0) <= 10])
-    shutil.rmtree(next(tmp_path.glob("*.checkpoints")) / "step-000020")
-    code, out, err = compare_command(tiny_track, tmp_path, *arguments)
-    assert (code, err) == (0, "") and "resume: from step 10" in out
-    (run,) = read_folder(tmp_path)[0]
-    assert run.is_done and run.end["segments"] == 2
+def test_a_run_that_was_killed_goes_on_where_its_checkpoint_is(tiny_track, tmp_path, capsys):
+    argv = ["--config", str(tiny_track), "--optimizer", "muon", "--seed", "0"]
+    argv += ["--set", "train.steps=20", "--set", "train.checkpoint_every=10"]
+
+    def train():
+        return runs.Workers(1, tmp_path).train(argv, 1, read_sources(tiny_track), sys.stdout, "")
+
+    first = train().run
+    lines = first.path.read_text().splitlines()
+    write(first.path, [line for line in lines if json.loads(line).get("step", 0) <= 10])
+    shutil.rmtree(first.path.with_suffix(".checkpoints") / "step-000020")
+    again = train()
+    assert again.exit_code == 0 and "resume: from step 10" in capsys.readouterr().out
+    assert again.run.path == first.path and again.run.is_done and again.run.end["segments"] == 2
 
 
 def test_an_error_of_the_plot_does_not_cost_the_table(tiny_track, tmp_path, monkeypatch, capsys):
