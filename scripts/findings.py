@@ -110,7 +110,10 @@ class Page:
         groups = {} if flaw else groups
         loss, neurons = "", ""
         if groups:
-            looks = [(g.label, g.runs[0].target, run.validations) for g in groups.values() for run in g.runs]
+            looks = [
+                (g.label, g.runs[0].target, g.steps_to_target(), [run.validations for run in g.runs])
+                for g in groups.values()
+            ]
             loss = self.plot(f"{folder}/findings-loss.png", looks, lambda p, d: draw_loss(groups, p, d))
         if groups and all(map(has_telemetry, groups.values())):
             events = [(g.label, run.neuron_events) for g in groups.values() for run in g.runs]

@@ -337,7 +337,10 @@ def picture_of(groups: Sequence[Group], results: Path) -> Path:
 
 def digest(groups: Iterable[Group]) -> str:
     """Of all values that a picture shows. It is written into the file, whose bytes depend on matplotlib's version."""
-    values = [(group.label, run.target, run.validations) for group in groups for run in group.runs]
+    values = [
+        (group.label, group.steps_to_target(), [(run.target, run.validations) for run in group.runs])
+        for group in groups
+    ]
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
