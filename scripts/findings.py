@@ -59,7 +59,7 @@ INTRODUCTION = (
     "positive says that it starves more, in percentage points of rows. Brackets are 95 % intervals of single figures. "
     "Each p is corrected (Holm) for the tests of its claim in one setting, of which there are two in 2a and 2b and in "
     "3a and 3b, and for no more, so among many settings one verdict in twenty may be chance; the tables of "
-    "[README.md](README.md) correct over all pairs of a folder, so their p are larger."
+    "[README.md](README.md) correct over all pairs of a folder, so their p may be larger."
 )
 # Cells of report.group_cells() that the page shows, and three of its own.
 CELLS = {

@@ -47,17 +47,18 @@ def main(argv: list[str] | None = None) -> int:
             export_record(args.export, args.out)
             print(args.out)
             return 0
-        from results import claims
+        from results import claims, log_comparison
 
         if args.claims:
             findings = claims.check_file(args.claims, args.target, args.metric)
         elif args.against:
-            findings = [claims.compare(args.logs, [args.against], args.steps, args.metric or "val_loss", args.target)]
+            metric = args.metric or "val_loss"
+            findings = [log_comparison.compare(args.logs, [args.against], args.steps, metric, args.target)]
         else:
             claim = claims.Claim(", ".join(map(str, args.logs)), args.steps, args.mean, args.runs)
             findings = [claims.check(args.logs, claim, args.target, args.metric)]
     except ImportError as error:
-        print(f"error: {error}; pip install scipy", file=sys.stderr)
+        print(f"error: {error}; pip install -e '.[report]'", file=sys.stderr)
         return 2
     except (ValueError, OSError) as error:
         print(f"error: {plain(error, 500)}", file=sys.stderr)
@@ -65,7 +66,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         print(json.dumps(findings, indent=1, default=str))
     else:
-        print("\n\n".join(claims.as_text(finding) for finding in findings))
+        as_text = log_comparison.as_text if args.against and not args.claims else claims.as_text
+        print("\n\n".join(map(as_text, findings)))
     return 0 if all(finding.get("follows", True) for finding in findings) else 1
 
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from results import claims
+from results import claims, log_comparison
 from results.export import export_record, is_inside
 from results.foreign import LogError, read_log
 from results.text import cell, plain
@@ -228,19 +228,23 @@ def test_sets_of_logs_compare_by_loss_within_a_schedule_and_by_arrival_across(tm
     ):
         folder.mkdir()
         for i, loss in enumerate(finals):
-            text = trial_text((10.8 + i / 1000, 4.6, loss), steps=(0, 125, steps), total=steps)
+            text = trial_text((10.8 + i / 1000, 4.6, loss), steps=(0, steps - 5, steps), total=steps)
             log(folder, text, f"{i}.txt")
-    by_loss = claims.compare([short], [same], 250, "val_loss", 3.28)
+    by_loss = log_comparison.compare([short], [same], 250, "val_loss", 3.28)
     assert by_loss["measure"] == "val_loss at step 250" and by_loss["difference"] == pytest.approx(-0.01)
     with pytest.raises(ValueError, match="--steps"):
-        claims.compare([short], [same], None, "val_loss", 3.28)
-    across = claims.compare([short], [long], None, "val_loss", 3.28)
+        log_comparison.compare([short], [same], None, "val_loss", 3.28)
+    across = log_comparison.compare([short], [long], None, "val_loss", 3.28)
     assert "steps to a val_loss of 3.28" in across["measure"] and across["difference"] < -100 and across["p"] < 0.01
-    censored = claims.compare([short], [never], 250, "val_loss", 3.28)
+    censored = log_comparison.compare([short], [never], 250, "val_loss", 3.28)
     assert censored["share"] == 1 and censored["arrived"] == [4, 0] and censored["p"] == pytest.approx(2 / 70)
-    assert "0 of 4 arrived, the first is earlier in 100% of pairs" in claims.as_text(censored)
+    assert "0 of 4 arrived, the first is earlier in 100% of pairs" in log_comparison.as_text(censored)
     with pytest.raises(ValueError, match="of 2 schedules"):
-        claims.compare([tmp_path], [long], 250, "val_loss", 3.28)
+        log_comparison.compare([tmp_path], [long], 250, "val_loss", 3.28)
+    for i, loss in enumerate(GOOD):
+        log(same, trial_text((10.8 + i / 1000, 4.6, loss), steps=(0, 125, 250), total=250), f"{i}.txt")
+    with pytest.raises(ValueError, match="looks at steps 125 and 250 are too far apart"):
+        log_comparison.compare([same], [long], None, "val_loss", 3.28)
 
 
 def test_pipes_and_endless_logs_are_refused(tmp_path):

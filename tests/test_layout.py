@@ -30,6 +30,7 @@ EXCEPTIONS = {
     "results/statistics.py": {"numpy", "scipy"},
     "results/findings.py": {"numpy", "scipy", "results"},
     "results/claims.py": {"numpy", "results"},
+    "results/log_comparison.py": {"numpy", "results"},
     "results/verdict.py": {"numpy", "results"},
     "results/report.py": {"numpy", "results"},
     # Counts the shards of a run, so it reads the run's config.
