@@ -156,6 +156,14 @@ def test_verdicts_follow_holm_and_advise_a_fresh_comparison_at_its_level(tmp_pat
     assert pairs["muon", "adamw"].verdict == "supported: muon is lower"
 
 
+def test_advice_is_for_holms_level_of_each_pair_also_where_the_adjusted_p_is_capped(tmp_path):
+    low = [2.0, 2.01, 2.02]
+    write_seeds(tmp_path, muon=low, aurora=[x + 0.004 for x in low], adamw=[x + 0.010 for x in low])
+    pairs = sorted(verdict.compare_pairs(groups_of(tmp_path)), key=lambda pair: pair.p)
+    for pair, difference, level in zip(pairs, (0.010, 0.006, 0.004), (0.05 / 3, 0.05 / 2, 0.05), strict=True):
+        assert f"with about {runs_needed(difference, 0.01, level)} seeds a side" in pair.verdict
+
+
 def write_schedules(folder, **losses_of):
     """Runs whose name ends with their number of steps: losses at the end of each seed."""
     for name, losses in losses_of.items():
