@@ -8,10 +8,11 @@
     python scripts/compare.py tune --help                           tuning, every optimizer with as many trials
     python scripts/compare.py --report results/quick                the tables of runs that are there
 
-Each run is a process of its own. A run that has finished with the same arguments and the same code is not repeated, a
-run that fails does not stop the others and is shown. Optimizers alternate within each seed, so that a machine that
-slows down slows all alike (--no-interleave: one optimizer after the other). Ends with the tables and writes
-comparison.md, comparison.json and loss_curves.png to --out.
+Settings are checked before the first run. Each run is a process of its own. One that has finished with the same
+arguments and the same code is not repeated, one that was stopped with a checkpoint in --out goes on from there, and one
+that fails does not stop the others and is shown. Optimizers alternate within each seed, so that a machine that slows
+down slows all alike (--no-interleave: one optimizer after the other). Ends with the tables and writes comparison.md,
+comparison.json and loss_curves.png to --out.
 """
 
 import argparse
