@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from results.record import seed_gaps
 from results.statistics import (
     GATE_SIGMA,
     MIN_RUNS,
@@ -14,7 +15,6 @@ from results.statistics import (
     gate,
     mean_interval,
     sd_test,
-    seed_gaps,
     t_below,
     wilson,
 )

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from results.record import Run, Validation, seed_gaps
+from results.record import Run, Validation
 from results.statistics import (
     Crossing,
     Interval,
