@@ -18,6 +18,7 @@ comparison.json and loss_curves.png to --out.
 import argparse
 import itertools
 import json
+import signal
 import statistics
 import sys
 import threading
@@ -113,6 +114,7 @@ def run_all(
 ) -> list[Outcome]:
     """The planned runs, --jobs at a time, in the order of the plan. None starts after one was stopped on request."""
     workers, durations_s, is_stopped = Workers(args.jobs, args.out), [], threading.Event()
+    signal.signal(signal.SIGTERM, workers.end)
 
     def run_planned(number: int, title: str, argv: list[str]) -> Outcome:
         if is_stopped.is_set():

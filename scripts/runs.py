@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from configs.schema import Exit, load_config
 from results.record import ROOT, Run, read_folder
@@ -41,6 +41,8 @@ class Workers:
 
     def __init__(self, jobs: int, out: Path):
         self.out, self.environment, self.lock = out, None, threading.Lock()
+        self.children: set[subprocess.Popen] = set()
+        self.is_ended = threading.Event()
         self.free: queue.SimpleQueue[tuple[Path, list[int]]] = queue.SimpleQueue()
         if jobs == 1:
             self.free.put((out, []))
@@ -52,6 +54,12 @@ class Workers:
         for place in range(jobs):
             own = cores[place * threads : (place + 1) * threads]  # none where there are more jobs than cores
             self.free.put((out / f".job{place}", own if can_pin else []))
+
+    def end(self, *signal_and_frame: Any) -> None:
+        """Stop all runs with a checkpoint, and start no more: to handle SIGTERM, which children of ours do not get."""
+        self.is_ended.set()
+        for child in list(self.children):
+            child.terminate()
 
     def train(self, argv: list[str], nproc: int, sources: dict[str, str], progress: TextIO, prefix: str) -> Outcome:
         """Train in a child process as soon as a place is free. The record ends up in out.
@@ -67,7 +75,7 @@ class Workers:
                 before = {path.name: path.stat().st_size for path in self.out.rglob("*.jsonl")}
             command = [*argv, *(["--resume"] if unfinished else [])]
             try:
-                code = run_one(command, folder, nproc, progress, prefix, self.environment, cores)
+                code = self.run_one(command, folder, nproc, progress, prefix, cores)
             finally:
                 with self.lock:
                     bring([path for path in folder.iterdir() if folder != self.out and path.name != ".lock"], self.out)
@@ -77,6 +85,32 @@ class Workers:
         # torchrun hides the exit code.
         is_stopped = run is not None and run.end is not None and run.end["status"] == "interrupted"
         return Outcome(run, PREEMPTED if is_stopped else code)
+
+    def run_one(
+        self, argv: list[str], out: Path, nproc: int, progress: TextIO, prefix: str, cores: Sequence[int]
+    ) -> int:
+        """Train in a child process, passing its lines on; returns its exit code.
+
+        cores: to which the process is pinned, any if empty.
+        """
+        launcher = [sys.executable]
+        if nproc > 1:
+            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
+        command = [*launcher, "train_gpt.py", *argv, "--out", os.path.relpath(out.absolute(), ROOT)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        child = subprocess.Popen(command, cwd=ROOT, env=self.environment, **pipes)
+        self.children.add(child)
+        if self.is_ended.is_set():  # between the start and the line above
+            child.terminate()
+        if cores:
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setaffinity(child.pid, cores)  # before it has threads, which inherit this
+        for line in child.stdout:
+            progress.write(f"{prefix}{line}")  # in one piece: others write too
+            progress.flush()
+        code = child.wait()
+        self.children.discard(child)
+        return PREEMPTED if code and self.is_ended.is_set() else code
 
     def records(self) -> list[Run]:
         """All that can be read in out. Meanwhile no file is moved."""
@@ -95,34 +129,6 @@ class Workers:
 def bring(paths: Iterable[Path], folder: Path) -> None:
     for path in paths:
         path.rename(folder / path.name)
-
-
-def run_one(
-    argv: list[str],
-    out: Path,
-    nproc: int,
-    progress: TextIO,
-    prefix: str,
-    environment: dict[str, str] | None,
-    cores: Sequence[int],
-) -> int:
-    """Train in a child process, passing its lines on; returns its exit code.
-
-    cores: to which the process is pinned, any if empty.
-    """
-    launcher = [sys.executable]
-    if nproc > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
-    command = [*launcher, "train_gpt.py", *argv, "--out", os.path.relpath(out.absolute(), ROOT)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    child = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
-    if cores:
-        with contextlib.suppress(ProcessLookupError):
-            os.sched_setaffinity(child.pid, cores)  # before it has threads, which inherit this
-    for line in child.stdout:
-        progress.write(f"{prefix}{line}")  # in one piece: others write too
-        progress.flush()
-    return child.wait()
 
 
 def finished_run(runs: Sequence[Run], argv: list[str], nproc: int, sources: dict[str, str]) -> Run | None:

@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import json
 import math
+import signal
 import sys
 import threading
 from collections.abc import Sequence
@@ -94,6 +95,7 @@ class Tuner:
     def __init__(self, args: argparse.Namespace, space: Space, ledger: Ledger, progress: TextIO):
         self.args, self.space, self.ledger, self.progress = args, space, ledger, progress
         self.workers = Workers(args.jobs, args.out)
+        signal.signal(signal.SIGTERM, self.workers.end)
         self.sources = read_sources(ROOT / args.config)
         self.is_stopped = threading.Event()
 

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+import subprocess
 import sys
 import types
 
@@ -16,7 +17,7 @@ from results import report, verdict
 from results.record import RecordError, Validation, read_folder, read_record, read_sources
 from results.statistics import runs_needed
 from scripts import compare, plot, runs
-from tests.conftest import start_process
+from tests.conftest import ROOT, start_process
 
 
 def straight(*points, every=2):
@@ -410,7 +411,7 @@ def run_compare(monkeypatch, *arguments):
 def test_what_no_run_could_start_with_is_said_once_before_the_first(
     tiny_track, tmp_path, monkeypatch, capsys, arguments, message
 ):
-    monkeypatch.setattr(runs, "run_one", lambda *args: pytest.fail("a run was started"))
+    monkeypatch.setattr(runs.Workers, "run_one", lambda *args: pytest.fail("a run was started"))
     assert run_compare(monkeypatch, "--config", tiny_track, "--out", tmp_path, *arguments) == 2
     said = capsys.readouterr()
     assert message in said.err and said.err.count("\n") == 1 and not said.out
@@ -437,9 +438,9 @@ def train(jobs, out):
 def test_a_failure_after_a_stop_is_a_failure(tmp_path, monkeypatch, jobs):
     """Its record is the old one, as data are missing or memory ran out before there was a new one."""
     write_stopped(tmp_path, has_checkpoint=False)
-    monkeypatch.setattr(runs, "run_one", lambda *args: 3)
+    monkeypatch.setattr(runs.Workers, "run_one", lambda *args: 3)
     assert train(jobs, tmp_path) == runs.Outcome(None, 3)
-    monkeypatch.setattr(runs, "run_one", lambda argv, out, *args: write_stopped(out, "new") or 1)
+    monkeypatch.setattr(runs.Workers, "run_one", lambda self, argv, out, *args: write_stopped(out, "new") or 1)
     outcome = train(jobs, tmp_path)
     assert outcome.exit_code == 75 and outcome.run.path == tmp_path / "new.jsonl", "torchrun hides 75"
 
@@ -450,12 +451,12 @@ def test_a_stopped_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch, jobs):
     write_stopped(tmp_path, "other", sources={"train_gpt.py": "changed"})
     write_stopped(tmp_path, "without", has_checkpoint=False)
 
-    def go_on(argv, out, *args):
+    def go_on(self, argv, out, *args):
         assert argv == [*ARGV, "--resume"] and (out / "old.checkpoints" / "step-000010").is_dir()
         write_stopped(out, status="done", has_checkpoint=False)
         return 0
 
-    monkeypatch.setattr(runs, "run_one", go_on)
+    monkeypatch.setattr(runs.Workers, "run_one", go_on)
     assert train(jobs, tmp_path).run.path == tmp_path / "old.jsonl"
     assert (tmp_path / "old.checkpoints").is_dir() and not list(tmp_path.glob(".job*/*.jsonl"))
 
@@ -466,7 +467,7 @@ def test_a_stopped_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch, jobs):
 def test_any_other_run_starts_anew(tmp_path, monkeypatch, change):
     write_stopped(tmp_path, **change)
     started = []
-    monkeypatch.setattr(runs, "run_one", lambda argv, *args: started.append(argv) or 0)
+    monkeypatch.setattr(runs.Workers, "run_one", lambda self, argv, *args: started.append(argv) or 0)
     train(1, tmp_path)
     assert started == [ARGV]
 
@@ -485,6 +486,25 @@ def test_a_run_that_was_killed_goes_on_where_its_checkpoint_is(tiny_track, tmp_p
     again = train()
     assert again.exit_code == 0 and "resume: from step 10" in capsys.readouterr().out
     assert again.run.path == first.path and again.run.is_done and again.run.end["segments"] == 2
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_sigterm_for_compare_alone_stops_its_runs_with_a_checkpoint(tiny_track, tmp_path, jobs):
+    command = [sys.executable, ROOT / "scripts" / "compare.py", "--config", tiny_track, "--optimizers", "muon", "adamw"]
+    command += ["--set", "train.steps=100000", "--set", "data.allow_epochs=true", "--set", "eval.every=1000"]
+    command += ["--set", "eval.late_frac=0", "--jobs", str(jobs), "--out", tmp_path]
+    compare = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    begun = 0
+    for line in compare.stdout:
+        begun += "step:0/" in line and "val_loss" in line
+        if begun == jobs:
+            break
+    compare.terminate()
+    _, err = compare.communicate(timeout=60)
+    assert compare.returncode == 75 and "the same command goes on" in err
+    ends = [read_record(path).end for path in tmp_path.glob("*.jsonl")]
+    assert [end["status"] for end in ends] == ["interrupted"] * jobs
+    assert len(list(tmp_path.glob("*.checkpoints/step-*"))) == jobs
 
 
 def test_an_error_of_the_plot_does_not_cost_the_table(tiny_track, tmp_path, monkeypatch, capsys):
