@@ -493,6 +493,9 @@ def check_run(args: argparse.Namespace, ranks: Ranks) -> tuple[Config, BatchPlan
         raise HarnessError(Exit.CONFIG, f"--seed must be in [0, 2^63), got {args.seed}")
     config = load_config(args.config, args.optimizer, args.overrides)
     config = dataclasses.replace(config, hparams=checked_hparams(config))
+    for override in args.overrides:
+        if override.startswith("optimizer.") and not override.startswith(f"optimizer.{args.optimizer}."):
+            ranks.say(f"--set {override} changes nothing for {args.optimizer}")
     check_schedule(config)
     if config.model.head_dtype == "float8":
         check_float8(ranks.device)

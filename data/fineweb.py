@@ -148,7 +148,7 @@ def run_check(args: argparse.Namespace) -> int:
             print(f"error: {line}", file=sys.stderr, flush=True)
         else:
             print(line, flush=True)
-    print(f"{num_problems} problems" if num_problems else "no problems")
+    print(f"{num_problems or 'no'} problem{'s' * (num_problems != 1)}")
     return Exit.DATA if num_problems else 0
 
 

@@ -86,6 +86,15 @@ def test_table_of_a_rule_that_does_not_exist_is_refused(tiny_track, tmp_path, ca
     assert "[optimizer.moon]: no such rule" in capsys.readouterr().err
 
 
+def test_a_setting_of_another_rule_is_said_to_change_nothing(tiny_track, tmp_path, capsys):
+    arguments = ["--dry-run", "--optimizer", "muon", "--set", "optimizer.muon.lr=0.01", "--set"]
+    assert train_here(tiny_track, tmp_path, *arguments, "optimizer.aurora.lr=0.03") == 0
+    said = capsys.readouterr().out
+    assert "--set optimizer.aurora.lr=0.03 changes nothing for muon\n" in said and "muon.lr" not in said
+    assert train_here(tiny_track, tmp_path, *arguments, "train.steps=20") == 0
+    assert "changes nothing" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("section", ["model", "data", "train", "eval", "schedule"])
 def test_missing_table_or_key_is_named(tiny_track, tmp_path, section):
     text = tiny_track.read_text()
