@@ -45,11 +45,11 @@ class ModelConfig:
     num_layers: int
     model_dim: int
     num_heads: int
-    seq_len: int
-    mlp_expansion: int
-    rope_base: float
-    attention_scale: float
-    logit_softcap: float
+    seq_len: int  # tokens
+    mlp_expansion: int  # hidden width of the MLPs, in units of model_dim
+    rope_base: float  # of rotary positions: their slowest turn by 1 / rope_base of a radian a token
+    attention_scale: float  # of products of queries and keys, which are normed
+    logit_softcap: float  # logits stay between minus and plus this
     activation_dtype: str  # of activations; weights are float32
     mlp: str = "relu2"  # or swiglu; both are mlp_expansion x model_dim wide
     head_dtype: str = "activation"  # or float8: of what the head's matmuls read, see aurora/runtime/float8.py
@@ -68,17 +68,17 @@ class TrainConfig:
     batch_tokens: int  # of one step, over all ranks and micro-steps
     micro_batch: int | str  # most sequences in one forward pass of one rank; auto: as many as fit into memory
     compile: str  # auto: on CUDA only
-    log_every: int  # steps a train event
+    log_every: int  # steps that a train event of the record covers
     checkpoint_every: int  # steps; 0: only when asked to stop
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    tokens: int
-    every: int  # steps
-    late_every: int  # steps, over the last late_frac of the run
+    tokens: int  # the first of the validation shard
+    every: int  # steps from one validation to the next
+    late_every: int  # the same over the last late_frac of the run
     late_frac: float
-    target: float
+    target: float  # validation loss to reach, nats a token
     telemetry: bool = True  # whether the record says how neurons fare, see results/neurons.py
 
 
