@@ -127,7 +127,11 @@ def run_all(
         say(f"{place} {title}" + (f" (about {left_s / 60:.0f} min left for all runs)" if left_s else ""))
         begin_s = time.monotonic()
         prefix = f"    {place} " if args.jobs > 1 else "    "
-        outcome = workers.train(argv, args.nproc, sources, progress, prefix)
+        try:
+            outcome = workers.train(argv, args.nproc, sources, progress, prefix)
+        except HarnessError as error:
+            say(f"{prefix}error: {error}")
+            return Outcome(None, int(error.reason))
         durations_s.append(time.monotonic() - begin_s)
         if outcome.exit_code == PREEMPTED:
             is_stopped.set()

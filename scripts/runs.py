@@ -3,8 +3,10 @@
 import contextlib
 import os
 import queue
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -34,18 +36,18 @@ class Outcome(NamedTuple):
 
 
 class Workers:
-    """Places for `jobs` runs at a time: each has its own cores, and a folder below out, as one folder takes one run.
+    """Places for `jobs` runs at a time, each with cores of its own; with one job a run gets the whole machine.
 
-    With one job a run gets the whole machine and trains in out itself.
+    A run trains in a folder of its own below out, and what it leaves is moved to out when it has ended.
     """
 
     def __init__(self, jobs: int, out: Path):
         self.out, self.environment, self.lock = out, None, threading.Lock()
         self.children: set[subprocess.Popen] = set()
         self.is_ended = threading.Event()
-        self.free: queue.SimpleQueue[tuple[Path, list[int]]] = queue.SimpleQueue()
+        self.free: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
         if jobs == 1:
-            self.free.put((out, []))
+            self.free.put([])
             return
         can_pin = hasattr(os, "sched_setaffinity")  # Linux
         cores = sorted(os.sched_getaffinity(0)) if can_pin else list(range(os.cpu_count() or 1))
@@ -53,7 +55,7 @@ class Workers:
         self.environment = os.environ | {"OMP_NUM_THREADS": str(threads), "SPEEDRUN_JOBS": str(jobs)}
         for place in range(jobs):
             own = cores[place * threads : (place + 1) * threads]  # none where there are more jobs than cores
-            self.free.put((out / f".job{place}", own if can_pin else []))
+            self.free.put(own if can_pin else [])
 
     def end(self, *signal_and_frame: Any) -> None:
         """Stop all runs with a checkpoint, and start no more: to handle SIGTERM, which children of ours do not get."""
@@ -64,30 +66,61 @@ class Workers:
     def train(self, argv: list[str], nproc: int, sources: dict[str, str], progress: TextIO, prefix: str) -> Outcome:
         """Train in a child process as soon as a place is free. The record ends up in out.
 
-        A run with these arguments and sources that was stopped with a checkpoint in out goes on from there.
+        A run with these arguments and sources that was stopped with a checkpoint goes on from there, or starts anew
+        where it cannot. Raises HarnessError where that run is not stopped but goes on in another process.
         """
-        with self._place() as (folder, cores):
-            folder.mkdir(parents=True, exist_ok=True)
-            unfinished = stopped_run(self.records(), argv, nproc, sources)
-            with self.lock:
-                if unfinished:
-                    bring([unfinished.path, checkpoints_of(unfinished)], folder)
-                before = {path.name: path.stat().st_size for path in self.out.rglob("*.jsonl")}
-            command = [*argv, *(["--resume"] if unfinished else [])]
+        with self._place() as cores:
+            self.out.mkdir(parents=True, exist_ok=True)
+            folder = Path(tempfile.mkdtemp(prefix=".run-", dir=self.out))
             try:
-                code = self.run_one(command, folder, nproc, progress, prefix, cores)
+                child = argv, folder, nproc, progress, prefix, cores
+                stopped, code = self._take_stopped(argv, nproc, sources, folder), None
+                if stopped:
+                    size = stopped.stat().st_size
+                    code = self.run_one(*child, go_on=True)
+                    if code and stopped.stat().st_size == size and not self.is_ended.is_set():
+                        progress.write(f"{prefix}cannot go on, starts anew\n")
+                        self._bring_home(folder)
+                        code = None
+                code = self.run_one(*child) if code is None else code
             finally:
-                with self.lock:
-                    bring([path for path in folder.iterdir() if folder != self.out and path.name != ".lock"], self.out)
-        found = [run for run in self.records() if arguments_of(run) == argv]
-        new = [run for run in found if run.path.stat().st_size != before.get(run.path.name)]
-        run = new[-1] if new else None
+                names = self._bring_home(folder)
+                shutil.rmtree(folder, ignore_errors=True)
+        run = next((run for run in reversed(self.records()) if run.path.name in names), None)
         # torchrun hides the exit code.
         is_stopped = run is not None and run.end is not None and run.end["status"] == "interrupted"
         return Outcome(run, PREEMPTED if is_stopped else code)
 
+    def _take_stopped(self, argv: list[str], nproc: int, sources: dict[str, str], folder: Path) -> Path | None:
+        """Move a stopped run's record and checkpoints to the folder; the record there."""
+        from aurora.runtime.process import lock_folder  # see check_settings()
+
+        with self.lock:
+            run = stopped_run(read_folder(self.out)[0], argv, nproc, sources)
+            if run is None:
+                return None
+            with lock_folder(run.path.parent):  # which its process has as long as it trains
+                bring([run.path, checkpoints_of(run)], folder)
+            if run.path.parent != self.out:
+                shutil.rmtree(run.path.parent)
+            return folder / run.path.name
+
+    def _bring_home(self, folder: Path) -> set[str]:
+        """Move what a run left to out; the names."""
+        with self.lock:
+            left = [path for path in folder.iterdir() if path.name != ".lock"]
+            bring(left, self.out)
+        return {path.name for path in left}
+
     def run_one(
-        self, argv: list[str], out: Path, nproc: int, progress: TextIO, prefix: str, cores: Sequence[int]
+        self,
+        argv: list[str],
+        folder: Path,
+        nproc: int,
+        progress: TextIO,
+        prefix: str,
+        cores: Sequence[int],
+        go_on: bool = False,
     ) -> int:
         """Train in a child process, passing its lines on; returns its exit code.
 
@@ -96,7 +129,8 @@ class Workers:
         launcher = [sys.executable]
         if nproc > 1:
             launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
-        command = [*launcher, "train_gpt.py", *argv, "--out", os.path.relpath(out.absolute(), ROOT)]
+        own, final = (os.path.relpath(path.absolute(), ROOT) for path in (folder, self.out))
+        command = [*launcher, "train_gpt.py", *argv, "--out", own, *(["--resume"] if go_on else [])]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         child = subprocess.Popen(command, cwd=ROOT, env=self.environment, **pipes)
         self.children.add(child)
@@ -106,7 +140,7 @@ class Workers:
             with contextlib.suppress(ProcessLookupError):
                 os.sched_setaffinity(child.pid, cores)  # before it has threads, which inherit this
         for line in child.stdout:
-            progress.write(f"{prefix}{line}")  # in one piece: others write too
+            progress.write(f"{prefix}{line.replace(own, final)}")  # in one piece: others write too
             progress.flush()
         code = child.wait()
         self.children.discard(child)
@@ -118,12 +152,12 @@ class Workers:
             return read_folder(self.out)[0]
 
     @contextlib.contextmanager
-    def _place(self) -> Iterator[tuple[Path, list[int]]]:
-        place = self.free.get()
+    def _place(self) -> Iterator[list[int]]:
+        cores = self.free.get()
         try:
-            yield place
+            yield cores
         finally:
-            self.free.put(place)
+            self.free.put(cores)
 
 
 def bring(paths: Iterable[Path], folder: Path) -> None:

@@ -247,6 +247,9 @@ def main(argv: Sequence[str]) -> int:
             try:
                 futures = {optimizer: pool.submit(tuner.search, optimizer) for optimizer in optimizers}
                 searches = {optimizer: future.result() for optimizer, future in futures.items()}
+            except HarnessError:
+                tuner.is_stopped.set()
+                raise
             except KeyboardInterrupt:  # the runs got it too
                 tuner.is_stopped.set()
                 raise Stopped(PREEMPTED) from None

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from aurora.runtime.process import lock_folder
+from configs.schema import HarnessError
 from results import report, verdict
 from results.record import RecordError, Validation, read_folder, read_record, read_sources
 from results.statistics import runs_needed
@@ -438,9 +440,9 @@ def train(jobs, out):
 def test_a_failure_after_a_stop_is_a_failure(tmp_path, monkeypatch, jobs):
     """Its record is the old one, as data are missing or memory ran out before there was a new one."""
     write_stopped(tmp_path, has_checkpoint=False)
-    monkeypatch.setattr(runs.Workers, "run_one", lambda *args: 3)
+    monkeypatch.setattr(runs.Workers, "run_one", lambda *args, **how: 3)
     assert train(jobs, tmp_path) == runs.Outcome(None, 3)
-    monkeypatch.setattr(runs.Workers, "run_one", lambda self, argv, out, *args: write_stopped(out, "new") or 1)
+    monkeypatch.setattr(runs.Workers, "run_one", lambda self, argv, folder, *args: write_stopped(folder, "new") or 1)
     outcome = train(jobs, tmp_path)
     assert outcome.exit_code == 75 and outcome.run.path == tmp_path / "new.jsonl", "torchrun hides 75"
 
@@ -451,14 +453,47 @@ def test_a_stopped_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch, jobs):
     write_stopped(tmp_path, "other", sources={"train_gpt.py": "changed"})
     write_stopped(tmp_path, "without", has_checkpoint=False)
 
-    def go_on(self, argv, out, *args):
-        assert argv == [*ARGV, "--resume"] and (out / "old.checkpoints" / "step-000010").is_dir()
-        write_stopped(out, status="done", has_checkpoint=False)
+    def resume(self, argv, folder, *args, go_on):
+        assert argv == ARGV and go_on and (folder / "old.checkpoints" / "step-000010").is_dir()
+        write_stopped(folder, status="done", has_checkpoint=False)
         return 0
 
-    monkeypatch.setattr(runs.Workers, "run_one", go_on)
+    monkeypatch.setattr(runs.Workers, "run_one", resume)
     assert train(jobs, tmp_path).run.path == tmp_path / "old.jsonl"
-    assert (tmp_path / "old.checkpoints").is_dir() and not list(tmp_path.glob(".job*/*.jsonl"))
+    assert (tmp_path / "old.checkpoints").is_dir() and not list(tmp_path.glob(".run-*"))
+
+
+def test_a_run_whose_process_was_killed_in_its_own_folder_is_taken_from_there(tmp_path, monkeypatch):
+    write_stopped(tmp_path / ".run-before")
+    monkeypatch.setattr(runs.Workers, "run_one", lambda self, argv, folder, *args, go_on: 0)
+    assert train(1, tmp_path).run.path == tmp_path / "old.jsonl"
+    assert (tmp_path / "old.checkpoints").is_dir() and not list(tmp_path.glob(".run-*"))
+
+
+def test_a_run_that_goes_on_in_another_process_is_left_alone(tmp_path, monkeypatch):
+    """As after a kill of compare.py alone: its runs live on."""
+    write_stopped(tmp_path / ".run-before")
+    monkeypatch.setattr(runs.Workers, "run_one", lambda *args, **how: pytest.fail("it was started a second time"))
+    with lock_folder(tmp_path / ".run-before"), pytest.raises(HarnessError, match="is in use by process"):
+        train(1, tmp_path)
+    assert (tmp_path / ".run-before" / "old.jsonl").is_file() and len(list(tmp_path.glob(".run-*"))) == 1
+
+
+def test_a_run_that_cannot_go_on_starts_anew(tmp_path, monkeypatch, capsys):
+    """As with checkpoints that are all damaged."""
+    write_stopped(tmp_path)
+
+    def start(self, argv, folder, *args, go_on=False):
+        if go_on:
+            return 4
+        assert not list(folder.iterdir())
+        write_stopped(folder, "new", status="done", has_checkpoint=False)
+        return 0
+
+    monkeypatch.setattr(runs.Workers, "run_one", start)
+    outcome = train(1, tmp_path)
+    assert outcome.exit_code == 0 and outcome.run.path == tmp_path / "new.jsonl"
+    assert (tmp_path / "old.checkpoints").is_dir() and "starts anew" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
