@@ -106,7 +106,9 @@ class Group:
 
     def flaws(self) -> list[str]:
         """What forbids tests, in words."""
-        found = flaws(self.seeds, [[look.val_loss for look in run.validations] for run in self.runs])
+        # Untrained all are alike.
+        losses = [[look.val_loss for look in run.validations if look.step > 0] for run in self.runs]
+        found = flaws(self.seeds, losses)
         lost = [f"seed {run.start['seed']} ({status_of(run)})" for run in self.runs if not run.is_done]
         if lost:
             found.append(f"without a final loss: {', '.join(lost)}")
@@ -284,7 +286,7 @@ def verdict_of(pair: Pair, level: float) -> str:
     if pair.p_holm < ALPHA:
         front, back = (pair.second, pair.first) if pair.difference > 0 else (pair.first, pair.second)
         return f"supported: {front.label} " + ("is lower" if is_loss else f"arrives before {back.label}")
-    is_ranked = math.isnan(pair.spread)
+    is_ranked = math.isfinite(pair.share)
     n = ranks_needed(level) if is_ranked else runs_needed(pair.difference, pair.spread, level)
     if n <= min(len(pair.first.runs), len(pair.second.runs)):
         return "not supported"

@@ -135,10 +135,12 @@ def changed_sources(start: dict[str, Any]) -> list[str]:
     """Sources that are not those of the commit that the record names; none where that commit is not known here."""
     git = start.get("git")
     tree = hashes_of(str(git.get("commit"))) if isinstance(git, dict) else {}
+    if not tree:
+        return []
     hashes = {name: text.encode("utf-8", "surrogatepass") for name, text in start["sources"].items()}
     hashes = {name: hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() for name, data in hashes.items()}
     # A track of one's own is in no commit.
-    return [name for name in hashes if tree and tree.get(name, name.endswith(".py")) not in (False, hashes[name])]
+    return [name for name in hashes if tree.get(name) != hashes[name] and (name in tree or name.endswith(".py"))]
 
 
 @functools.lru_cache
@@ -423,7 +425,10 @@ def check_losses(run: Events) -> Iterator[str]:
     lows = dict(zip(train_losses, [*before[2:], *expected], strict=True))
     for event in looks[1:]:
         near = train_losses.get(event["step"])
-        if near is not None and event["val_loss"] < 0.75 * min(near, lows[event["step"]]) - 0.05:
+        # The mean over a first window in which losses rose above an untrained model's says nothing of its end.
+        if near is None or (event["step"] == min(train_losses) and near > untrained):
+            continue
+        if event["val_loss"] < 0.75 * min(near, lows[event["step"]]) - 0.05:
             yield f"step {event['step']}: val_loss {event['val_loss']} is too far below train_loss {near}"
 
 
@@ -524,16 +529,19 @@ def verify_folder(folder: Path) -> list[Verification]:
     """A verdict for each record below a folder, with what only the records together show."""
     verdicts, groups = [], {}
     by_losses: dict[tuple[float, ...], Path] = {}
+    ended: set[Path] = set()
     for path in record_paths(folder):
         verdict, run = verify_events(path)
         verdicts.append(verdict)
         if run is None:
             continue
+        ended |= {path} if run.of("end") else set()
         looks = tuple(event["val_loss"] for event in run.of("val"))
         twin = by_losses.setdefault(looks, path) if len(looks) > 1 else path
         if twin != path:
-            # The same command gives the same losses again. In one folder they would count as two runs.
-            together = verdict.reasons if twin.parent == path.parent else verdict.notes
+            # The same command gives the same losses again. In one folder they would count as two runs, if both ended.
+            both_count = twin.parent == path.parent and {twin, path} <= ended
+            together = verdict.reasons if both_count else verdict.notes
             together.append(f"repeats the losses of {twin.name}")
         start = run.start
         setting = json_hash(Run(path, start).setting)

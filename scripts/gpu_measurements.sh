@@ -13,7 +13,7 @@ cd "$(dirname "$0")/.."
 OUT=$(realpath -m "${OUT:-runs/gpu_measurements}")
 PARTS=${PARTS:-$([ "${PEER:-}" ] && echo peer || echo train optim losses target memory)}
 LIMIT_S=${LIMIT_S:-530}
-PYTHON=${PYTHON:-python3}
+PYTHON=$(realpath -s "$(command -v "${PYTHON:-python3}")") # not what a link of .venv leads to
 mkdir -p "$OUT"
 DATA=$(mktemp -d)
 trap 'rm -rf "$DATA"' EXIT
@@ -89,8 +89,10 @@ if wants peer; then
         ln -s "$DATA/text/local_${split}_000000.bin" "$DATA/peer/data/fineweb10B/fineweb_${split}_000000.bin"
     done
     export PYTHONUNBUFFERED=1
-    part public 250 bash -c 'cd "$0" && { "$@" & } && until grep -q "^step:$STOP/" "$LOG" || ! kill -0 $!; do sleep 1; done
-        kill $! 2>/dev/null; wait' "$DATA/peer" $PYTHON -m torch.distributed.run --standalone --nproc_per_node=1 "$(realpath "$PEER")"
+    part public 250 bash -c 'cd "$0" && { "$@" & }
+        until grep -q "^step:$STOP/" "$LOG" || ! kill -0 $! 2>/dev/null; do sleep 1; done
+        kill $! 2>/dev/null; wait; grep -q "^step:$STOP/" "$LOG"' \
+        "$DATA/peer" "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node=1 "$(realpath "$PEER")"
     part ours 250 $PYTHON train_gpt.py --config configs/gpt2_small.toml --optimizer muon "${OURS[@]}" \
         --set "data.train=$DATA/text/local_train_*.bin" --set "data.val=$DATA/text/local_val_*.bin" \
         --set train.steps=$PEER_STEPS --set schedule.cooldown_frac=0 --set eval.late_every=125 \

@@ -12,6 +12,7 @@ folders, public results from reference.toml.
 import argparse
 import hashlib
 import json
+import math
 import os
 import re
 import statistics
@@ -233,7 +234,7 @@ class Page:
             seeds.append(f"[{cell(found.start['seed'])}][{name}]")
         return (
             str(number),
-            f"{mean_loss(group):.4f}",
+            f"{mean_loss(group):.4f}" if math.isfinite(mean_loss(group)) else "-",
             "-" if len(losses) < 2 else f"{statistics.stdev(losses):.4f}",
             f"{gate(losses, run.target).margin:+.4f}" if is_whole and len(losses) >= MIN_RUNS else "-",
             cell(as_p(t_below(losses, run.target))) if is_whole else "-",

@@ -179,7 +179,7 @@ def draw_steps_to_target(axis, groups: Sequence[Group], styles: Sequence[tuple])
     axis.set_yticks(range(len(groups)), [printable(group.label) for group in groups])
     axis.invert_yaxis()
     axis.set_xlabel("steps to the target: mean, 95 % interval; ticks are seeds")
-    axis.set_xlim(0, longest * 1.08)
+    axis.set_xlim(0, max(1, longest) * 1.08)
 
 
 def main() -> int:

@@ -20,14 +20,14 @@ PREEMPTED = Exit.PREEMPTED
 
 def check_settings(argvs: Iterable[Sequence[str]], nproc: int) -> None:
     """Raise HarnessError for runs that could not start, as far as that shows without data. argvs: of train_gpt.py."""
-    from aurora.runtime.batch import plan_batch  # which imports torch: seconds, that a mere report does without
-    from aurora.runtime.optimizers import checked_hparams
+    import train_gpt  # which imports torch: seconds, that a mere report does without
 
     # A setting is checked once, for all of its seeds.
     for config_name, optimizer, *overrides in dict.fromkeys((argv[1], argv[3], *argv[7::2]) for argv in argvs):
         config = load_config(ROOT / config_name, optimizer, overrides)
-        checked_hparams(config)
-        plan_batch(config, nproc)
+        train_gpt.checked_hparams(config)
+        train_gpt.check_schedule(config)
+        train_gpt.plan_batch(config, nproc)
 
 
 class Outcome(NamedTuple):

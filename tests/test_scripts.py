@@ -408,6 +408,7 @@ def run_compare(monkeypatch, *arguments):
         (["--optimizers", "muon", "--grid", "optimizer.lr=0.1,high"], "optimizer.muon.lr must be a finite number"),
         (["--optimizers", "muon", "--grid", "optimizer.lrr=0.1"], "optimizer.muon has an unknown key 'lrr'"),
         (["--nproc", "7"], "7 ranks do not divide the 16 sequences"),
+        (["--set", "optimizer.muon.warmup_steps=900"], "leave no step for it in train.steps = 30"),
     ],
 )
 def test_what_no_run_could_start_with_is_said_once_before_the_first(

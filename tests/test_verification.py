@@ -344,6 +344,14 @@ def test_dropped_seed_and_duplicated_run_show_in_the_folder(tiny_track, trained,
     assert [verdict.word for verdict in verify_folder(copies)] == ["consistent", "refuted"]
 
 
+def test_a_first_window_in_which_losses_rose_says_nothing_of_the_look_behind_it(muon, tmp_path):
+    """As with a learning rate far too high, from which a run may come back."""
+    start, untrained, look = muon[0], *of(muon, "val")[:2]
+    window = next(event for event in of(muon, "train") if event["step"] == look["step"]) | {"train_loss": 6.6}
+    reasons = verify_run(write(tmp_path / "a.jsonl", [start, untrained, window, look])).reasons
+    assert not any("too far below" in reason for reason in reasons)
+
+
 def test_replay_catches_what_the_record_hides(muon, tmp_path, capsys):
     """Losses of another run, at which every sum agrees, are invented too well for the record alone."""
     honest = write(tmp_path / "honest.jsonl", muon)
