@@ -20,11 +20,12 @@ PREEMPTED = Exit.PREEMPTED
 
 def check_settings(argvs: Iterable[Sequence[str]], nproc: int) -> None:
     """Raise HarnessError for runs that could not start, as far as that shows without data. argvs: of train_gpt.py."""
-    import train_gpt  # which imports torch: seconds, that a mere report does without
+    settings = dict.fromkeys((argv[1], argv[3], *argv[7::2]) for argv in argvs)  # once for all seeds
+    configs = [load_config(ROOT / name, optimizer, overrides) for name, optimizer, *overrides in settings]
 
-    # A setting is checked once, for all of its seeds.
-    for config_name, optimizer, *overrides in dict.fromkeys((argv[1], argv[3], *argv[7::2]) for argv in argvs):
-        config = load_config(ROOT / config_name, optimizer, overrides)
+    import train_gpt  # and with it torch, which takes seconds
+
+    for config in configs:
         train_gpt.checked_hparams(config)
         train_gpt.check_schedule(config)
         train_gpt.plan_batch(config, nproc)

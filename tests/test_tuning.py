@@ -126,20 +126,21 @@ lr = { start = 0.003, factor = 2 }
 """
 
 
-def test_tuning_runs_goes_on_and_writes_the_track(tiny_track, tmp_path):
+def test_tuning_runs_goes_on_and_writes_the_track(tiny_track, tmp_path, capsys):
     config, space, out = tmp_path / "tiny.toml", tmp_path / "space.toml", tmp_path / "tiny_tuning"
     shutil.copy(tiny_track, config)
     space.write_text(TINY_SPACE)
 
-    def tune(*args):
-        command = ["tune", "--config", str(config), "--space", str(space), "--out", str(out), "--jobs", "2", *args]
-        process = start_process("scripts/compare.py", *command)
+    command = ["--config", str(config), "--space", str(space), "--out", str(out), "--jobs", "2"]
+
+    def tune_elsewhere(*args):
+        process = start_process("scripts/compare.py", "tune", *command, *args)
         output, err = process.communicate(timeout=240)
         assert (process.returncode, err) == (0, "")
         return output
 
-    tune("--trials", "2")
-    output = tune("--trials", "3", "--write")
+    tune_elsewhere("--trials", "2")
+    output = tune_elsewhere("--trials", "3", "--write")
     assert output.count("] found: ") == 4 and output.count("] done: ") == 2
     runs, errors = read_folder(out)
     assert len(runs) == 6 and not errors and len(list(out.glob("*.jsonl"))) == 6
@@ -160,7 +161,8 @@ def test_tuning_runs_goes_on_and_writes_the_track(tiny_track, tmp_path):
         best = min((e for e in ledger if e["optimizer"] == optimizer and e["val_loss"]), key=lambda e: e["val_loss"])
         assert load_config(config, optimizer).hparams["lr"] == best["setting"]["lr"]
     assert f"# Tuned: 3 trials, {out}" in config.read_text() and "(chosen)" in (out / "tuning.md").read_text()
-    assert tune("--trials", "3").count("] found: ") == 6, "values that are in the track now change no trial"
+    assert tune.main([*command, "--trials", "3"]) == 0
+    assert capsys.readouterr().out.count("] found: ") == 6, "values that are in the track now change no trial"
 
 
 def test_lines_of_optimizers_that_are_not_searched_stay_in_ledger_and_page(tmp_path):
