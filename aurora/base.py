@@ -160,6 +160,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             torch._foreach_mul_(stack, 1 - group["lr"] * group["weight_decay"])
         if isinstance(step_size, Tensor):  # which alpha may not be
             O_KMN, step_size = O_KMN.float() * step_size, 1
+        O_KMN = O_KMN.to(torch.promote_types(O_KMN.dtype, stack[0].dtype))  # of one dtype it is one launch on CUDA
         torch._foreach_sub_(stack, list(O_KMN.unbind()), alpha=step_size)
 
     def lookahead(self, stack: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
