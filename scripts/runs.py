@@ -16,6 +16,7 @@ from configs.schema import Exit, load_config
 from results.record import ROOT, Run, read_folder
 
 PREEMPTED = Exit.PREEMPTED
+PRIVATE = ".run-"  # how names of the folders begin in which runs train
 
 
 def check_settings(argvs: Iterable[Sequence[str]], nproc: int) -> None:
@@ -72,7 +73,7 @@ class Workers:
         """
         with self._place() as cores:
             self.out.mkdir(parents=True, exist_ok=True)
-            folder = Path(tempfile.mkdtemp(prefix=".run-", dir=self.out))
+            folder = Path(tempfile.mkdtemp(prefix=PRIVATE, dir=self.out))
             try:
                 child = argv, folder, nproc, progress, prefix, cores
                 stopped, code = self._take_stopped(argv, nproc, sources, folder), None
@@ -86,7 +87,7 @@ class Workers:
                 code = self.run_one(*child) if code is None else code
             finally:
                 names = self._bring_home(folder)
-                shutil.rmtree(folder, ignore_errors=True)
+                remove_empty(folder)
         run = next((run for run in reversed(self.records()) if run.path.name in names), None)
         # torchrun hides the exit code.
         is_stopped = run is not None and run.end is not None and run.end["status"] == "interrupted"
@@ -97,13 +98,16 @@ class Workers:
         from aurora.runtime.process import lock_folder  # see check_settings()
 
         with self.lock:
-            run = stopped_run(read_folder(self.out)[0], argv, nproc, sources)
+            # Other folders below out are not ours to move from.
+            places = {self.out, *self.out.glob(f"{PRIVATE}*")}
+            found = [run for run in read_folder(self.out)[0] if run.path.parent in places]
+            run = stopped_run(found, argv, nproc, sources)
             if run is None:
                 return None
             with lock_folder(run.path.parent):  # which its process has as long as it trains
                 bring([run.path, checkpoints_of(run)], folder)
             if run.path.parent != self.out:
-                shutil.rmtree(run.path.parent)
+                remove_empty(run.path.parent)
             return folder / run.path.name
 
     def _bring_home(self, folder: Path) -> set[str]:
@@ -164,6 +168,12 @@ class Workers:
 def bring(paths: Iterable[Path], folder: Path) -> None:
     for path in paths:
         path.rename(folder / path.name)
+
+
+def remove_empty(folder: Path) -> None:
+    """A private folder that holds its lock alone; one that holds more is left."""
+    if [path.name for path in folder.iterdir()] in ([], [".lock"]):
+        shutil.rmtree(folder)
 
 
 def finished_run(runs: Sequence[Run], argv: list[str], nproc: int, sources: dict[str, str]) -> Run | None:

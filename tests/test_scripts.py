@@ -471,6 +471,15 @@ def test_a_run_whose_process_was_killed_in_its_own_folder_is_taken_from_there(tm
     assert (tmp_path / "old.checkpoints").is_dir() and not list(tmp_path.glob(".run-*"))
 
 
+def test_runs_of_other_folders_below_out_are_not_moved(tmp_path, monkeypatch):
+    write_stopped(tmp_path / "mine")
+    write_stopped(tmp_path / "mine", "beside", sources={})
+    started = []
+    monkeypatch.setattr(runs.Workers, "run_one", lambda self, argv, *args, go_on=False: started.append(go_on) or 0)
+    train(1, tmp_path)
+    assert started == [False] and len(list((tmp_path / "mine").glob("*.jsonl"))) == 2
+
+
 def test_a_run_that_goes_on_in_another_process_is_left_alone(tmp_path, monkeypatch):
     """As after a kill of compare.py alone: its runs live on."""
     write_stopped(tmp_path / ".run-before")
