@@ -375,10 +375,3 @@ def seed_gaps(seeds: Iterable[int], most: int = 1000) -> list[int]:
     """Seeds missing between the first and the last, the lowest of them: were they run, and left out?"""
     missing = (seed for low, high in itertools.pairwise(sorted(set(seeds))) for seed in range(low + 1, high))
     return list(itertools.islice(missing, most))
-
-
-def by_optimizer(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(run.start["optimizer"], []).append(run)
-    return groups
