@@ -78,10 +78,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import aurora
+from aurora.runtime import fused
 from aurora.runtime.attention import choose_attention
 from aurora.runtime.batch import BatchPlan, plan_batch
 from aurora.runtime.clock import Clock, time_mark
-from aurora.runtime.compiled import Model, agreed, compiled_where_possible
+from aurora.runtime.compiled import Model, agreed, check_gradients, compiled_where_possible
 from aurora.runtime.console import Console
 from aurora.runtime.faults import point
 from aurora.runtime.float8 import check_float8, float8_linear
@@ -143,6 +144,13 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.gain)
 
+    def add(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        """x + branch, and what forward() gives of it."""
+        if fused.is_on:
+            return fused.AddNorm.apply(x, branch, self.gain)
+        x = x + branch
+        return x, self(x)
+
 
 class Linear(nn.Linear):
     """A linear layer with bias that computes in the dtype of its input."""
@@ -154,14 +162,19 @@ class Linear(nn.Linear):
         return side_by_side(x, self)
 
 
-def side_by_side(x: Tensor, first: Linear, *others: Linear) -> Tensor:
-    """The outputs of layers that share their input, one after the other along the last dimension: one matmul."""
+def packed(x: Tensor, first: Linear, *others: Linear) -> tuple[Tensor, Tensor]:
+    """Weight and bias, in the dtype of their input x, of layers that share it, one below the other."""
     parts = zip(*((layer.weight, layer.bias) for layer in (first, *others)), strict=True)
     if first.held:
         weight, bias = (Held.apply(copy, *tensors) for copy, tensors in zip(first.held, parts, strict=True))
     else:
         weight, bias = ((torch.cat(tensors) if others else tensors[0]).type_as(x) for tensors in parts)
-    return first.multiply(x, weight, bias)
+    return weight, bias
+
+
+def side_by_side(x: Tensor, first: Linear, *others: Linear) -> Tensor:
+    """The outputs of layers that share their input, one after the other along the last dimension: one matmul."""
+    return first.multiply(x, *packed(x, first, *others))
 
 
 class Rotary(nn.Module):
@@ -175,8 +188,12 @@ class Rotary(nn.Module):
         self.register_buffer("cos_T1K", torch.cat([cos, cos], dim=-1), persistent=False)
         self.register_buffer("sin_T1K", torch.cat([sin, -sin], dim=-1), persistent=False)
 
+    def tables(self, seq_len: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (T, 1, K)."""
+        return self.cos_T1K[:seq_len], self.sin_T1K[:seq_len]
+
     def forward(self, x_BTHK: Tensor) -> Tensor:
-        return RotatedRMSNorm.apply(x_BTHK, self.cos_T1K[: x_BTHK.size(1)], self.sin_T1K[: x_BTHK.size(1)])
+        return RotatedRMSNorm.apply(x_BTHK, *self.tables(x_BTHK.size(1)))
 
 
 class Attention(nn.Module):
@@ -190,11 +207,17 @@ class Attention(nn.Module):
         self.rotary = Rotary(config.model_dim // config.num_heads, config.seq_len, config.rope_base)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        qkv_BT3HK = side_by_side(x_BTD, self.q, self.k, self.v).unflatten(-1, (3, self.num_heads, -1))
-        q_BTHK, k_BTHK, v_BTHK = qkv_BT3HK.unbind(2)
-        q, k, v = (x_BTHK.transpose(1, 2) for x_BTHK in (self.rotary(q_BTHK), self.rotary(k_BTHK), v_BTHK))
+        q, k, v = (x_BTHK.transpose(1, 2) for x_BTHK in self.heads(x_BTD))
         y_BHTK = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
         return self.out(y_BHTK.transpose(1, 2).flatten(-2))
+
+    def heads(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, T, H, K)."""
+        layers = self.q, self.k, self.v
+        if fused.is_on:
+            return fused.RotatedHeads.apply(x_BTD, *packed(x_BTD, *layers), *self.rotary.tables(x_BTD.size(1)))
+        q_BTHK, k_BTHK, v_BTHK = side_by_side(x_BTD, *layers).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        return self.rotary(q_BTHK), self.rotary(k_BTHK), v_BTHK
 
 
 class MLP(nn.Module):
@@ -206,6 +229,8 @@ class MLP(nn.Module):
         self.down = Linear(width, config.model_dim)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        if fused.is_on and self.gate is None:
+            return fused.SquaredReluMLP.apply(x_BTD, *packed(x_BTD, self.up), *packed(x_BTD, self.down))
         return self.down(self.activations(x_BTD))
 
     def activations(self, x_BTD: Tensor) -> Tensor:
@@ -222,9 +247,14 @@ class Block(nn.Module):
         self.attention_norm, self.attention = RMSNorm(config.model_dim), Attention(config)
         self.mlp_norm, self.mlp = RMSNorm(config.model_dim), MLP(config)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD))
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+    def forward(self, x_BTD: Tensor, branch_BTD: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The residual stream and what is still to be added to it, which the next norm does on its way."""
+        if branch_BTD is None:
+            normed_BTD = self.attention_norm(x_BTD)
+        else:
+            x_BTD, normed_BTD = self.attention_norm.add(x_BTD, branch_BTD)
+        x_BTD, normed_BTD = self.mlp_norm.add(x_BTD, self.attention(normed_BTD))
+        return x_BTD, self.mlp(normed_BTD)
 
 
 class GPT(nn.Module):
@@ -276,15 +306,18 @@ class GPT(nn.Module):
     def embedded(self, inputs_BT: Tensor) -> Tensor:
         return self.embed_norm(self.embed(inputs_BT).to(self.activation_dtype))
 
-    def trunk(self, inputs_BT: Tensor) -> Tensor:
-        """(B, T) tokens to (B, T, D), what the head reads before its norm."""
-        x_BTD = self.embedded(inputs_BT)
+    def trunk(self, inputs_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T) tokens to the residual stream (B, T, D), and what the last block adds to it."""
+        x_BTD, branch_BTD = self.embedded(inputs_BT), None
         for block in self.blocks:
-            x_BTD = block(x_BTD)
-        return x_BTD
+            x_BTD, branch_BTD = block(x_BTD, branch_BTD)
+        return x_BTD, branch_BTD
 
-    def loss(self, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
-        z_NV = self.head(self.head_norm(x_BTD)).flatten(0, 1)
+    def loss(self, x_BTD: Tensor, branch_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+        _, x_BTD = self.head_norm.add(x_BTD, branch_BTD)
+        if fused.is_on and self.head.multiply is F.linear:
+            return fused.HeadLoss.apply(x_BTD, *packed(x_BTD, self.head), targets_BT, self.softcap)
+        z_NV = self.head(x_BTD).flatten(0, 1)
         return SoftCapCrossEntropy.apply(z_NV, targets_BT.flatten(), self.softcap)
 
     def activations(self, inputs_BT: Tensor) -> Iterator[Tensor]:
@@ -298,11 +331,12 @@ class GPT(nn.Module):
 
     def forward(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Cross-entropy summed over the targets."""
-        return self.loss(self.trunk(inputs_BT), targets_BT)
+        return self.loss(*self.trunk(inputs_BT), targets_BT)
 
     def logits(self, inputs_BT: Tensor) -> Tensor:
         """(B, T) tokens to (B, T, V) float32 logits, soft-capped."""
-        return soft_cap(self.head(self.head_norm(self.trunk(inputs_BT))).float(), self.softcap)
+        _, x_BTD = self.head_norm.add(*self.trunk(inputs_BT))
+        return soft_cap(self.head(x_BTD).float(), self.softcap)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -437,6 +471,8 @@ def warm_up(model: Model, run: Training) -> None:
             for optimizer in run.optimizers:
                 optimizer.step()
             run.model.zero_grad()
+        if model is not run.model:
+            agreed(run.ranks, lambda: compare_gradients(model, run))
         point("warm_up", 0)  # compiling for validation may take as long again
         with torch.no_grad(), run.model.weights_at_rest():
             for sequences in plan.val_batches:
@@ -446,6 +482,14 @@ def warm_up(model: Model, run: Training) -> None:
         run.load_state_dict(before)
     if digest(run.state_dict()) != digest(before):
         raise RuntimeError("warm-up left a trace in weights, optimizer state, RNG or loader")
+
+
+def compare_gradients(model: Model, run: Training) -> None:
+    """Raise WrongGradient for a compiled model that is not what was compiled. Without a collective."""
+    run.model.zero_grad()
+    with run.model.weights_at_rest():
+        check_gradients(model, run.model, made_up_batch(run.plan.micro_batch, run), run.model.activation_dtype)
+    run.model.zero_grad()
 
 
 def try_passes(model: Model, plan: BatchPlan, run: Training) -> None:
@@ -531,9 +575,10 @@ def train_in_folder(
         run.plan = plan_batch(config, ranks.world_size, checkpoint["micro_batch"])  # which was found before
     point("warm_up", 0)
     start["attention"] = choose_attention(config.model, ranks.device)
+    fused.choose_kernels(config, ranks.device)
     model = compiled_where_possible(run.model, config.train.compile, ranks, lambda called: prepare(called, run))
-    start |= {"compiled": model is not run.model, "micro_batch": run.plan.micro_batch}
-    ranks.check_agree(**{key: start[key] for key in ("attention", "compiled", "micro_batch")})
+    start |= {"compiled": model is not run.model, "kernels": fused.kernels_of(), "micro_batch": run.plan.micro_batch}
+    ranks.check_agree(**{key: start[key] for key in ("attention", "kernels", "compiled", "micro_batch")})
     progress = ranks.together(lambda: go_on_from(checkpoint, run, clock)) if checkpoint else Progress()
     if checkpoint:
         ranks.say(f"resume: from step {progress.step} of {start['run_id']}, segment {progress.segments}")

@@ -180,7 +180,7 @@ def polar(
         for _ in range(2 if interlude else 0):
             X = _polar_svd(interlude(X), schedule.min_singular_value)
         return X
-    X = (scale / schedule.norm_margin * X_KMN).to(dtype)
+    X = torch.mul(X_KMN, scale / schedule.norm_margin, out=X_KMN.new_empty(X_KMN.shape, dtype=dtype))  # one pass
     steps = schedule.coefficients
     if interlude is None:
         return _apply(X, steps)

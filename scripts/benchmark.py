@@ -7,6 +7,7 @@ python scripts/benchmark.py train       tokens a second of whole training steps,
 python scripts/benchmark.py optim       whole optimizer steps on the matrices of a track, and how good the updates are
 python scripts/benchmark.py memory      memory of a training step by micro-batch
 python scripts/benchmark.py runs        whole runs, one after the other, with one compilation for all
+python scripts/benchmark.py turns       the public script and ours on the same tokens, in turns
 """
 
 import argparse
@@ -27,6 +28,7 @@ from scripts.benchmarks.optim import CONTENDERS, optim
 from scripts.benchmarks.peer import against_peer
 from scripts.benchmarks.runs import runs
 from scripts.benchmarks.train import train
+from scripts.benchmarks.turns import turns
 
 
 def add_track_command(commands: argparse._SubParsersAction, name: str, text: str) -> argparse.ArgumentParser:
@@ -77,6 +79,18 @@ def main() -> int:
     command = add_track_command(commands, "runs", "whole runs; OUT is the folder of their records")
     command.add_argument("--seeds", type=int, nargs="+", default=[0])
     command.set_defaults(run=runs)
+    command = commands.add_parser("turns", help="the public script and ours on the same tokens, in turns")
+    command.add_argument("--peer", type=Path, required=True, metavar="SCRIPT", help="train_gpt_simple.py")
+    command.add_argument("--train", type=Path, required=True, help="shard of train tokens for both")
+    command.add_argument("--val", type=Path, required=True, help="shard of validation tokens for both")
+    command.add_argument("--val-tokens", type=int, default=2**20)
+    command.add_argument("--steps", type=int, default=100, help="of each")
+    command.add_argument("--every", type=int, default=50, help="steps of a turn, which ends with a validation")
+    command.add_argument("--limit-s", type=float, default=500.0, help="after which both are ended")
+    command.add_argument("--config", type=Path, default=ROOT / "configs" / "gpt2_small.toml", help="track (TOML)")
+    command.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=V", help="for ours")
+    command.add_argument("--out", type=Path, required=True, help="OUT.md and OUT.json are written")
+    command.set_defaults(run=turns)
     args = parser.parse_args()
     try:
         print(args.run(args), end="\n" if int(os.environ.get("RANK", 0)) == 0 else "")

@@ -143,7 +143,9 @@ class RotatedRMSNorm(torch.autograd.Function):
         wide = x.to(cos.dtype)
         rstd = inverse_rms(wide)
         y = wide * rstd
-        y = torch.addcmul(y * cos, partners(y), sin).type_as(x)
+        y = torch.addcmul(y * cos, partners(y), sin)
+        # Where nothing is to be converted, torch.compile of torch 2.11 loses the gradient of what type_as() returns.
+        y = y if y.dtype == x.dtype else y.type_as(x)
         ctx.save_for_backward(y, rstd, cos, sin)
         return y
 

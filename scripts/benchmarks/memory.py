@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import train_gpt
+from aurora.runtime import fused
 from aurora.runtime.attention import choose_attention
 from aurora.runtime.memory import memory_estimate_gib
 from aurora.runtime.ranks import is_out_of_memory, join_ranks
@@ -25,6 +26,7 @@ def memory(args: argparse.Namespace) -> str:
         for size in args.sizes:
             config = load_config(args.config, name, [*overrides, f"train.micro_batch={size}"])
             choose_attention(config.model, ranks.device)
+            fused.choose_kernels(config, ranks.device)
             with torch.device("meta"):
                 model = train_gpt.GPT(config.model)
             optimizers = train_gpt.build_optimizers(config, model.roles())

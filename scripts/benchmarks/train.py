@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 import train_gpt
+from aurora.runtime import fused
 from aurora.runtime.attention import choose_attention
 from aurora.runtime.clock import elapsed_ms, time_mark
 from aurora.runtime.compiled import Model, compiled_where_possible
@@ -234,9 +235,12 @@ def train(args: argparse.Namespace) -> str:
         )
         overrides = ranks.all_gather_object(found)[0]
         configs = {name: load_config(args.config, name, overrides) for name in args.optimizers}
-        backend = choose_attention(configs[args.optimizers[0]].model, ranks.device)
+        first = configs[args.optimizers[0]]
+        chosen = {"attention": choose_attention(first.model, ranks.device)}
+        fused.choose_kernels(first, ranks.device)
         contenders = {name: new_contender(config, ranks) for name, config in configs.items()}
-        result = {"attention": backend} | measure(args, configs, contenders, ranks)
+        chosen["kernels"] = fused.kernels_of()
+        result = chosen | measure(args, configs, contenders, ranks)
         if ranks.is_main:
             write(args.out, result, train_table(result))  # before what may run out of time
         if args.profile:
@@ -310,8 +314,9 @@ def train_table(result: dict[str, Any]) -> str:
         f"{result['config']}: {result['batch_tokens']:,} tokens a step on {result['world_size']} x {device['name']}; "
         f"torch {device['torch']}, CUDA {device['cuda']}, cuDNN {device['cudnn']}, {device['threads']} threads",
         "",
-        f"attention: {result['attention']}; {'compiled' if first['is_compiled'] else 'eager'}; graphs compiled while "
-        f"timed: {result['graphs_compiled_while_timed']}, graph breaks: {result['graph_breaks']}; "
+        f"attention: {result['attention']}, kernels: {result['kernels']}; "
+        f"{'compiled' if first['is_compiled'] else 'eager'}; graphs compiled while timed: "
+        f"{result['graphs_compiled_while_timed']}, graph breaks: {result['graph_breaks']}; "
         f"{clocks or 'no GPU clocks'}; matmul {device['measured_tflops']:.1f} TFLOP/s measured, {nominal}",
         "",
         f"    {result['command']}",

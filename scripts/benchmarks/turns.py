@@ -1,0 +1,178 @@
+"""The public optimization benchmark's script and ours on the same tokens, in turns on one machine.
+
+Both start and compile. Then one is stopped (SIGSTOP) while the other trains from one validation to the next, so that
+each has the device for itself and both have it hot. Public script: train_gpt_simple.py of modded-nanogpt,
+records/track_3_optimization; of a copy of it the validation alone is changed, its tokens and how often. Until the end
+of these steps both have their peak lr.
+"""
+
+import argparse
+import os
+import re
+import shlex
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from configs.schema import Exit, HarnessError
+from results.record import read_events
+from scripts.benchmarks.train import write
+from train_gpt import ROOT
+
+WARMUP_STEPS = 5  # of a turn, that are not timed
+# What is changed in the copy, by what; each must be there once.
+CHANGES = {
+    r"^val_tokens = .*$": "val_tokens = {tokens}",
+    r"\bval_step_freq = \d+ if": "val_step_freq = {every} if",
+}
+
+
+class Program:
+    """A running program whose console goes to a file."""
+
+    def __init__(self, command: list[str], folder: Path, log: Path, env: dict[str, str]):
+        self.log, self.file = log, log.open("w")
+        self.process = subprocess.Popen(
+            command, cwd=folder, stdout=self.file, stderr=subprocess.STDOUT, start_new_session=True,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"} | env,
+        )  # fmt: skip
+
+    def run_until(self, pattern: str, deadline_s: float) -> None:
+        """Let it go on until a line of its console begins so, then stop it."""
+        self.send(signal.SIGCONT)
+        while not re.search(f"^{pattern}", self.text(), re.MULTILINE):
+            if self.process.poll() is not None or time.monotonic() > deadline_s:
+                why = "is out of time" if self.process.poll() is None else f"ended with {self.process.poll()}"
+                last = self.text().strip().splitlines()[-1:]
+                raise HarnessError(Exit.CONFIG, f"{self.log}: no line {pattern!r}, and it {why}; its last: {last}")
+            time.sleep(0.05)
+        self.send(signal.SIGSTOP)
+
+    def send(self, number: signal.Signals) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, number)
+
+    def text(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def end(self) -> None:
+        self.send(signal.SIGKILL)
+        self.process.wait()
+        self.file.close()
+
+
+def public_program(args: argparse.Namespace, folder: Path) -> Program:
+    """A copy of the script, in a folder where it finds its tokens."""
+    text = args.peer.read_text(encoding="utf-8")
+    for pattern, replacement in CHANGES.items():
+        changed = replacement.format(tokens=args.val_tokens, every=args.every)
+        text, count = re.subn(pattern, changed, text, flags=re.MULTILINE)
+        if count != 1:
+            raise HarnessError(Exit.CONFIG, f"{args.peer} has {count} times {pattern!r}, 1 expected: another version?")
+    (folder / "public.py").write_text(text, encoding="utf-8")
+    shards = folder / "data" / "fineweb10B"
+    shards.mkdir(parents=True)
+    for split, path in (("train", args.train), ("val", args.val)):
+        (shards / f"fineweb_{split}_000000.bin").symlink_to(path.resolve())
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return Program([sys.executable, "public.py"], folder, args.out.with_name(f"{args.out.name}_public.log"), env)
+
+
+def our_program(args: argparse.Namespace, folder: Path) -> Program:
+    settings = {
+        "data.train": args.train, "data.val": args.val, "train.steps": args.steps, "schedule.cooldown_frac": 0,
+        "eval.every": args.every, "eval.late_every": args.every, "eval.tokens": args.val_tokens,
+        "train.log_every": 1, "train.checkpoint_every": 0, "eval.telemetry": "false",
+    }  # fmt: skip
+    overrides = [*(f"{key}={value}" for key, value in settings.items()), *args.overrides]
+    command = [sys.executable, str(ROOT / "train_gpt.py"), "--config", str(args.config), "--optimizer", "muon"]
+    command += ["--timeout-s", "600", "--out", str(folder)]  # while it is stopped, it does not answer
+    command += [word for override in overrides for word in ("--set", override)]
+    return Program(command, ROOT, args.out.with_name(f"{args.out.name}_ours.log"), {})
+
+
+def public_steps_s(text: str) -> dict[int, float]:
+    """Its clock after each step."""
+    return {int(step): float(at_s) for step, at_s in re.findall(r"^step:(\d+)/\d+ train_time:([\d.]+)s", text, re.M)}
+
+
+def losses(text: str) -> dict[int, float]:
+    return {int(step): float(loss) for step, loss in re.findall(r"^step:(\d+)/\d+ val_loss:([\d.]+)", text, re.M)}
+
+
+def turns(args: argparse.Namespace) -> str:
+    """Both programs to args.steps, args.every at a time; writes OUT.json, OUT.md and both consoles."""
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    deadline_s, programs = time.monotonic() + args.limit_s, []
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            programs.append(public_program(args, Path(folder)))
+            programs.append(our_program(args, args.out.with_name(f"{args.out.name}_ours")))
+            public, ours = programs
+            ours.run_until("model: ", deadline_s)
+            public.run_until("step:2/", deadline_s)
+            for step in range(args.every, args.steps + 1, args.every):
+                ours.run_until(rf"step:{step}/\d+ val_loss", deadline_s)
+                public.run_until(rf"step:{step}/\d+ val_loss", deadline_s)
+            ours.send(signal.SIGCONT)
+            ours.process.wait(timeout=60)
+        finally:
+            for program in programs:
+                program.end()
+    record = max(args.out.with_name(f"{args.out.name}_ours").glob("*.jsonl"), key=lambda path: path.stat().st_mtime)
+    return report(args, public.text(), ours.text(), [event for _, event in read_events(record)])
+
+
+def report(args: argparse.Namespace, public_text: str, our_text: str, events: list[dict[str, Any]]) -> str:
+    begin = events[0]
+    clock_s = public_steps_s(public_text)
+    step_ms = {event["step"]: event["step_ms"] for event in events if event["event"] == "train"}
+    rows = []
+    for last in range(args.every, args.steps + 1, args.every):
+        first = last - args.every + WARMUP_STEPS
+        theirs_ms = 1000 * (clock_s[last] - clock_s[first]) / (last - first)
+        ours_ms = statistics.median(step_ms[step] for step in range(first + 1, last + 1))
+        rows.append({"first": first + 1, "last": last, "ours_ms": ours_ms, "public_ms": theirs_ms})
+    found = {"ours": losses(our_text), "public": losses(public_text)}
+    result = {
+        "command": "python scripts/benchmark.py " + shlex.join(sys.argv[1:]),
+        "run": {key: value for key, value in begin.items() if key != "sources"},
+        "turns": rows,
+        "val_loss": found,
+    }
+    lines = [
+        f"{args.config.name} with Muon and {args.peer.name} in turns on {begin['env']['device_name']}, the same tokens",
+        "",
+        f"torch {begin['env']['torch']}, cuDNN {begin['env']['cudnn']}; ours: attention {begin['attention']}, kernels "
+        f"{begin['kernels']}, micro-batch {begin['micro_batch']}",
+        "",
+        f"    {result['command']}",
+        "",
+        "| steps | ours ms/step | public ms/step | ratio |",
+        "|---|---|---|---|",
+        *(
+            f"| {row['first']} to {row['last']} | {row['ours_ms']:.2f} | {row['public_ms']:.2f} | "
+            f"{row['ours_ms'] / row['public_ms']:.3f} |"
+            for row in rows
+        ),
+        "",
+        "| step | our validation loss | public | difference |",
+        "|---|---|---|---|",
+        *(
+            f"| {step} | {loss:.4f} | {found['public'][step]:.4f} | {loss - found['public'][step]:+.4f} |"
+            for step, loss in found["ours"].items()
+            if step in found["public"]
+        ),
+    ]
+    text = "\n".join(lines) + "\n"
+    write(args.out, result, text)
+    return text

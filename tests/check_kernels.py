@@ -1,0 +1,48 @@
+"""Prints, for every output of every kernel run by Triton's interpreter, its error against its formula in float64.
+
+A process of its own, since Triton reads TRITON_INTERPRET when it is imported. Its matmuls know no bfloat16.
+"""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+
+from aurora.runtime import fused, kernels
+
+B, T, H, K, V, CAP = 2, 128, 3, 32, 1100, 15.0
+M, D, C = B * T, 128, 384
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def check(name: str, *inputs: object) -> None:
+    wide = [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs]
+    found, expected = getattr(kernels, name)(*inputs), getattr(fused, name)(*wide)
+    if isinstance(found, torch.Tensor):
+        found, expected = (found,), (expected,)
+    for number, (a, b) in enumerate(zip(found, expected, strict=True)):
+        assert a.shape == b.shape and a.isfinite().all()
+        limit = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[inputs[0].dtype]
+        error = ((a.double() - b).norm() / b.norm()).item()
+        print(f"{name} {inputs[0].dtype} output {number}: {error:.1e}, {'ok' if error < limit else 'WRONG'}")
+
+
+generator = torch.Generator().manual_seed(0)
+half = torch.float16
+check("up_relu_squared", random(M, D, dtype=half), random(C, D, dtype=half) / 8, random(C, dtype=half))
+check("up_gradient", random(M, D, dtype=half), random(D, C, dtype=half) / 8, random(M, C, dtype=half).square())
+angles = torch.outer(torch.arange(T, dtype=torch.float32), random(K // 2))[:, None]
+tables = torch.cat([angles.cos()] * 2, -1), torch.cat([angles.sin(), -angles.sin()], -1)
+for dtype in (torch.float32, torch.bfloat16):
+    check("rotated_norm", random(B, T, 3, H, K, dtype=dtype), *tables)
+    grads = [random(B, T, H, K, dtype=dtype) for _ in range(3)]
+    check("rotated_norm_gradient", *grads, random(3, B, T, H, K, dtype=dtype), random(B, T, 2, H), *tables)
+    check("add_norm", random(M, 96, dtype=dtype), random(M, 96, dtype=dtype), random(96))
+    check("norm_gradient", *(random(M, 96, dtype=dtype) for _ in range(3)), random(M), random(96))
+    z, bias, targets = random(M, V, dtype=dtype), random(V, dtype=dtype), torch.arange(M) % V
+    check("log_sums", z, bias, CAP)
+    check("loss_gradient", z, bias, targets, random(M) + 12, torch.tensor(0.37), CAP)

@@ -1,0 +1,134 @@
+"""Parts of a block as single operations: their gradients, their kernels, and what happens where these fail."""
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import train_gpt
+from aurora.runtime import fused
+from aurora.runtime.compiled import CompileFailed, WrongGradient, check_gradients, compiled_where_possible
+from aurora.runtime.ranks import Ranks
+from configs.schema import load_config
+from tests.conftest import ROOT
+
+ONE_CPU = Ranks(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture
+def turned_on(monkeypatch):
+    monkeypatch.setattr(fused, "is_on", True)
+
+
+@pytest.fixture(params=["relu2", "swiglu"])
+def model(request):
+    sizes = ["seq_len=128", "model_dim=64", "num_heads=2", "num_layers=2", f"mlp={request.param}"]
+    config = load_config(ROOT / "configs/quick.toml", "muon", [f"model.{size}" for size in sizes]).model
+    model, generator = train_gpt.GPT(config), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * 0.05)
+    return model
+
+
+def tokens():
+    drawn = torch.randint(256, (8 * 128 + 1,), generator=torch.Generator().manual_seed(1))
+    return drawn[:-1].view(-1, 128), drawn[1:].view(-1, 128)
+
+
+def gradients(model, called=None):
+    model.zero_grad()
+    with model.weights_at_rest():
+        loss = (called or model)(*tokens())
+        loss.backward()
+    return {"loss": loss.detach()} | {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def test_loss_and_gradients_are_those_of_the_plain_modules(model, monkeypatch):
+    model = model.double()
+    model.activation_dtype = torch.float64
+    plain = gradients(model)
+    monkeypatch.setattr(fused, "is_on", True)
+    for name, value in gradients(model).items():
+        # The plain norms' epsilon is that of float64 here, float32's makes 1e-7.
+        assert (value - plain[name]).norm() < 2e-6 * plain[name].norm(), name
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton for this platform")
+def test_every_kernel_computes_its_formula():
+    """Run by Triton's interpreter: the kernels as written, not as a compiler for some device makes them."""
+    command = [sys.executable, "-m", "tests.check_kernels"]
+    outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    lines = outcome.stdout.splitlines()
+    assert outcome.returncode == 0 and not any("WRONG" in line for line in lines), outcome.stdout + outcome.stderr
+    assert {line.split()[0] for line in lines} == {operation._name for operation in fused.OPERATIONS}
+
+
+def test_compiled_code_with_the_gradient_of_the_model_passes(model, turned_on):
+    with model.weights_at_rest():
+        check_gradients(model, model, tokens(), torch.float32)  # fused against plain
+    assert fused.is_on
+
+
+@pytest.mark.parametrize("name", ["blocks.1.attention.q.weight", "head.bias", "embed_norm.gain"])
+@pytest.mark.parametrize("factor", [0.0, 1.1, -1.0, float("nan")])
+def test_a_lost_or_wrong_gradient_is_noticed_and_named(model, name, factor):
+    p = model.get_parameter(name)
+
+    def called(*batch):
+        return torch.func.functional_call(model, {name: p.detach() + factor * (p - p.detach())}, batch)
+
+    if factor == factor:
+        assert called(*tokens()) == model(*tokens())
+    with pytest.raises(WrongGradient, match=name if factor == factor else "embed.weight"):
+        check_gradients(called, model, tokens(), torch.float32)
+
+
+def test_a_compiled_model_with_a_wrong_gradient_is_not_trained(tiny_track, tmp_path, monkeypatch, capsys):
+    def half(model, **_):
+        return lambda *batch: HalfGradient.apply(model(*batch))
+
+    class HalfGradient(torch.autograd.Function):
+        forward = staticmethod(lambda ctx, loss: loss.clone())
+        backward = staticmethod(lambda ctx, grad: grad / 2)
+
+    monkeypatch.setattr(torch, "compile", half)
+    arguments = ["--config", str(tiny_track), "--optimizer", "muon", "--out", str(tmp_path)]
+    assert train_gpt.main([*arguments, "--set", "train.compile=on"]) == 2
+    error = capsys.readouterr().err
+    assert "compiled code gives another gradient of " in error and "set it to 'off'" in error
+
+
+def test_a_kernel_that_fails_leaves_the_run_with_those_of_torch(turned_on, capsys):
+    attempts = []
+
+    def prepare(model):
+        attempts.append(fused.is_on)
+        if fused.is_on:
+            raise CompileFailed("the kernel of add_norm: no such device")
+        return "micro-batch 1"
+
+    model = torch.nn.Linear(2, 2)
+    assert compiled_where_possible(model, "on", ONE_CPU, prepare) is not model
+    assert attempts == [True, False] and not fused.is_on and fused.kernels_of() == "torch"
+    assert "kernels: torch's alone, for the kernel of add_norm: no such device" in capsys.readouterr().out
+
+
+def test_an_error_in_a_kernel_is_told_from_lack_of_memory(monkeypatch):
+    class Kernels:
+        @staticmethod
+        def broken():
+            raise ValueError("shared memory")
+
+        @staticmethod
+        def hungry():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setitem(sys.modules, "aurora.runtime.kernels", Kernels)
+    monkeypatch.setattr("aurora.runtime.kernels", Kernels, raising=False)
+    with pytest.raises(fused.KernelFailed, match="the kernel of broken: ValueError: shared memory"):
+        fused.on_cuda("broken")()
+    with pytest.raises(torch.OutOfMemoryError):
+        fused.on_cuda("hungry")()
