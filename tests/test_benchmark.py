@@ -10,7 +10,7 @@ import torch
 import train_gpt
 from configs.schema import Exit, HarnessError, load_config
 from scripts.benchmarks import optim as benchmark
-from scripts.benchmarks import peer, train
+from scripts.benchmarks import peer, train, turns
 from tests.conftest import train_here
 
 
@@ -112,3 +112,51 @@ def test_momentum_that_cannot_be_dumped_exits_2(tiny_track, tmp_path, capsys, op
 def test_replay_of_a_folder_without_momentum_is_told(tmp_path):
     with pytest.raises(HarnessError, match="train with --dump-momentum first"):
         benchmark.recorded_momentum(tmp_path)
+
+
+PUBLIC_SCRIPT = """
+import pathlib, time
+val_tokens = 20 * 524288
+assert len(list(pathlib.Path("data/fineweb10B").glob("fineweb_*_000000.bin"))) == 2
+for step in range(10000):
+    val_step_freq = 125 if step < 9000 else 25
+    if step % val_step_freq == 0:
+        print(f"step:{step}/3250 val_loss:{5 - step / val_tokens:.5f} train_time:{step / 50:.3f}s step_avg:20.00ms")
+    time.sleep(0.02)
+    print(f"step:{step + 1}/3250 train_time:{(step + 1) / 50:.3f}s step_avg:20.00ms")
+"""
+
+
+@pytest.fixture
+def turns_args(tiny_track, tmp_path):
+    (tmp_path / "simple.py").write_text(PUBLIC_SCRIPT)
+    shards = {
+        "train": tiny_track.with_name("tiny_train_000001.bin"),
+        "val": tiny_track.with_name("tiny_val_000000.bin"),
+    }
+    return argparse.Namespace(
+        peer=tmp_path / "simple.py", **shards, val_tokens=64, steps=16, every=8, limit_s=60.0,
+        config=tiny_track, overrides=[], out=tmp_path / "turns",
+    )  # fmt: skip
+
+
+def test_public_script_and_ours_take_turns_on_the_same_tokens(turns_args):
+    text = turns.turns(turns_args)
+    result = json.loads(turns_args.out.with_suffix(".json").read_text())
+    assert turns_args.out.with_suffix(".md").read_text() == text and "| 14 to 16 |" in text
+    assert [row["public_ms"] for row in result["turns"]] == pytest.approx([20, 20])
+    assert all(row["ours_ms"] > 0 for row in result["turns"])
+    public = result["val_loss"]["public"]
+    assert (public["0"], public["8"], public["16"]) == (5.0, 4.875, 4.75), "its validation alone is changed"
+    assert result["val_loss"]["ours"].keys() == {"0", "8", "16"}
+    console = turns_args.out.with_name("turns_public.log").read_text()
+    assert max(turns.public_steps_s(console)) < 16 + 30, "it stands still while ours runs"
+
+
+def test_a_public_script_of_another_kind_or_that_ends_is_told(turns_args):
+    turns_args.peer.write_text(PUBLIC_SCRIPT.replace("val_step_freq", "every"))
+    with pytest.raises(HarnessError, match=r"has 0 times .*val_step_freq.*another version"):
+        turns.turns(turns_args)
+    turns_args.peer.write_text(PUBLIC_SCRIPT.replace("range(10000)", "range(2)"))
+    with pytest.raises(HarnessError, match=r"turns_public.log: no line .*ended with 0; its last: \['step:2/3250"):
+        turns.turns(turns_args)

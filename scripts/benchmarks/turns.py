@@ -26,6 +26,7 @@ from scripts.benchmarks.train import write
 from train_gpt import ROOT
 
 WARMUP_STEPS = 5  # of a turn, that are not timed
+POLL_S = 0.05
 # What is changed in the copy, by what; each must be there once.
 CHANGES = {
     r"^val_tokens = .*$": "val_tokens = {tokens}",
@@ -43,16 +44,21 @@ class Program:
             env=os.environ | {"PYTHONUNBUFFERED": "1"} | env,
         )  # fmt: skip
 
+    def has_said(self, pattern: str, deadline_s: float) -> bool:
+        """Whether a line of its console begins so; then it is stopped."""
+        if re.search(f"^{pattern}", self.text(), re.MULTILINE):
+            self.send(signal.SIGSTOP)
+            return True
+        if self.process.poll() is not None or time.monotonic() > deadline_s:
+            why = "is out of time" if self.process.poll() is None else f"ended with {self.process.poll()}"
+            last = self.text().strip().splitlines()[-1:]
+            raise HarnessError(Exit.CONFIG, f"{self.log}: no line {pattern!r}, and it {why}; its last: {last}")
+        return False
+
     def run_until(self, pattern: str, deadline_s: float) -> None:
-        """Let it go on until a line of its console begins so, then stop it."""
         self.send(signal.SIGCONT)
-        while not re.search(f"^{pattern}", self.text(), re.MULTILINE):
-            if self.process.poll() is not None or time.monotonic() > deadline_s:
-                why = "is out of time" if self.process.poll() is None else f"ended with {self.process.poll()}"
-                last = self.text().strip().splitlines()[-1:]
-                raise HarnessError(Exit.CONFIG, f"{self.log}: no line {pattern!r}, and it {why}; its last: {last}")
-            time.sleep(0.05)
-        self.send(signal.SIGSTOP)
+        while not self.has_said(pattern, deadline_s):
+            time.sleep(POLL_S)
 
     def send(self, number: signal.Signals) -> None:
         if self.process.poll() is None:
@@ -118,8 +124,12 @@ def turns(args: argparse.Namespace) -> str:
             programs.append(public_program(args, Path(folder)))
             programs.append(our_program(args, args.out.with_name(f"{args.out.name}_ours")))
             public, ours = programs
-            ours.run_until("model: ", deadline_s)
-            public.run_until("step:2/", deadline_s)
+            starting = {ours: "model: ", public: "step:2/"}
+            while starting:
+                starting = {
+                    program: line for program, line in starting.items() if not program.has_said(line, deadline_s)
+                }
+                time.sleep(POLL_S)
             for step in range(args.every, args.steps + 1, args.every):
                 ours.run_until(rf"step:{step}/\d+ val_loss", deadline_s)
                 public.run_until(rf"step:{step}/\d+ val_loss", deadline_s)
