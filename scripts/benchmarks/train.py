@@ -216,7 +216,10 @@ def profile(contender: Contender, path: Path) -> list[dict[str, Any]]:
     if contender.run.ranks.is_main:
         profiler.export_chrome_trace(str(path))
     name = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, name))
+    # On CUDA a kernel counts, not once more the operation that it belongs to.
+    kind = torch.autograd.DeviceType.CUDA if device.type == "cuda" else torch.autograd.DeviceType.CPU
+    events = [event for event in profiler.key_averages() if event.device_type == kind]
+    events.sort(key=lambda event: -getattr(event, name))
     total = sum(getattr(event, name) for event in events) or 1
     return [
         {"operation": e.key[:100], "ms_per_step": getattr(e, name) / 2000, "calls_per_step": e.count / 2,
