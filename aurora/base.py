@@ -64,7 +64,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._rank = dist.get_rank() if is_distributed else 0
         self._rank_loads = [0] * (dist.get_world_size() if is_distributed else 1)
         self._owners: dict[Tensor, int] = {}
-        self.found_non_finite: Tensor | None = None
+        self.found_non_finite = torch.zeros((), dtype=torch.bool)
         defaults = dict(
             lr=lr,
             weight_decay=weight_decay,
@@ -153,7 +153,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         O_KMN = self.direction(torch.stack(self.lookahead(stack, group)), states, group)
 
         is_bad = ~torch.linalg.vector_norm(O_KMN).isfinite()
-        self.found_non_finite = is_bad if self.found_non_finite is None else self.found_non_finite | is_bad
+        self.found_non_finite.logical_or_(is_bad)  # in place: torch.compile before 2.13 lets a step set no attribute
         rows, columns = stack[0].shape
         step_size = group["lr"] * (math.sqrt(max(1.0, rows / columns)) if group["aspect_scale"] else 1.0)
         if group["weight_decay"] != 0:
@@ -195,6 +195,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                     f"{type(p.data).__name__} of shape {tuple(p.shape)} and dtype {p.dtype}; give it to AdamW"
                 )
         self.check_hparams(group)
+        self.found_non_finite = self.found_non_finite.to(group["params"][0].device)
         owners = assign_owners([polar_cost(p) for p in group["params"]], self._rank_loads)
         self._owners.update(zip(group["params"], owners, strict=True))
 
@@ -308,7 +309,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             p = named[index][1]
             if self._owners[p] == self._rank:
                 self.state[p] = {key: value.to(p.device, copy=True) for key, value in state.items()}
-        self.found_non_finite = None
+        self.found_non_finite.zero_()
 
 
 def group_by(params: Iterable[Tensor], key: Callable[[Tensor], Any]) -> list[list[Tensor]]:
