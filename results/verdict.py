@@ -131,7 +131,7 @@ def stack_of(run: Run) -> tuple:
     """
     start, env = run.start, run.start["env"]
     chosen = map(start.get, ("compiled", "attention", "micro_batch"))
-    values = [start["world_size"], *chosen, *map(env.get, STACK_KEYS)]
+    values = [start["world_size"], *chosen, start.get("kernels", "torch"), *map(env.get, STACK_KEYS)]
     if isinstance(variables := env.get("variables"), dict):
         values.append(variables.get("SPEEDRUN_JOBS"))
     return tuple(map(str, values))

@@ -236,6 +236,7 @@ def check_order(run: Events) -> Iterator[str]:
 def stack_of(segment: dict[str, Any]) -> str:
     """What the bits of a loss depend on, of a run or resume event."""
     parts = {key: segment.get(key) for key in ("world_size", "micro_batch", "attention", "compiled")}
+    parts["kernels"] = segment.get("kernels", "torch")  # which the first records do not have
     return json.dumps([parts, *(segment["env"].get(key) for key in ("torch", "torch_threads", "cpu"))])
 
 
