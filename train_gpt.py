@@ -146,7 +146,7 @@ class RMSNorm(nn.Module):
 
     def add(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
         """x + branch, and what forward() gives of it."""
-        if fused.is_on:
+        if fused.takes(x):
             return fused.AddNorm.apply(x, branch, self.gain)
         x = x + branch
         return x, self(x)
@@ -214,7 +214,7 @@ class Attention(nn.Module):
     def heads(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, T, H, K)."""
         layers = self.q, self.k, self.v
-        if fused.is_on:
+        if fused.takes(x_BTD):
             return fused.RotatedHeads.apply(x_BTD, *packed(x_BTD, *layers), *self.rotary.tables(x_BTD.size(1)))
         q_BTHK, k_BTHK, v_BTHK = side_by_side(x_BTD, *layers).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         return self.rotary(q_BTHK), self.rotary(k_BTHK), v_BTHK
@@ -229,7 +229,7 @@ class MLP(nn.Module):
         self.down = Linear(width, config.model_dim)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        if fused.is_on and self.gate is None:
+        if fused.takes(x_BTD) and self.gate is None:
             return fused.SquaredReluMLP.apply(x_BTD, *packed(x_BTD, self.up), *packed(x_BTD, self.down))
         return self.down(self.activations(x_BTD))
 
@@ -298,8 +298,8 @@ class GPT(nn.Module):
             packs = [(module.q, module.k, module.v) for module in self.modules() if isinstance(module, Attention)]
             packs += [(block.mlp.gate, block.mlp.up) for block in self.blocks if block.mlp.gate]
             if self.activation_dtype != self.head.weight.dtype:
-                packed = {layer for pack in packs for layer in pack}
-                packs += [(m,) for m in self.modules() if isinstance(m, Linear) and m not in packed]
+                in_packs = {layer for pack in packs for layer in pack}
+                packs += [(m,) for m in self.modules() if isinstance(m, Linear) and m not in in_packs]
             self.held = HeldWeights(packs, self.activation_dtype)
         return self.held.at_rest()
 
@@ -315,7 +315,7 @@ class GPT(nn.Module):
 
     def loss(self, x_BTD: Tensor, branch_BTD: Tensor, targets_BT: Tensor) -> Tensor:
         _, x_BTD = self.head_norm.add(x_BTD, branch_BTD)
-        if fused.is_on and self.head.multiply is F.linear:
+        if fused.takes(x_BTD) and self.head.multiply is F.linear:
             return fused.HeadLoss.apply(x_BTD, *packed(x_BTD, self.head), targets_BT, self.softcap)
         z_NV = self.head(x_BTD).flatten(0, 1)
         return SoftCapCrossEntropy.apply(z_NV, targets_BT.flatten(), self.softcap)

@@ -56,6 +56,13 @@ def test_loss_and_gradients_are_those_of_the_plain_modules(model, monkeypatch):
         assert (value - plain[name]).norm() < 2e-6 * plain[name].norm(), name
 
 
+def test_rows_that_are_no_whole_block_go_the_plain_way(model, turned_on, monkeypatch):
+    monkeypatch.setattr(fused, "add_norm", None)
+    assert model.logits(tokens()[0][:1, :100]).shape == (1, 100, 256)
+    with pytest.raises(TypeError, match="NoneType"):
+        model.logits(tokens()[0][:1])
+
+
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton for this platform")
 def test_every_kernel_computes_its_formula():
     """Run by Triton's interpreter: the kernels as written, not as a compiler for some device makes them."""

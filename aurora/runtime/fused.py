@@ -308,6 +308,11 @@ def choose_kernels(config: Config, device: torch.device) -> None:
         exc.OperatorIssue.operator_str = staticmethod(lambda target, args, kwargs: f"  target: {target}")
 
 
+def takes(x_BTD: Tensor) -> bool:
+    """Whether these operations are used, and their kernels, which take whole blocks of rows, can take x."""
+    return is_on and x_BTD.shape[:-1].numel() % SUM_ROWS == 0
+
+
 @contextlib.contextmanager
 def turned_off() -> Iterator[None]:
     global is_on
