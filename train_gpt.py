@@ -82,7 +82,7 @@ from aurora.runtime import fused
 from aurora.runtime.attention import choose_attention
 from aurora.runtime.batch import BatchPlan, plan_batch
 from aurora.runtime.clock import Clock, time_mark
-from aurora.runtime.compiled import Model, agreed, check_gradients, compiled_where_possible
+from aurora.runtime.compiled import Model, agreed, check_compiled, compiled_where_possible
 from aurora.runtime.console import Console
 from aurora.runtime.faults import point
 from aurora.runtime.float8 import check_float8, float8_linear
@@ -144,7 +144,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.gain)
 
-    def add(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+    def add_then_norm(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
         """x + branch, and what forward() gives of it."""
         if fused.takes(x):
             return fused.AddNorm.apply(x, branch, self.gain)
@@ -252,8 +252,8 @@ class Block(nn.Module):
         if branch_BTD is None:
             normed_BTD = self.attention_norm(x_BTD)
         else:
-            x_BTD, normed_BTD = self.attention_norm.add(x_BTD, branch_BTD)
-        x_BTD, normed_BTD = self.mlp_norm.add(x_BTD, self.attention(normed_BTD))
+            x_BTD, normed_BTD = self.attention_norm.add_then_norm(x_BTD, branch_BTD)
+        x_BTD, normed_BTD = self.mlp_norm.add_then_norm(x_BTD, self.attention(normed_BTD))
         return x_BTD, self.mlp(normed_BTD)
 
 
@@ -314,7 +314,7 @@ class GPT(nn.Module):
         return x_BTD, branch_BTD
 
     def loss(self, x_BTD: Tensor, branch_BTD: Tensor, targets_BT: Tensor) -> Tensor:
-        _, x_BTD = self.head_norm.add(x_BTD, branch_BTD)
+        _, x_BTD = self.head_norm.add_then_norm(x_BTD, branch_BTD)
         if fused.takes(x_BTD) and self.head.multiply is F.linear:
             return fused.HeadLoss.apply(x_BTD, *packed(x_BTD, self.head), targets_BT, self.softcap)
         z_NV = self.head(x_BTD).flatten(0, 1)
@@ -335,7 +335,7 @@ class GPT(nn.Module):
 
     def logits(self, inputs_BT: Tensor) -> Tensor:
         """(B, T) tokens to (B, T, V) float32 logits, soft-capped."""
-        _, x_BTD = self.head_norm.add(*self.trunk(inputs_BT))
+        _, x_BTD = self.head_norm.add_then_norm(*self.trunk(inputs_BT))
         return soft_cap(self.head(x_BTD).float(), self.softcap)
 
 
@@ -464,6 +464,8 @@ def warm_up(model: Model, run: Training) -> None:
     """Run every shape once on made-up tokens (compilers, allocators, first collectives), then undo it all."""
     before, plan = copy.deepcopy(run.state_dict()), run.plan
     try:
+        if model is not run.model:
+            agreed(run.ranks, lambda: compare_with_uncompiled(model, run))
         for _ in range(WARMUP_STEPS):
             forward_backward(model, made_up_batch(plan.micro_steps * plan.micro_batch, run), run)
             if run.sum:
@@ -471,8 +473,6 @@ def warm_up(model: Model, run: Training) -> None:
             for optimizer in run.optimizers:
                 optimizer.step()
             run.model.zero_grad()
-        if model is not run.model:
-            agreed(run.ranks, lambda: compare_gradients(model, run))
         point("warm_up", 0)  # compiling for validation may take as long again
         with torch.no_grad(), run.model.weights_at_rest():
             for sequences in plan.val_batches:
@@ -484,11 +484,15 @@ def warm_up(model: Model, run: Training) -> None:
         raise RuntimeError("warm-up left a trace in weights, optimizer state, RNG or loader")
 
 
-def compare_gradients(model: Model, run: Training) -> None:
-    """Raise WrongGradient for a compiled model that is not what was compiled. Without a collective."""
-    run.model.zero_grad()
+def compare_with_uncompiled(model: Model, run: Training) -> None:
+    """Raise WrongNumbers for a compiled model that is not what was compiled. Without a collective; changes weights."""
+    generator = torch.Generator(run.ranks.device).manual_seed(0)
+    with torch.no_grad():
+        for p in run.model.parameters():  # those that are zero would hide the gradients of others
+            p.add_(torch.randn(p.shape, generator=generator, device=p.device), alpha=0.05)
+    batch, *val_batches = (made_up_batch(size, run) for size in (run.plan.micro_batch, *run.plan.val_batches))
     with run.model.weights_at_rest():
-        check_gradients(model, run.model, made_up_batch(run.plan.micro_batch, run), run.model.activation_dtype)
+        check_compiled(model, run.model, batch, val_batches)
     run.model.zero_grad()
 
 
@@ -576,9 +580,10 @@ def train_in_folder(
     point("warm_up", 0)
     start["attention"] = choose_attention(config.model, ranks.device)
     fused.choose_kernels(config, ranks.device)
+    ranks.check_agree(attention=start["attention"], kernels=fused.kernels_of())
     model = compiled_where_possible(run.model, config.train.compile, ranks, lambda called: prepare(called, run))
     start |= {"compiled": model is not run.model, "kernels": fused.kernels_of(), "micro_batch": run.plan.micro_batch}
-    ranks.check_agree(**{key: start[key] for key in ("attention", "kernels", "compiled", "micro_batch")})
+    ranks.check_agree(**{key: start[key] for key in ("kernels", "compiled", "micro_batch")})
     progress = ranks.together(lambda: go_on_from(checkpoint, run, clock)) if checkpoint else Progress()
     if checkpoint:
         ranks.say(f"resume: from step {progress.step} of {start['run_id']}, segment {progress.segments}")

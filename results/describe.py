@@ -84,7 +84,7 @@ def greeting(start: dict[str, Any]) -> str:
 
 
 def resume_event(start: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    changed = ("utc", "world_size", "device", "compiled", "attention", "micro_batch", "git", "env")
+    changed = ("utc", "world_size", "device", "compiled", "attention", "kernels", "micro_batch", "git", "env")
     here = {key: start[key] for key in changed}
     return {"event": "resume", "step": progress.step, "segment": progress.segments} | here
 

@@ -1,5 +1,6 @@
 """Parts of a block as single operations: their gradients, their kernels, and what happens where these fail."""
 
+import functools
 import importlib.util
 import subprocess
 import sys
@@ -9,7 +10,13 @@ import torch
 
 import train_gpt
 from aurora.runtime import fused
-from aurora.runtime.compiled import CompileFailed, WrongGradient, check_gradients, compiled_where_possible
+from aurora.runtime.compiled import (
+    CompileFailed,
+    WrongNumbers,
+    check_compiled,
+    compiled_parts,
+    compiled_where_possible,
+)
 from aurora.runtime.ranks import Ranks
 from configs.schema import load_config
 from tests.conftest import ROOT
@@ -41,7 +48,7 @@ def tokens():
 def gradients(model, called=None):
     model.zero_grad()
     with model.weights_at_rest():
-        loss = (called or model)(*tokens())
+        loss = (model if called is None else called)(*tokens())
         loss.backward()
     return {"loss": loss.detach()} | {name: p.grad.clone() for name, p in model.named_parameters()}
 
@@ -73,24 +80,53 @@ def test_every_kernel_computes_its_formula():
     assert {line.split()[0] for line in lines} == {operation._name for operation in fused.OPERATIONS}
 
 
-def test_compiled_code_with_the_gradient_of_the_model_passes(model, turned_on):
+@pytest.mark.parametrize("by_parts", [False, True])
+def test_compilers_take_the_operations(model, turned_on, by_parts, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))  # needs no C++
+    plain = gradients(model, lambda *batch: with_torch_alone(model, *batch))
+    compiled = compiled_parts(model) if by_parts else torch.compile(model, dynamic=False)
+    for name, value in gradients(model, compiled).items():
+        assert (value - plain[name]).norm() < 1e-5 * plain[name].norm(), name
+
+
+def with_torch_alone(model, *batch):
+    with fused.turned_off():
+        return model(*batch)
+
+
+def test_what_compiled_code_is_checked_for_passes_where_it_is_right(model, turned_on):
     with model.weights_at_rest():
-        check_gradients(model, model, tokens(), torch.float32)  # fused against plain
+        check_compiled(model, model, tokens(), [tokens(), tokens()])  # fused against plain
     assert fused.is_on
 
 
 @pytest.mark.parametrize("name", ["blocks.1.attention.q.weight", "head.bias", "embed_norm.gain"])
-@pytest.mark.parametrize("factor", [0.0, 1.1, -1.0, float("nan")])
+@pytest.mark.parametrize("factor", [0.0, 1.1, -1.0, float("inf")])
 def test_a_lost_or_wrong_gradient_is_noticed_and_named(model, name, factor):
     p = model.get_parameter(name)
 
     def called(*batch):
-        return torch.func.functional_call(model, {name: p.detach() + factor * (p - p.detach())}, batch)
+        p_of_other_gradient = p.detach() + Scale.apply(p - p.detach(), factor)
+        return torch.func.functional_call(model, {name: p_of_other_gradient}, batch)
 
-    if factor == factor:
-        assert called(*tokens()) == model(*tokens())
-    with pytest.raises(WrongGradient, match=name if factor == factor else "embed.weight"):
-        check_gradients(called, model, tokens(), torch.float32)
+    class Scale(torch.autograd.Function):
+        forward = staticmethod(lambda ctx, x, factor: x.clone())
+        backward = staticmethod(lambda ctx, grad: (grad * factor, None))
+
+    with pytest.raises(WrongNumbers, match=f"another gradient of {name} "):
+        check_compiled(called, model, tokens(), [])
+    model.zero_grad()
+    with pytest.raises(WrongNumbers, match=f"another gradient of {name} "):  # which has none at all
+        check_compiled(lambda *b: torch.func.functional_call(model, {name: p.detach()}, b), model, tokens(), [])
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_a_wrong_loss_is_noticed(model, is_training):
+    def called(*batch):
+        return model(*batch) + (1000 if torch.is_grad_enabled() == is_training else 0)
+
+    with pytest.raises(WrongNumbers, match="compiled code has a loss of "):
+        check_compiled(called, model, tokens(), [tokens()])
 
 
 def test_a_compiled_model_with_a_wrong_gradient_is_not_trained(tiny_track, tmp_path, monkeypatch, capsys):
@@ -120,7 +156,7 @@ def test_a_kernel_that_fails_leaves_the_run_with_those_of_torch(turned_on, capsy
     model = torch.nn.Linear(2, 2)
     assert compiled_where_possible(model, "on", ONE_CPU, prepare) is not model
     assert attempts == [True, False] and not fused.is_on and fused.kernels_of() == "torch"
-    assert "kernels: torch's alone, for the kernel of add_norm: no such device" in capsys.readouterr().out
+    assert "no Triton kernels, for the kernel of add_norm: no such device" in capsys.readouterr().out
 
 
 def test_an_error_in_a_kernel_is_told_from_lack_of_memory(monkeypatch):

@@ -1,4 +1,7 @@
-"""Parts of a block as single operations: in Triton on CUDA (aurora/runtime/kernels.py), by the same formulas elsewhere.
+"""Parts of the model as single operations, in Triton on CUDA (aurora/runtime/kernels.py).
+
+The formulas here are what the kernels compute; they serve tests, and run nowhere else. Without these operations the
+model is made of torch's and aurora/runtime/functions.py.
 
 Shapes: M rows, of which B sequences have T each; D model, C hidden width, H heads, K head dim. Weights and biases come
 in the dtype of x. Gradients of biases and gains come as float32 sums over blocks of SUM_ROWS rows, (M / SUM_ROWS, ..).
@@ -102,7 +105,8 @@ def log_sums(z_MV: Tensor, bias_V: Tensor, cap: float) -> Tensor:
 
     Capped logits (at most 64, see configs/schema.py) need no maximum: float32 holds their exponentials.
     """
-    capped = soft_cap((z_MV + bias_V).to(torch.promote_types(z_MV.dtype, torch.float32)), cap)
+    wide = z_MV.to(torch.promote_types(z_MV.dtype, torch.float32)) + bias_V
+    capped = soft_cap(wide, cap)
     return torch.exp2(capped * LOG2_E).sum(1).log2()
 
 
@@ -111,7 +115,7 @@ def loss_gradient(
     z_MV: Tensor, bias_V: Tensor, targets_M: Tensor, log_sums_M: Tensor, scale: Tensor, cap: float
 ) -> tuple[Tensor, Tensor]:
     """The gradient of z, given that of the sum of cross-entropies of soft-capped z + b with targets; and its sums."""
-    wide = (z_MV + bias_V).to(log_sums_M.dtype)
+    wide = z_MV.to(log_sums_M.dtype) + bias_V
     slope = cap * (wide.square() + cap**2).rsqrt()
     error = torch.exp2(slope * wide * LOG2_E - log_sums_M[:, None])
     error.scatter_add_(1, targets_M[:, None], -torch.ones_like(error[:, :1]))
@@ -266,10 +270,10 @@ class HeadLoss(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, targets_BT: Tensor, cap: float) -> Tensor:
         z_MV, targets_M = x.flatten(0, 1) @ weight.t(), targets_BT.flatten()
         log_sums_M = log_sums(z_MV, bias, cap)
-        z_of_targets = z_MV.gather(1, targets_M[:, None])[:, 0] + bias[targets_M]
+        z_of_targets = z_MV.gather(1, targets_M[:, None])[:, 0].to(log_sums_M.dtype) + bias[targets_M]
         ctx.save_for_backward(x, weight, z_MV, bias, targets_M, log_sums_M)
         ctx.cap = cap
-        return (log_sums_M / LOG2_E - soft_cap(z_of_targets.to(log_sums_M.dtype), cap)).sum()
+        return (log_sums_M / LOG2_E - soft_cap(z_of_targets, cap)).sum()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -302,10 +306,11 @@ def choose_kernels(config: Config, device: torch.device) -> None:
         and all(size % 128 == 0 for size in (model.seq_len, model.model_dim, model.model_dim // model.num_heads))
     )
     if is_on:
-        from torch._inductor import exc
-
         # torch 2.11 prints all that an operation new to its compiler depends on: with twelve blocks that never ends.
-        exc.OperatorIssue.operator_str = staticmethod(lambda target, args, kwargs: f"  target: {target}")
+        with contextlib.suppress(ImportError, AttributeError):
+            from torch._inductor import exc
+
+            exc.OperatorIssue.operator_str = staticmethod(lambda target, args, kwargs: f"  target: {target}")
 
 
 def takes(x_BTD: Tensor) -> bool:

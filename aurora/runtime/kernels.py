@@ -17,6 +17,13 @@ from aurora.runtime.fused import EPS, SUM_ROWS
 LOG2_E = tl.constexpr(math.log2(math.e))
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
+
+def in_blocks(rows: int, size: int) -> int:
+    """How many blocks of so many rows there are."""
+    assert rows % SUM_ROWS == 0, f"{rows} rows are no multiple of {SUM_ROWS}"
+    return rows // size
+
+
 # ---- matmuls of the squared-ReLU MLP ----
 
 # Rows and columns of a tile of the output, and how much of the inner dimension is loaded at once: so that two programs
@@ -64,7 +71,7 @@ def up_gradient_kernel(
 
 def matmul_options(M: int, N: int, dtype: torch.dtype) -> tuple[tuple[int], dict]:
     tile = dict(TILE_M=TILE_M, TILE_N=TILE_N, TILE_K=TILE_K, BAND=BAND)
-    return (M // TILE_M * (N // TILE_N),), dict(DTYPE=DTYPES[dtype], num_warps=4, num_stages=3, **tile)
+    return (in_blocks(M, TILE_M) * (N // TILE_N),), dict(DTYPE=DTYPES[dtype], num_warps=4, num_stages=3, **tile)
 
 
 def up_relu_squared(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor) -> Tensor:
@@ -154,7 +161,7 @@ def rotated_norm_gradient_kernel(
 def rotated_norm(qkv_BT3HK: Tensor, cos_T1K: Tensor, sin_T1K: Tensor) -> tuple[Tensor, Tensor]:
     B, T, _, H, K = qkv_BT3HK.shape
     y, rstd = qkv_BT3HK.new_empty(3, B, T, H, K), qkv_BT3HK.new_empty(B, T, 2, H, dtype=torch.float32)
-    rotated_norm_kernel[(B * T // HEAD_ROWS * 3 * H,)](
+    rotated_norm_kernel[(in_blocks(B * T, HEAD_ROWS) * 3 * H,)](
         qkv_BT3HK, cos_T1K, sin_T1K, y, rstd, B * T, T, EPS, H, K, HEAD_ROWS, DTYPES[y.dtype], num_warps=4
     )
     return y, rstd
@@ -166,7 +173,7 @@ def rotated_norm_gradient(
     B, T, H, K = dq_BTHK.shape
     out = dq_BTHK.new_empty(B, T, 3, H, K)
     sums = dq_BTHK.new_empty(B * T // SUM_ROWS, 3 * H * K, dtype=torch.float32)
-    rotated_norm_gradient_kernel[(B * T // SUM_ROWS * 3 * H,)](
+    rotated_norm_gradient_kernel[(in_blocks(B * T, SUM_ROWS) * 3 * H,)](
         dq_BTHK, dk_BTHK, dv_BTHK, y, rstd, cos_T1K, sin_T1K, out, sums, B * T, T, H, K, SUM_ROWS, HEAD_ROWS,
         DTYPES[y.dtype], num_warps=4,
     )  # fmt: skip
@@ -223,7 +230,7 @@ def norm_gradient_kernel(
 def add_norm(x_MD: Tensor, branch_MD: Tensor, gain_D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     M, D = x_MD.shape
     out_MD, y_MD, rstd_M = torch.empty_like(x_MD), torch.empty_like(x_MD), x_MD.new_empty(M, dtype=torch.float32)
-    add_norm_kernel[(M // NORM_ROWS,)](
+    add_norm_kernel[(in_blocks(M, NORM_ROWS),)](
         x_MD, branch_MD, gain_D, out_MD, y_MD, rstd_M, D, EPS,
         triton.next_power_of_2(D), NORM_ROWS, DTYPES[x_MD.dtype], num_warps=8,
     )  # fmt: skip
@@ -235,7 +242,7 @@ def norm_gradient(
 ) -> tuple[Tensor, Tensor]:
     M, D = x_MD.shape
     out_MD, sums = torch.empty_like(x_MD), x_MD.new_empty(M // SUM_ROWS, D, dtype=torch.float32)
-    norm_gradient_kernel[(M // SUM_ROWS,)](
+    norm_gradient_kernel[(in_blocks(M, SUM_ROWS),)](
         grad_x_MD, grad_y_MD, x_MD, rstd_M, gain_D, out_MD, sums, D,
         triton.next_power_of_2(D), SUM_ROWS, NORM_ROWS, DTYPES[x_MD.dtype], num_warps=8,
     )  # fmt: skip
@@ -296,7 +303,7 @@ def loss_gradient(
 ) -> tuple[Tensor, Tensor]:
     M, V = z_MV.shape
     out_MV, sums = torch.empty_like(z_MV), z_MV.new_empty(M // SUM_ROWS, V, dtype=torch.float32)
-    loss_gradient_kernel[(triton.cdiv(V, LOSS_COLUMNS), M // SUM_ROWS)](
+    loss_gradient_kernel[(triton.cdiv(V, LOSS_COLUMNS), in_blocks(M, SUM_ROWS))](
         z_MV, bias_V, targets_M, log_sums_M, scale, out_MV, sums, V, cap, SUM_ROWS, LOSS_ROWS, LOSS_COLUMNS,
         DTYPES[z_MV.dtype], num_warps=4,
     )  # fmt: skip

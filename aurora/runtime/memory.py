@@ -119,7 +119,7 @@ def memory_estimate_gib(
     width = 4 if model.activation_dtype == "float32" else 2
     kept_by_mlp = (4 if model.mlp == "swiglu" else 2) * model.mlp_expansion
     per_token = model.num_layers * (12 + kept_by_mlp) * model.model_dim * width
-    # Logits, which their gradient overwrites, and what a head in float8 makes of that.
+    # Logits, which their gradient overwrites (that of Triton kernels does not), and what a head in float8 makes of it.
     per_token += model.vocab_size * (width + (model.head_dtype == "float8"))
     logits = micro_batch * model.seq_len * model.vocab_size
     sizes = {
