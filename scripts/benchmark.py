@@ -88,7 +88,14 @@ def main() -> int:
     command.add_argument("--every", type=int, default=50, help="steps of a turn, which ends with a validation")
     command.add_argument("--limit-s", type=float, default=500.0, help="after which both are ended")
     command.add_argument("--config", type=Path, default=ROOT / "configs" / "gpt2_small.toml", help="track (TOML)")
-    command.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=V", help="for ours")
+    command.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="A.B=V",
+        help="for ours, whose micro-batch is 64",
+    )
     command.add_argument("--out", type=Path, required=True, help="OUT.md and OUT.json are written")
     command.set_defaults(run=turns)
     args = parser.parse_args()

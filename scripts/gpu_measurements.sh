@@ -26,14 +26,15 @@ if [ "${TINY:-}" ]; then
     DEVICE=cpu NUM_FILES=20
     SMALL=(--set model.num_layers=1 --set model.model_dim=16 --set model.num_heads=2 --set model.seq_len=16
         --set model.vocab_size=256 --set train.batch_tokens=64 --set train.compile=off)
-    TURNS=(--val-tokens 64 --steps 12 --every 6 "${SMALL[@]}")
+    TURNS=(--val-tokens 64 --steps 16 --every 8 --set train.micro_batch=4 "${SMALL[@]}")
     TRAIN=("${SMALL[@]}" --steps 2 --rounds 1 --profile) MEMORY=("${SMALL[@]}" --sizes 1 2)
     OPTIM=(--config configs/quick.toml --rounds 1)
     REAL=("${SMALL[@]}" --set train.steps=20 --set eval.tokens=64)
     QUICK=("${SMALL[@]}" --set train.steps=10 --set eval.tokens=64)
 else
     DEVICE=cuda NUM_FILES=8000
-    TURNS=(--limit-s 320)
+    # Both programs are on the GPU at once, so a card of 80 GB needs a smaller micro-batch.
+    TURNS=(--limit-s $((LIMIT_S < 440 ? LIMIT_S - 120 : 320)) --set train.micro_batch=128)
     TRAIN=(--steps 4 --rounds 3 --profile)
     # Of eight steps' worth of memory one is as good as another: a quarter of the batch.
     MEMORY=(--sizes 1 4 16 64 --set train.compile=off --set train.batch_tokens=131072)
@@ -62,7 +63,7 @@ if wants turns || wants losses; then # bytes of all installed packages
         LC_ALL=C sort | head -n "$NUM_FILES")
     part text 60 $PYTHON data/local.py --text "${FILES[@]}" --out "$DATA/text"
 fi
-wants turns && part turns 330 $BENCHMARK turns --peer "${PEER:?names the public script}" \
+wants turns && part turns 360 $BENCHMARK turns --peer "${PEER:?names the public script}" \
     --train "$DATA/text/local_train_000000.bin" --val "$DATA/text/local_val_000000.bin" "${TURNS[@]}" --out "$OUT/turns"
 if wants target; then
     part corpus 20 $PYTHON data/local.py

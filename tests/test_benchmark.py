@@ -2,7 +2,11 @@
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -11,7 +15,7 @@ import train_gpt
 from configs.schema import Exit, HarnessError, load_config
 from scripts.benchmarks import optim as benchmark
 from scripts.benchmarks import peer, train, turns
-from tests.conftest import train_here
+from tests.conftest import ROOT, train_here
 
 
 def test_dumped_momentum_is_replayed_and_reported(tiny_track, tmp_path):
@@ -115,7 +119,8 @@ def test_replay_of_a_folder_without_momentum_is_told(tmp_path):
 
 
 PUBLIC_SCRIPT = """
-import pathlib, time
+import os, pathlib, time
+print("pid", os.getpid())
 val_tokens = 20 * 524288
 assert len(list(pathlib.Path("data/fineweb10B").glob("fineweb_*_000000.bin"))) == 2
 for step in range(10000):
@@ -136,8 +141,18 @@ def turns_args(tiny_track, tmp_path):
     }
     return argparse.Namespace(
         peer=tmp_path / "simple.py", **shards, val_tokens=64, steps=16, every=8, limit_s=60.0,
-        config=tiny_track, overrides=[], out=tmp_path / "turns",
+        config=tiny_track, overrides=["train.micro_batch=4"], out=tmp_path / "turns",
     )  # fmt: skip
+
+
+def is_running(args) -> bool:
+    """Whether the public script is, once it has said its process number."""
+    log = args.out.with_name("turns_public.log")
+    said = log.read_text().split() if log.exists() else []
+    try:
+        return len(said) > 1 and os.kill(int(said[1]), 0) is None
+    except ProcessLookupError:
+        return False
 
 
 def test_public_script_and_ours_take_turns_on_the_same_tokens(turns_args):
@@ -153,7 +168,31 @@ def test_public_script_and_ours_take_turns_on_the_same_tokens(turns_args):
     assert max(turns.public_steps_s(console)) < 16 + 30, "it stands still while ours runs"
 
 
+def test_turns_that_were_finished_are_reported_and_no_program_is_left(turns_args, capfd):
+    turns_args.peer.write_text(PUBLIC_SCRIPT.replace("range(10000)", "range(12)"))
+    assert "| 6 to 8 |" in (text := turns.turns(turns_args)) and "| 14 to 16 |" not in text
+    assert "after 1 turns: " in capfd.readouterr().err
+    assert not is_running(turns_args)
+
+
+def test_turns_that_are_terminated_end_both_programs(turns_args, tmp_path):
+    names = {"peer": turns_args.peer, "train": turns_args.train, "val": turns_args.val, "config": turns_args.config}
+    arguments = [word for name, value in names.items() for word in (f"--{name}", str(value))]
+    arguments += ["--val-tokens", "64", "--steps", "16", "--every", "8", "--out", str(turns_args.out)]
+    command = [sys.executable, "scripts/benchmark.py", "turns", *arguments]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not is_running(turns_args):
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(timeout=30) == 143
+    assert not is_running(turns_args)
+
+
 def test_a_public_script_of_another_kind_or_that_ends_is_told(turns_args):
+    turns_args.every = turns.WARMUP_STEPS
+    with pytest.raises(HarnessError, match="--every must be above 5"):
+        turns.turns(turns_args)
+    turns_args.every = 8
     turns_args.peer.write_text(PUBLIC_SCRIPT.replace("val_step_freq", "every"))
     with pytest.raises(HarnessError, match=r"has 0 times .*val_step_freq.*another version"):
         turns.turns(turns_args)

@@ -7,6 +7,7 @@ of these steps both have their peak lr.
 """
 
 import argparse
+import contextlib
 import os
 import re
 import shlex
@@ -61,7 +62,7 @@ class Program:
             time.sleep(POLL_S)
 
     def send(self, number: signal.Signals) -> None:
-        if self.process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):  # once all of its group have ended
             os.killpg(self.process.pid, number)
 
     def text(self) -> str:
@@ -97,7 +98,7 @@ def our_program(args: argparse.Namespace, folder: Path) -> Program:
     settings = {
         "data.train": args.train, "data.val": args.val, "train.steps": args.steps, "schedule.cooldown_frac": 0,
         "eval.every": args.every, "eval.late_every": args.every, "eval.tokens": args.val_tokens,
-        "train.log_every": 1, "train.checkpoint_every": 0, "eval.telemetry": "false",
+        "train.log_every": 1, "train.micro_batch": 64, "train.checkpoint_every": 0, "eval.telemetry": "false",
     }  # fmt: skip
     overrides = [*(f"{key}={value}" for key, value in settings.items()), *args.overrides]
     command = [sys.executable, str(ROOT / "train_gpt.py"), "--config", str(args.config), "--optimizer", "muon"]
@@ -117,40 +118,50 @@ def losses(text: str) -> dict[int, float]:
 
 def turns(args: argparse.Namespace) -> str:
     """Both programs to args.steps, args.every at a time; writes OUT.json, OUT.md and both consoles."""
+    if args.every <= WARMUP_STEPS or args.steps < args.every:
+        raise HarnessError(Exit.CONFIG, f"--every must be above {WARMUP_STEPS} and at most --steps = {args.steps}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    deadline_s, programs = time.monotonic() + args.limit_s, []
+    our_folder = args.out.with_name(f"{args.out.name}_ours")
+    before = set(our_folder.glob("*.jsonl"))
+    deadline_s, programs, turns_done = time.monotonic() + args.limit_s, [], 0
+    # Both have sessions of their own, so they would go on without this process.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with tempfile.TemporaryDirectory() as folder:
         try:
             programs.append(public_program(args, Path(folder)))
-            programs.append(our_program(args, args.out.with_name(f"{args.out.name}_ours")))
+            programs.append(our_program(args, our_folder))
             public, ours = programs
             starting = {ours: "model: ", public: "step:2/"}
             while starting:
-                starting = {
-                    program: line for program, line in starting.items() if not program.has_said(line, deadline_s)
-                }
+                starting = {p: line for p, line in starting.items() if not p.has_said(line, deadline_s)}
                 time.sleep(POLL_S)
             for step in range(args.every, args.steps + 1, args.every):
                 ours.run_until(rf"step:{step}/\d+ val_loss", deadline_s)
                 public.run_until(rf"step:{step}/\d+ val_loss", deadline_s)
-            ours.send(signal.SIGCONT)
-            ours.process.wait(timeout=60)
+                turns_done += 1
+        except HarnessError as error:
+            if not turns_done:
+                raise
+            print(f"after {turns_done} turns: {error}", file=sys.stderr)
         finally:
             for program in programs:
                 program.end()
-    record = max(args.out.with_name(f"{args.out.name}_ours").glob("*.jsonl"), key=lambda path: path.stat().st_mtime)
-    return report(args, public.text(), ours.text(), [event for _, event in read_events(record)])
+    (record,) = set(our_folder.glob("*.jsonl")) - before
+    events = [event for _, event in read_events(record)]
+    return report(args, turns_done, public.text(), ours.text(), events)
 
 
-def report(args: argparse.Namespace, public_text: str, our_text: str, events: list[dict[str, Any]]) -> str:
+def report(
+    args: argparse.Namespace, turns_done: int, public_text: str, our_text: str, events: list[dict[str, Any]]
+) -> str:
     begin = events[0]
     clock_s = public_steps_s(public_text)
     step_ms = {event["step"]: event["step_ms"] for event in events if event["event"] == "train"}
     rows = []
-    for last in range(args.every, args.steps + 1, args.every):
+    for last in range(args.every, turns_done * args.every + 1, args.every):
         first = last - args.every + WARMUP_STEPS
         theirs_ms = 1000 * (clock_s[last] - clock_s[first]) / (last - first)
-        ours_ms = statistics.median(step_ms[step] for step in range(first + 1, last + 1))
+        ours_ms = statistics.mean(step_ms[step] for step in range(first + 1, last + 1))
         rows.append({"first": first + 1, "last": last, "ours_ms": ours_ms, "public_ms": theirs_ms})
     found = {"ours": losses(our_text), "public": losses(public_text)}
     result = {
@@ -166,6 +177,9 @@ def report(args: argparse.Namespace, public_text: str, our_text: str, events: li
         f"{begin['kernels']}, micro-batch {begin['micro_batch']}",
         "",
         f"    {result['command']}",
+        "",
+        "Means of these steps, the first of each turn left out: ours between marks on the device, the public script's "
+        "by the clock that it prints.",
         "",
         "| steps | ours ms/step | public ms/step | ratio |",
         "|---|---|---|---|",
