@@ -18,6 +18,7 @@ import threading
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -313,10 +314,14 @@ def worker_pool(num_workers: int) -> Iterator[Executor | None]:
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_workers, mp_context=context, initializer=end_with_parent) as pool:
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for the main process to handle
-        for _ in range(num_workers):
-            pool.submit(gpt2)  # each starts a worker
-        signal.signal(signal.SIGINT, handler)
+        resource_tracker.ensure_running()  # which unblocks signals when it starts
+        # Inherited: Ctrl-C is for the main process to handle, to which one that comes now is delivered later.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            for _ in range(num_workers):
+                pool.submit(gpt2)  # each starts a worker
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         yield pool
 
 

@@ -263,7 +263,8 @@ def test_shards_that_it_did_not_make_stay(jsonl, tmp_path, gpt2_files, capsys):
 
 def test_ctrl_c_ends_in_one_line_and_the_same_command_goes_on(jsonl, plain_tokens, tmp_path, gpt2_files):
     arguments = tokenize(tmp_path, *[jsonl] * 25, workers=2)
-    for num_shards in (1, 2):  # on disk when it is stopped: before main() a signal is for Python to answer
+    for _ in range(2):
+        num_shards = len(shard_names(tmp_path)) + 1  # before main() a signal is for Python to answer
         options = {"cwd": ROOT, "text": True, "stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
         process = subprocess.Popen([sys.executable, "data/fineweb.py", *arguments], start_new_session=True, **options)
         while process.poll() is None and len(shard_names(tmp_path)) < num_shards:
@@ -273,6 +274,16 @@ def test_ctrl_c_ends_in_one_line_and_the_same_command_goes_on(jsonl, plain_token
         assert process.returncode == 130 and len(error.splitlines()) == 1, error
     assert fineweb.main(arguments) == 0
     assert np.array_equal(all_tokens(tmp_path), np.tile(plain_tokens, 25))
+
+
+def test_ctrl_c_while_workers_start_is_not_lost(monkeypatch):
+    def submit(self, *task, real=encode.ProcessPoolExecutor.submit):
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(self, *task)
+
+    monkeypatch.setattr(encode.ProcessPoolExecutor, "submit", submit)
+    with pytest.raises(KeyboardInterrupt), encode.worker_pool(2):
+        pass
 
 
 def test_errors_come_back_from_worker_processes():
