@@ -155,24 +155,20 @@ def is_running(args) -> bool:
         return False
 
 
-def test_public_script_and_ours_take_turns_on_the_same_tokens(turns_args):
+def test_public_script_and_ours_take_turns_on_the_same_tokens(turns_args, capfd):
+    """Three turns, of which the public script ends in the third: the two before it are reported."""
+    turns_args.peer.write_text(PUBLIC_SCRIPT.replace("range(10000)", "range(20)"))
+    turns_args.steps = 24
+    turns_args.overrides.append("data.allow_epochs=true")
     text = turns.turns(turns_args)
     result = json.loads(turns_args.out.with_suffix(".json").read_text())
     assert turns_args.out.with_suffix(".md").read_text() == text and "| 14 to 16 |" in text
+    assert "after 2 turns: " in capfd.readouterr().err and not is_running(turns_args)
     assert [row["public_ms"] for row in result["turns"]] == pytest.approx([20, 20])
     assert all(row["ours_ms"] > 0 for row in result["turns"])
     public = result["val_loss"]["public"]
     assert (public["0"], public["8"], public["16"]) == (5.0, 4.875, 4.75), "its validation alone is changed"
-    assert result["val_loss"]["ours"].keys() == {"0", "8", "16"}
-    console = turns_args.out.with_name("turns_public.log").read_text()
-    assert max(turns.public_steps_s(console)) < 16 + 30, "it stands still while ours runs"
-
-
-def test_turns_that_were_finished_are_reported_and_no_program_is_left(turns_args, capfd):
-    turns_args.peer.write_text(PUBLIC_SCRIPT.replace("range(10000)", "range(12)"))
-    assert "| 6 to 8 |" in (text := turns.turns(turns_args)) and "| 14 to 16 |" not in text
-    assert "after 1 turns: " in capfd.readouterr().err
-    assert not is_running(turns_args)
+    assert result["val_loss"]["ours"].keys() >= {"0", "8", "16"}
 
 
 def test_turns_that_are_terminated_end_both_programs(turns_args, tmp_path):
