@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import signal
 import sys
 import unittest.mock
 from pathlib import Path
@@ -20,6 +21,9 @@ import data.encode
 import train_gpt
 from configs.schema import load_config
 from data.shards import MAGIC, ShardError, write_shard
+
+# A shell that runs the tests in its background lets them ignore Ctrl-C, and the processes that they start would, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIMIZERS = ["adamw", "muon", "normuon", "unormuon", "aurora", "riemannian_aurora"]
