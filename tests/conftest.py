@@ -4,8 +4,8 @@ import importlib.util
 import json
 import os
 import shutil
-import subprocess
 import signal
+import subprocess
 import sys
 import unittest.mock
 from pathlib import Path
