@@ -53,7 +53,7 @@ def up_gradient(grad_MD: Tensor, weight_DC: Tensor, y_MC: Tensor) -> tuple[Tenso
 def rotated_norm(qkv_BT3HK: Tensor, cos_T1K: Tensor, sin_T1K: Tensor) -> tuple[Tensor, Tensor]:
     """q, k, v (3, B, T, H, K), q and k over their RMS and turned by angles; and one over these RMS, (B, T, 2, H).
 
-    Attention is faster on three tensors than on parts of one.
+    Attention gets three tensors of their own, not parts of one.
     """
     qk, v = qkv_BT3HK[:, :, :2], qkv_BT3HK[:, :, 2:]
     wide = qk.to(cos_T1K.dtype)
