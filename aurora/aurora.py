@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 
 from aurora.base import MatrixOptimizer, check_hparam
+from aurora.passes import MIN_ROW_NORM, evening_factors, row_norms
 from aurora.polar import INTERLUDE_GROWTH, REFINEMENT, SCHEDULES, TINY_NORM, quintic_step, rounding
 
 VARIANTS = ("folded", "warm", "refined", "iterated")
-
-# A zero row has no direction: its row of the polar factor is zero too, and its weight is left as it is.
-MIN_ROW_NORM = 1e-7
 
 # Bounds of the remembered row weights. A row that alone spans a direction can never be balanced; without bounds its
 # weight would fall towards zero, and stay there long after the row has found company.
@@ -41,7 +39,7 @@ class Aurora(MatrixOptimizer):
                     gradients that w has not seen the like of, and before its end, which then is a polynomial that
                     suits what the balance leaves. Costs what warm costs.
 
-    M leaves out zero rows. Where the rank is low rows stay below r, see row_correction. lr as for Muon.
+    M leaves out zero rows. Where the rank is low rows stay below r, see evening_factors(). lr as for Muon.
 
     Args:
         variant: see above.
@@ -130,33 +128,6 @@ class Aurora(MatrixOptimizer):
         return self.polar(X_KMN, group, row_scale_KM1=scale_KM1, interlude=interlude)
 
 
-def row_norms(X_KMN: Tensor) -> Tensor:
-    """(K, M, 1) float32."""
-    if X_KMN.is_cuda:
-        return torch.linalg.vector_norm(X_KMN, dim=-1, keepdim=True, dtype=torch.float32)
-    # On a CPU ten times as fast where X is the transpose of a wide matrix.
-    return X_KMN.square().sum(dim=-1, keepdim=True, dtype=torch.float32).sqrt()
-
-
 def row_correction(U_KMN: Tensor, max_scale_error: float = 0.0) -> Tensor:
-    """Factors that give the rows of an almost orthogonal matrix one norm; a zero row gets 1.
-
-    That norm is sqrt(N/M), M without the zero rows, as far as max_scale_error lets it: where the root mean square of
-    the rows is further off than that, the reason is not the error of the polar factor but a low rank, and scaling up
-    would stretch what directions there are.
-
-    Args:
-        U_KMN: (K, M, N), M >= N.
-        max_scale_error: the relative error that the singular values of U may have.
-
-    Returns:
-        (K, M, 1) float32.
-    """
-    norm_KM1 = row_norms(U_KMN)
-    is_zero_KM1 = norm_KM1 <= MIN_ROW_NORM
-    num_rows_K11 = (~is_zero_KM1).sum(dim=-2, keepdim=True).clamp(min=1)
-    total_K11 = torch.linalg.vector_norm(norm_KM1, dim=-2, keepdim=True).clamp(min=MIN_ROW_NORM)
-    if max_scale_error:
-        full_rank_K11 = num_rows_K11.clamp(max=U_KMN.size(-1))
-        total_K11 = total_K11 * (full_rank_K11.sqrt() / total_K11).clamp(1 - max_scale_error, 1 + max_scale_error)
-    return torch.where(is_zero_KM1, 1.0, total_K11 / num_rows_K11.sqrt() / norm_KM1)
+    """(K, M, 1) float32 factors that give the rows of almost orthogonal (K, M, N) matrices, M >= N, one norm."""
+    return evening_factors(row_norms(U_KMN), U_KMN.size(-1), max_scale_error)

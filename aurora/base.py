@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from aurora import passes
 from aurora.polar import COMPUTE_DTYPES, SCHEDULES, compute_dtype, polar
 from aurora.sharding import assign_owners, complete, gather_from_owners, polar_cost, sum_to_owners
 
@@ -147,21 +148,15 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for p, state in zip(stack, states, strict=True):
             if not state:
                 state.update(self.new_state(p, group))
-        grads = [p.grad.float() for p in stack]
         buffers = [state["momentum_buffer"] for state in states]
-        torch._foreach_lerp_(buffers, grads, foreach_weight(1 - group["momentum"], len(stack)))
-        O_KMN = self.direction(torch.stack(self.lookahead(stack, group)), states, group)
+        X_KMN = passes.advance(buffers, [p.grad for p in stack], group["momentum"], group["nesterov"])
+        O_KMN = self.direction(X_KMN, states, group)
 
         is_bad = ~torch.linalg.vector_norm(O_KMN).isfinite()
         self.found_non_finite.logical_or_(is_bad)  # in place: torch.compile before 2.13 lets a step set no attribute
         rows, columns = stack[0].shape
         step_size = group["lr"] * (math.sqrt(max(1.0, rows / columns)) if group["aspect_scale"] else 1.0)
-        if group["weight_decay"] != 0:
-            torch._foreach_mul_(stack, 1 - group["lr"] * group["weight_decay"])
-        if isinstance(step_size, Tensor):  # which alpha may not be
-            O_KMN, step_size = O_KMN.float() * step_size, 1
-        O_KMN = O_KMN.to(torch.promote_types(O_KMN.dtype, stack[0].dtype))  # of one dtype it is one launch on CUDA
-        torch._foreach_sub_(stack, list(O_KMN.unbind()), alpha=step_size)
+        passes.subtract(stack, O_KMN, step_size, group["lr"] * group["weight_decay"])
 
     def lookahead(self, stack: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
         """What direction() sees of these parameters of one group: (M, N) float32 each, not to be changed.
@@ -171,8 +166,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         buffers = [self.state[p]["momentum_buffer"] for p in stack]
         if not group["nesterov"]:
             return buffers
-        grads = [p.grad.float() for p in stack]
-        return torch._foreach_lerp(grads, buffers, foreach_weight(group["momentum"], len(stack)))
+        return passes.lookahead(buffers, [p.grad for p in stack], group["momentum"])
 
     # ---- sharding over ranks ----
 
@@ -318,11 +312,6 @@ def group_by(params: Iterable[Tensor], key: Callable[[Tensor], Any]) -> list[lis
     for p in params:
         groups.setdefault(key(p), []).append(p)
     return list(groups.values())
-
-
-def foreach_weight(weight: float | Tensor, count: int) -> float | list[Tensor]:
-    """The weight as foreach_lerp takes it."""
-    return [weight] * count if isinstance(weight, Tensor) else weight
 
 
 def split_for_cache(stack: list[Tensor]) -> list[list[Tensor]]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from aurora.base import MatrixOptimizer, check_hparam
+from aurora.passes import row_norms
 
 
 class NorMuon(MatrixOptimizer):
@@ -35,13 +36,13 @@ class NorMuon(MatrixOptimizer):
         return {**super().new_state(p, group), "row_second_moment": row_second_moment}
 
     def direction(self, X_KMN: Tensor, states: list[dict[str, Any]], group: dict[str, Any]) -> Tensor:
-        O_KMN = self.polar(X_KMN, group).float()
-        mean_sq_KM1 = O_KMN.square().mean(dim=-1, keepdim=True)
+        O_KMN = self.polar(X_KMN, group)
+        sum_sq_KM1 = row_norms(O_KMN).square()
         moments = [state["row_second_moment"] for state in states]
-        torch._foreach_lerp_(moments, list(mean_sq_KM1.unbind()), 1 - group["beta2"])
+        torch._foreach_lerp_(moments, list((sum_sq_KM1 / O_KMN.size(-1)).unbind()), 1 - group["beta2"])
 
-        normalised_KMN = O_KMN / (torch.stack(moments).sqrt() + group["eps"])
-        norm_K11 = torch.linalg.vector_norm(O_KMN, dim=(-2, -1), keepdim=True)
-        normalised_norm_K11 = torch.linalg.vector_norm(normalised_KMN, dim=(-2, -1), keepdim=True)
+        scale_KM1 = 1 / (torch.stack(moments).sqrt() + group["eps"])
+        norm_K11 = sum_sq_KM1.sum(dim=-2, keepdim=True).sqrt()
+        normalised_norm_K11 = (sum_sq_KM1 * scale_KM1.square()).sum(dim=-2, keepdim=True).sqrt()
         # A zero matrix stays zero: 0 * (0 / tiny).
-        return normalised_KMN * (norm_K11 / normalised_norm_K11.clamp(min=torch.finfo(O_KMN.dtype).tiny))
+        return scale_KM1 * (norm_K11 / normalised_norm_K11.clamp(min=torch.finfo(torch.float32).tiny)) * O_KMN

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from aurora.passes import gram, symmetric_product
+
 # Below this Frobenius norm a matrix counts as zero: its polar factor fades to zero instead of dividing by nothing.
 TINY_NORM = 1e-20
 
@@ -180,7 +182,7 @@ def polar(
         for _ in range(2 if interlude else 0):
             X = _polar_svd(interlude(X), schedule.min_singular_value)
         return X
-    X = torch.mul(X_KMN, scale / schedule.norm_margin, out=X_KMN.new_empty(X_KMN.shape, dtype=dtype))  # one pass
+    X = _scaled(X_KMN, scale / schedule.norm_margin, dtype)
     steps = schedule.coefficients
     if interlude is None:
         return _apply(X, steps)
@@ -188,6 +190,17 @@ def polar(
     X = interlude(_apply(X, body[:-2]))
     X = interlude(_apply(X, body[-2:]))
     return _finish(X) if schedule.max_error > FINISH_ERROR else _apply(X, steps[-2:])
+
+
+def is_turned(X: Tensor) -> bool:
+    """Whether X is the transpose of what lies in memory, in whose order matmuls would not give their results."""
+    return X.mT.is_contiguous() and not X.is_contiguous()
+
+
+def _scaled(X: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    if is_turned(X):
+        return _scaled(X.mT, scale.mT, dtype).mT
+    return torch.mul(X, scale, out=X.new_empty(X.shape, dtype=dtype))  # one pass
 
 
 def _apply(X: Tensor, steps: Sequence[tuple[float, float, float]]) -> Tensor:
@@ -200,16 +213,13 @@ def _apply(X: Tensor, steps: Sequence[tuple[float, float, float]]) -> Tensor:
     return X
 
 
-def _gram(X: Tensor) -> Tensor:
-    """The Gram matrix of the short side."""
-    return torch.bmm(X.mT, X) if X.size(-2) > X.size(-1) else torch.bmm(X, X.mT)
-
-
 def quintic_step(X: Tensor, coefficients: tuple[float, float, float]) -> Tensor:
     """a X + (b R + c R^2) X, with R the Gram matrix of X on its short side: one polynomial of a schedule."""
+    if is_turned(X):
+        return quintic_step(X.mT, coefficients).mT
     a, b, c = coefficients
-    gram = _gram(X)
-    quartic = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    R = gram(X)
+    quartic = symmetric_product(R, R, c, plus=R, beta=b)
     return torch.baddbmm(X, X, quartic, beta=a) if X.size(-2) > X.size(-1) else torch.baddbmm(X, quartic, X, beta=a)
 
 
@@ -220,35 +230,33 @@ def _two_steps(X: Tensor, first: tuple[float, float, float], second: tuple[float
     Gram matrix is taken anew, since in bfloat16 small singular values drown in its rounding: with three steps
     heavy-tailed spectra came out with singular values up to 2, with four far above.
     """
-    gram = _gram(X)
-    factor = _factor(gram, first)
-    factor = torch.bmm(_factor(torch.bmm(torch.bmm(factor, gram), factor), second), factor)
-    return _times(X, factor)
+    R = gram(X)
+    P = _factor(R, first)
+    Q = _factor(symmetric_product(symmetric_product(P, R), P), second)
+    return _times(X, symmetric_product(Q, P))
+
+
+def _factor(R: Tensor, coefficients: tuple[float, float, float]) -> Tensor:
+    """a I + b R + c R^2, by which a step multiplies X."""
+    a, b, c = coefficients
+    return symmetric_product(R, R, c, plus=R, beta=b, diagonal=a)
 
 
 def _times(X: Tensor, factor: Tensor) -> Tensor:
     """X times a polynomial of its Gram matrix, on the short side."""
+    if is_turned(X):
+        return _times(X.mT, factor).mT
     return torch.bmm(X, factor) if X.size(-2) > X.size(-1) else torch.bmm(factor, X)
 
 
 def _finish(X: Tensor) -> Tensor:
     """The polynomial FINISH: X (c1 I + c3 R + R^2 (c5 I + c7 R + c9 R^2)) with R the Gram matrix of X."""
     c1, c3, c5, c7, c9 = FINISH
-    gram = _gram(X)
-    gram_sq = torch.bmm(gram, gram)
-    inner = torch.add(c7 * gram, gram_sq, alpha=c9)
+    R = gram(X)
+    R_sq = symmetric_product(R, R)
+    inner = torch.add(c7 * R, R_sq, alpha=c9)
     inner.diagonal(dim1=-2, dim2=-1).add_(c5)
-    outer = c3 * gram
-    outer.diagonal(dim1=-2, dim2=-1).add_(c1)
-    return _times(X, torch.baddbmm(outer, gram_sq, inner))
-
-
-def _factor(gram: Tensor, coefficients: tuple[float, float, float]) -> Tensor:
-    """P = a I + b R + c R^2, by which a step multiplies X."""
-    a, b, c = coefficients
-    linear = b * gram
-    linear.diagonal(dim1=-2, dim2=-1).add_(a)
-    return torch.baddbmm(linear, gram, gram, alpha=c)
+    return _times(X, symmetric_product(R_sq, inner, plus=R, beta=c3, diagonal=c1))
 
 
 def _polar_svd(X_KMN: Tensor, min_singular_value: float) -> Tensor:

@@ -24,6 +24,7 @@ ALLOWED = {
 }
 EXCEPTIONS = {
     # Imported on CUDA alone, where torch brings Triton with it.
+    "aurora/kernels.py": {"torch", "triton", "aurora"},
     "aurora/runtime/kernels.py": {"torch", "triton", "aurora"},
     "results/checkpoint.py": {"torch", "aurora", "configs", "results"},
     "results/momentum.py": {"torch", "aurora", "configs"},
