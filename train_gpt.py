@@ -465,7 +465,8 @@ def warm_up(model: Model, run: Training) -> None:
     before, plan = copy.deepcopy(run.state_dict()), run.plan
     try:
         if model is not run.model:
-            agreed(run.ranks, lambda: compare_with_uncompiled(model, run))
+            batch, *val_batches = (made_up_batch(size, run) for size in (plan.micro_batch, *plan.val_batches))
+            agreed(run.ranks, lambda: check_compiled(model, run.model, batch, val_batches))
         for _ in range(WARMUP_STEPS):
             forward_backward(model, made_up_batch(plan.micro_steps * plan.micro_batch, run), run)
             if run.sum:
@@ -482,18 +483,6 @@ def warm_up(model: Model, run: Training) -> None:
         run.load_state_dict(before)
     if digest(run.state_dict()) != digest(before):
         raise RuntimeError("warm-up left a trace in weights, optimizer state, RNG or loader")
-
-
-def compare_with_uncompiled(model: Model, run: Training) -> None:
-    """Raise WrongNumbers for a compiled model that is not what was compiled. Without a collective; changes weights."""
-    generator = torch.Generator(run.ranks.device).manual_seed(0)
-    with torch.no_grad():
-        for p in run.model.parameters():  # those that are zero would hide the gradients of others
-            p.add_(torch.randn(p.shape, generator=generator, device=p.device), alpha=0.05)
-    batch, *val_batches = (made_up_batch(size, run) for size in (run.plan.micro_batch, *run.plan.val_batches))
-    with run.model.weights_at_rest():
-        check_compiled(model, run.model, batch, val_batches)
-    run.model.zero_grad()
 
 
 def try_passes(model: Model, plan: BatchPlan, run: Training) -> None:
@@ -540,23 +529,28 @@ def check_run(args: argparse.Namespace, ranks: Ranks) -> tuple[Config, BatchPlan
     if not 0 <= args.seed < 2**63:
         raise HarnessError(Exit.CONFIG, f"--seed must be in [0, 2^63), got {args.seed}")
     config = load_config(args.config, args.optimizer, args.overrides)
-    config = dataclasses.replace(config, hparams=checked_hparams(config))
+    config, plan, params, optimizers = check_config(config, ranks.world_size)
     for override in args.overrides:
         if override.startswith("optimizer.") and not override.startswith(f"optimizer.{args.optimizer}."):
             ranks.say(f"--set {override} changes nothing for {args.optimizer}")
-    check_schedule(config)
     if config.model.head_dtype == "float8":
         check_float8(ranks.device)
-    plan = plan_batch(config, ranks.world_size)
-    with torch.device("meta"):
-        shapes = GPT(config.model)
-    optimizers = build_optimizers(config, shapes.roles())
     dump = args.dump_momentum and checked_dump(optimizers[-1], *args.dump_momentum, config.train.steps)
     if args.dry_run:
-        ranks.say(
-            dry_run_report(config, shapes.roles(), optimizers, ranks.world_size, plan.micro_steps, plan.micro_batch)
-        )
+        ranks.say(dry_run_report(config, params, optimizers, ranks.world_size, plan.micro_steps, plan.micro_batch))
     return config, plan, dump
+
+
+def check_config(
+    config: Config, world_size: int
+) -> tuple[Config, BatchPlan, list[aurora.Param], list[torch.optim.Optimizer]]:
+    """The config, its hyper-parameters completed; its batch; parameters and optimizers of no memory. Or HarnessError."""
+    config = dataclasses.replace(config, hparams=checked_hparams(config))
+    check_schedule(config)
+    plan = plan_batch(config, world_size)
+    with torch.device("meta"):
+        params = GPT(config.model).roles()
+    return config, plan, params, build_optimizers(config, params)
 
 
 def train_in_folder(

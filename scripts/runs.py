@@ -27,9 +27,7 @@ def check_settings(argvs: Iterable[Sequence[str]], nproc: int) -> None:
     import train_gpt  # and with it torch, which takes seconds
 
     for config in configs:
-        train_gpt.checked_hparams(config)
-        train_gpt.check_schedule(config)
-        train_gpt.plan_batch(config, nproc)
+        train_gpt.check_config(config, nproc)
 
 
 class Outcome(NamedTuple):

@@ -407,6 +407,7 @@ def run_compare(monkeypatch, *arguments):
         (["--set", "train.stepz=3"], "unknown key 'stepz'"),
         (["--optimizers", "muon", "--grid", "optimizer.lr=0.1,high"], "optimizer.muon.lr must be a finite number"),
         (["--optimizers", "muon", "--grid", "optimizer.lrr=0.1"], "optimizer.muon has an unknown key 'lrr'"),
+        (["--optimizers", "adamw", "muon", "--set", "optimizer.muon.lr=-1"], "lr must be at least 0, got -1.0"),
         (["--nproc", "7"], "7 ranks do not divide the 16 sequences"),
         (["--set", "optimizer.muon.warmup_steps=900"], "leave no step for it in train.steps = 30"),
     ],

@@ -82,10 +82,23 @@ def check_compiled(
 ) -> None:
     """Raise WrongNumbers where compiled code gives other losses or gradients than the model itself.
 
-    torch 2.11, for one, lost the gradient of queries and keys without a word. Leaves gradients behind. The weights must
-    be such that all parameters have one. The model itself takes a batch in eighths, since uncompiled it keeps more for
-    its backward pass; where even so it runs out of memory, nothing is checked.
+    torch 2.11, for one, lost the gradient of queries and keys without a word. Makes all weights random, for those that
+    are zero would hide the gradients of others, and leaves them so. The model itself takes a batch in eighths, since
+    uncompiled it keeps more for its backward pass; where even so it runs out of memory, nothing is checked.
     """
+    generator = torch.Generator(batch[0].device).manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator, device=p.device), alpha=0.05)
+    with model.weights_at_rest():
+        compare(compiled, model, batch, val_batches)
+    model.zero_grad()
+
+
+def compare(
+    compiled: Model, model: nn.Module, batch: tuple[Tensor, Tensor], val_batches: list[tuple[Tensor, Tensor]]
+) -> None:
+    """check_compiled() at the weights that the model has. Leaves gradients behind."""
     params, dtype = dict(model.named_parameters()), model.activation_dtype
     part = max(1, len(batch[0]) // 8)
     loss = compiled(*batch)
