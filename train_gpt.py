@@ -544,7 +544,7 @@ def check_run(args: argparse.Namespace, ranks: Ranks) -> tuple[Config, BatchPlan
 def check_config(
     config: Config, world_size: int
 ) -> tuple[Config, BatchPlan, list[aurora.Param], list[torch.optim.Optimizer]]:
-    """The config, its hyper-parameters completed; its batch; parameters and optimizers of no memory. Or HarnessError."""
+    """The config with all hyper-parameters, its batch, parameters and optimizers without memory. Or HarnessError."""
     config = dataclasses.replace(config, hparams=checked_hparams(config))
     check_schedule(config)
     plan = plan_batch(config, world_size)
