@@ -144,12 +144,13 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.gain)
 
-    def add_then_norm(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
-        """x + branch, and what forward() gives of it."""
-        if fused.takes(x):
-            return fused.AddNorm.apply(x, branch, self.gain)
-        x = x + branch
-        return x, self(x)
+
+def add_then_norm(x: Tensor, branch: Tensor, bias: Tensor | None, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """x + branch + bias, and its RMS norm with a gain (D,)."""
+    if bias is not None:
+        return fused.AddNorm.apply(x, branch, bias, gain)
+    x = x + branch
+    return x, rms_norm(x, gain)
 
 
 class Linear(nn.Linear):
@@ -160,6 +161,13 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return side_by_side(x, self)
+
+    def for_sum(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The output for add_then_norm(), which can add the bias as well, and find its gradient on the way."""
+        if not fused.takes(x):
+            return self(x), None
+        weight, bias = packed(x, self)
+        return x @ weight.t(), bias
 
 
 def packed(x: Tensor, first: Linear, *others: Linear) -> tuple[Tensor, Tensor]:
@@ -206,10 +214,11 @@ class Attention(nn.Module):
         self.out = Linear(config.model_dim, config.model_dim)
         self.rotary = Rotary(config.model_dim // config.num_heads, config.seq_len, config.rope_base)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As Linear.for_sum()."""
         q, k, v = (x_BTHK.transpose(1, 2) for x_BTHK in self.heads(x_BTD))
         y_BHTK = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
-        return self.out(y_BHTK.transpose(1, 2).flatten(-2))
+        return self.out.for_sum(y_BHTK.transpose(1, 2).flatten(-2))
 
     def heads(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, T, H, K)."""
@@ -228,10 +237,12 @@ class MLP(nn.Module):
         self.up = Linear(config.model_dim, width)
         self.down = Linear(width, config.model_dim)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As Linear.for_sum()."""
         if fused.takes(x_BTD) and self.gate is None:
-            return fused.SquaredReluMLP.apply(x_BTD, *packed(x_BTD, self.up), *packed(x_BTD, self.down))
-        return self.down(self.activations(x_BTD))
+            down_weight, down_bias = packed(x_BTD, self.down)
+            return fused.SquaredReluMLP.apply(x_BTD, *packed(x_BTD, self.up), down_weight), down_bias
+        return self.down.for_sum(self.activations(x_BTD))
 
     def activations(self, x_BTD: Tensor) -> Tensor:
         """(B, T, D) to (B, T, hidden width)."""
@@ -247,14 +258,10 @@ class Block(nn.Module):
         self.attention_norm, self.attention = RMSNorm(config.model_dim), Attention(config)
         self.mlp_norm, self.mlp = RMSNorm(config.model_dim), MLP(config)
 
-    def forward(self, x_BTD: Tensor, branch_BTD: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The residual stream and what is still to be added to it, which the next norm does on its way."""
-        if branch_BTD is None:
-            normed_BTD = self.attention_norm(x_BTD)
-        else:
-            x_BTD, normed_BTD = self.attention_norm.add_then_norm(x_BTD, branch_BTD)
-        x_BTD, normed_BTD = self.mlp_norm.add_then_norm(x_BTD, self.attention(normed_BTD))
-        return x_BTD, self.mlp(normed_BTD)
+    def forward(self, x_BTD: Tensor, normed_BTD: Tensor, next_gain_D: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual stream and its norm, here with this block's first gain, and afterwards with the next one's."""
+        x_BTD, normed_BTD = add_then_norm(x_BTD, *self.attention(normed_BTD), self.mlp_norm.gain)
+        return add_then_norm(x_BTD, *self.mlp(normed_BTD), next_gain_D)
 
 
 class GPT(nn.Module):
@@ -303,18 +310,25 @@ class GPT(nn.Module):
             self.held = HeldWeights(packs, self.activation_dtype)
         return self.held.at_rest()
 
-    def embedded(self, inputs_BT: Tensor) -> Tensor:
-        return self.embed_norm(self.embed(inputs_BT).to(self.activation_dtype))
+    def embedded(self, inputs_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T) tokens to the residual stream (B, T, D) and its norm before the first block."""
+        x_BTD = self.embed_norm(self.embed(inputs_BT).to(self.activation_dtype))
+        return x_BTD, self.blocks[0].attention_norm(x_BTD)
 
-    def trunk(self, inputs_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, T) tokens to the residual stream (B, T, D), and what the last block adds to it."""
-        x_BTD, branch_BTD = self.embedded(inputs_BT), None
-        for block in self.blocks:
-            x_BTD, branch_BTD = block(x_BTD, branch_BTD)
-        return x_BTD, branch_BTD
+    def blocks_and_gains(self) -> Iterator[tuple[Block, Tensor]]:
+        """Each block with the gain (D,) of the norm that follows it."""
+        norms = [*(block.attention_norm for block in self.blocks), self.head_norm]
+        return zip(self.blocks, (norm.gain for norm in norms[1:]), strict=True)
 
-    def loss(self, x_BTD: Tensor, branch_BTD: Tensor, targets_BT: Tensor) -> Tensor:
-        _, x_BTD = self.head_norm.add_then_norm(x_BTD, branch_BTD)
+    def trunk(self, inputs_BT: Tensor) -> Tensor:
+        """(B, T) tokens to what the head takes, (B, T, D)."""
+        x_BTD, normed_BTD = self.embedded(inputs_BT)
+        for block, gain_D in self.blocks_and_gains():
+            x_BTD, normed_BTD = block(x_BTD, normed_BTD, gain_D)
+        return normed_BTD
+
+    def loss(self, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+        """Cross-entropy of what trunk() returns, summed over the targets."""
         if fused.takes(x_BTD) and self.head.multiply is F.linear:
             return fused.HeadLoss.apply(x_BTD, *packed(x_BTD, self.head), targets_BT, self.softcap)
         z_NV = self.head(x_BTD).flatten(0, 1)
@@ -322,21 +336,20 @@ class GPT(nn.Module):
 
     def activations(self, inputs_BT: Tensor) -> Iterator[Tensor]:
         """(B, T, hidden width) of each block's MLP, without a hook that compiled code would have to know of."""
-        x_BTD = self.embedded(inputs_BT)
-        for block in self.blocks:
-            x_BTD = x_BTD + block.attention(block.attention_norm(x_BTD))
-            hidden = block.mlp.activations(block.mlp_norm(x_BTD))
+        x_BTD, normed_BTD = self.embedded(inputs_BT)
+        for block, gain_D in self.blocks_and_gains():
+            x_BTD, normed_BTD = add_then_norm(x_BTD, *block.attention(normed_BTD), block.mlp_norm.gain)
+            hidden = block.mlp.activations(normed_BTD)
             yield hidden
-            x_BTD = x_BTD + block.mlp.down(hidden)
+            x_BTD, normed_BTD = add_then_norm(x_BTD, *block.mlp.down.for_sum(hidden), gain_D)
 
     def forward(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Cross-entropy summed over the targets."""
-        return self.loss(*self.trunk(inputs_BT), targets_BT)
+        return self.loss(self.trunk(inputs_BT), targets_BT)
 
     def logits(self, inputs_BT: Tensor) -> Tensor:
         """(B, T) tokens to (B, T, V) float32 logits, soft-capped."""
-        _, x_BTD = self.head_norm.add_then_norm(*self.trunk(inputs_BT))
-        return soft_cap(self.head(x_BTD).float(), self.softcap)
+        return soft_cap(self.head(self.trunk(inputs_BT)).float(), self.softcap)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

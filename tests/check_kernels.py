@@ -38,10 +38,10 @@ check("up_gradient", random(M, D, dtype=half), random(D, C, dtype=half) / 8, ran
 angles = torch.outer(torch.arange(T, dtype=torch.float32), random(K // 2))[:, None]
 tables = torch.cat([angles.cos()] * 2, -1), torch.cat([angles.sin(), -angles.sin()], -1)
 for dtype in (torch.float32, torch.bfloat16):
-    check("rotated_norm", random(B, T, 3, H, K, dtype=dtype), *tables)
+    check("rotated_norm", random(B, T, 3, H, K, dtype=dtype), random(3 * H * K, dtype=dtype), *tables)
     grads = [random(B, T, H, K, dtype=dtype) for _ in range(3)]
     check("rotated_norm_gradient", *grads, random(3, B, T, H, K, dtype=dtype), random(B, T, 2, H), *tables)
-    check("add_norm", random(M, 96, dtype=dtype), random(M, 96, dtype=dtype), random(96))
+    check("add_norm", random(M, 96, dtype=dtype), random(M, 96, dtype=dtype), random(96, dtype=dtype), random(96))
     check("norm_gradient", *(random(M, 96, dtype=dtype) for _ in range(3)), random(M), random(96))
     z, bias, targets = random(M, V, dtype=dtype), random(V, dtype=dtype), torch.arange(M) % V
     check("log_sums", z, bias, CAP)

@@ -142,9 +142,9 @@ def compiled_parts(model: nn.Module) -> Model:
     blocks = [torch.compile(block, dynamic=False) for block in model.blocks]
 
     def call(inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        x_BTD, branch_BTD = embedded(inputs_BT), None
-        for block in blocks:
-            x_BTD, branch_BTD = block(x_BTD, branch_BTD)
-        return loss(x_BTD, branch_BTD, targets_BT)
+        x_BTD, normed_BTD = embedded(inputs_BT)
+        for block, (_, gain_D) in zip(blocks, model.blocks_and_gains(), strict=True):
+            x_BTD, normed_BTD = block(x_BTD, normed_BTD, gain_D)
+        return loss(normed_BTD, targets_BT)
 
     return call

@@ -50,17 +50,16 @@ def up_gradient(grad_MD: Tensor, weight_DC: Tensor, y_MC: Tensor) -> tuple[Tenso
 
 
 @torch.library.custom_op("aurora::rotated_norm", mutates_args=())
-def rotated_norm(qkv_BT3HK: Tensor, cos_T1K: Tensor, sin_T1K: Tensor) -> tuple[Tensor, Tensor]:
-    """q, k, v (3, B, T, H, K), q and k over their RMS and turned by angles; and one over these RMS, (B, T, 2, H).
+def rotated_norm(qkv_BT3HK: Tensor, bias: Tensor, cos_T1K: Tensor, sin_T1K: Tensor) -> tuple[Tensor, Tensor]:
+    """q, k, v (3, B, T, H, K) with their bias (3 H K,), q and k over their RMS and turned; and 1 / RMS, (B, T, 2, H).
 
     Attention gets three tensors of their own, not parts of one.
     """
-    qk, v = qkv_BT3HK[:, :, :2], qkv_BT3HK[:, :, 2:]
-    wide = qk.to(cos_T1K.dtype)
+    wide, v = (qkv_BT3HK.to(cos_T1K.dtype) + bias.view(qkv_BT3HK.shape[2:])).split([2, 1], 2)
     rstd = (wide.square().mean(-1) + EPS).rsqrt()
     normed = wide * rstd[..., None]
     turned = normed * cos_T1K[:, None] + normed.roll(normed.size(-1) // 2, -1) * sin_T1K[:, None]
-    return torch.cat([turned.type_as(v), v], 2).movedim(2, 0).contiguous(), rstd
+    return torch.cat([turned, v], 2).type_as(qkv_BT3HK).movedim(2, 0).contiguous(), rstd
 
 
 @torch.library.custom_op("aurora::rotated_norm_gradient", mutates_args=())
@@ -80,9 +79,9 @@ def rotated_norm_gradient(
 
 
 @torch.library.custom_op("aurora::add_norm", mutates_args=())
-def add_norm(x_MD: Tensor, branch_MD: Tensor, gain_D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x + branch; that over its RMS, times a gain; and one over that RMS, (M,)."""
-    out = x_MD + branch_MD
+def add_norm(x_MD: Tensor, branch_MD: Tensor, bias_D: Tensor, gain_D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x + branch + bias; that over its RMS, times a gain; and one over that RMS, (M,)."""
+    out = (x_MD.to(gain_D.dtype) + branch_MD + bias_D).type_as(x_MD)
     wide = out.to(gain_D.dtype)
     rstd_M = (wide.square().mean(-1) + EPS).rsqrt()
     return out, (wide * rstd_M[:, None] * gain_D).type_as(out), rstd_M
@@ -92,11 +91,13 @@ def add_norm(x_MD: Tensor, branch_MD: Tensor, gain_D: Tensor) -> tuple[Tensor, T
 def norm_gradient(
     grad_x_MD: Tensor, grad_y_MD: Tensor, x_MD: Tensor, rstd_M: Tensor, gain_D: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of x, of which y = x rstd gain was made and which went on itself, too; and that of the gain."""
+    """The gradient of x, of which y = x rstd gain was made and which went on itself, too; and (2, ..) its sums and that
+    of the gain.
+    """
     normed, grad = x_MD.to(rstd_M.dtype) * rstd_M[:, None], grad_y_MD.to(rstd_M.dtype)
     along = (grad * gain_D * normed).mean(-1, keepdim=True)
     out = grad_x_MD + (grad * gain_D - normed * along) * rstd_M[:, None]
-    return out.type_as(x_MD), block_sums(grad * normed)
+    return out.type_as(x_MD), torch.stack([block_sums(out), block_sums(grad * normed)])
 
 
 @torch.library.custom_op("aurora::log_sums", mutates_args=())
@@ -134,7 +135,7 @@ def _(grad_MD: Tensor, weight_DC: Tensor, y_MC: Tensor) -> tuple[Tensor, Tensor]
 
 
 @rotated_norm.register_fake
-def _(qkv_BT3HK: Tensor, cos_T1K: Tensor, sin_T1K: Tensor) -> tuple[Tensor, Tensor]:
+def _(qkv_BT3HK: Tensor, bias: Tensor, cos_T1K: Tensor, sin_T1K: Tensor) -> tuple[Tensor, Tensor]:
     B, T, _, H, K = qkv_BT3HK.shape
     return qkv_BT3HK.new_empty(3, B, T, H, K), cos_T1K.new_empty(B, T, 2, H)
 
@@ -146,13 +147,13 @@ def _(dq_BTHK: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @add_norm.register_fake
-def _(x_MD: Tensor, branch_MD: Tensor, gain_D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(x_MD: Tensor, branch_MD: Tensor, bias_D: Tensor, gain_D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x_MD), torch.empty_like(x_MD), gain_D.new_empty(x_MD.size(0))
 
 
 @norm_gradient.register_fake
 def _(grad_x_MD: Tensor, grad_y_MD: Tensor, x_MD: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x_MD), x_MD.new_empty(x_MD.size(0) // SUM_ROWS, x_MD.size(1), dtype=torch.float32)
+    return torch.empty_like(x_MD), x_MD.new_empty(2, x_MD.size(0) // SUM_ROWS, x_MD.size(1), dtype=torch.float32)
 
 
 @log_sums.register_fake
@@ -203,27 +204,21 @@ for operation in OPERATIONS:
 
 
 class SquaredReluMLP(torch.autograd.Function):
-    """down(max(up(x), 0)^2) of x (B, T, D). Keeps x and the squares, not what they are squares of."""
+    """max(up(x), 0)^2 W^T of x (B, T, D), W (D, C). Keeps x and the squares, not what they are squares of."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, up_CD: Tensor, up_bias: Tensor, down_DC: Tensor, down_bias: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, up_CD: Tensor, up_bias: Tensor, down_DC: Tensor) -> Tensor:
         x_MD = x.flatten(0, 1)
         y_MC = up_relu_squared(x_MD, up_CD, up_bias)
         ctx.save_for_backward(x_MD, y_MC, up_CD, down_DC)
-        return F.linear(y_MC, down_DC, down_bias).view_as(x)
+        return (y_MC @ down_DC.t()).view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         x_MD, y_MC, up_CD, down_DC = ctx.saved_tensors
         grad_MD = grad.flatten(0, 1)
         grad_MC, sums = up_gradient(grad_MD, down_DC, y_MC)
-        return (
-            (grad_MC @ up_CD).view_as(grad),
-            grad_MC.t() @ x_MD,
-            sums.sum(0).type_as(grad),
-            grad_MD.t() @ y_MC,
-            column_sums(grad),
-        )
+        return (grad_MC @ up_CD).view_as(grad), grad_MC.t() @ x_MD, sums.sum(0).type_as(grad), grad_MD.t() @ y_MC
 
 
 class RotatedHeads(torch.autograd.Function):
@@ -233,8 +228,8 @@ class RotatedHeads(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, cos_T1K: Tensor, sin_T1K: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        qkv = F.linear(x, weight, bias).unflatten(-1, (3, -1, cos_T1K.size(-1)))
-        y, rstd = rotated_norm(qkv, cos_T1K, sin_T1K)
+        qkv = (x @ weight.t()).unflatten(-1, (3, -1, cos_T1K.size(-1)))
+        y, rstd = rotated_norm(qkv, bias, cos_T1K, sin_T1K)
         ctx.save_for_backward(x, weight, y, rstd, cos_T1K, sin_T1K)
         return y[0], y[1], y[2]
 
@@ -248,19 +243,19 @@ class RotatedHeads(torch.autograd.Function):
 
 
 class AddNorm(torch.autograd.Function):
-    """x + branch (B, T, D), and its RMS norm with a gain (D,), whose gradients are taken in one pass."""
+    """x + branch + bias (B, T, D), and its RMS norm with a gain (D,), whose gradients are taken in one pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, branch: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
-        out_MD, y_MD, rstd_M = add_norm(x.flatten(0, 1), branch.flatten(0, 1), gain)
+    def forward(ctx: Any, x: Tensor, branch: Tensor, bias: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+        out_MD, y_MD, rstd_M = add_norm(x.flatten(0, 1), branch.flatten(0, 1), bias, gain)
         ctx.save_for_backward(out_MD, rstd_M, gain)
         return out_MD.view_as(x), y_MD.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         grad_MD, sums = norm_gradient(*(grad.contiguous().flatten(0, 1) for grad in grads), *ctx.saved_tensors)
-        grad = grad_MD.view_as(grads[0])
-        return grad, grad, sums.sum(0)
+        grad, (grad_bias, grad_gain) = grad_MD.view_as(grads[0]), sums.sum(1)
+        return grad, grad, grad_bias.type_as(grad), grad_gain
 
 
 class HeadLoss(torch.autograd.Function):
@@ -281,11 +276,6 @@ class HeadLoss(torch.autograd.Function):
         grad_MV, sums = loss_gradient(*saved, grad, ctx.cap)
         grad_weight = grad_MV.t() @ x.flatten(0, 1)
         return (grad_MV @ weight).view_as(x), grad_weight, sums.sum(0).type_as(weight), None, None
-
-
-def column_sums(grad: Tensor) -> Tensor:
-    """Of a bias's gradient (B, T, D), over T first: a compiler can do that where it makes what is summed."""
-    return grad.sum(1, dtype=torch.promote_types(grad.dtype, torch.float32)).sum(0).type_as(grad)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -105,12 +105,14 @@ def half_of_head(rows, width, first, HALF: tl.constexpr):
 
 @triton.jit
 def rotated_norm_kernel(
-    qkv, cos, sin, y, rstd, M, T, EPS, H: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, DTYPE: tl.constexpr
+    qkv, bias, cos, sin, y, rstd, M, T, EPS, H: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, DTYPE: tl.constexpr
 ):
     head = tl.program_id(0) % (3 * H)
     rows = tl.program_id(0) // (3 * H) * ROWS + tl.arange(0, ROWS)[:, None]
     source = qkv + half_of_head(rows, 3 * H * K, head * K, K // 2)
-    left, right = tl.load(source).to(tl.float32), tl.load(source + K // 2).to(tl.float32)
+    bias_of_head = bias + head * K + tl.arange(0, K // 2)[None, :]
+    left = tl.load(source).to(tl.float32) + tl.load(bias_of_head).to(tl.float32)
+    right = tl.load(source + K // 2).to(tl.float32) + tl.load(bias_of_head + K // 2).to(tl.float32)
     if head < 2 * H:
         scale = tl.rsqrt((tl.sum(left * left, 1) + tl.sum(right * right, 1)) / K + EPS)[:, None]
         tl.store(rstd + rows.to(tl.int64) * (2 * H) + head, scale)
@@ -158,11 +160,11 @@ def rotated_norm_gradient_kernel(
     tl.store(sums_of_block + K // 2, tl.sum(right_sum, 0))
 
 
-def rotated_norm(qkv_BT3HK: Tensor, cos_T1K: Tensor, sin_T1K: Tensor) -> tuple[Tensor, Tensor]:
+def rotated_norm(qkv_BT3HK: Tensor, bias: Tensor, cos_T1K: Tensor, sin_T1K: Tensor) -> tuple[Tensor, Tensor]:
     B, T, _, H, K = qkv_BT3HK.shape
     y, rstd = qkv_BT3HK.new_empty(3, B, T, H, K), qkv_BT3HK.new_empty(B, T, 2, H, dtype=torch.float32)
     rotated_norm_kernel[(in_blocks(B * T, HEAD_ROWS) * 3 * H,)](
-        qkv_BT3HK, cos_T1K, sin_T1K, y, rstd, B * T, T, EPS, H, K, HEAD_ROWS, DTYPES[y.dtype], num_warps=4
+        qkv_BT3HK, bias, cos_T1K, sin_T1K, y, rstd, B * T, T, EPS, H, K, HEAD_ROWS, DTYPES[y.dtype], num_warps=4
     )
     return y, rstd
 
@@ -187,7 +189,7 @@ NORM_ROWS = 2  # at a time
 
 @triton.jit
 def add_norm_kernel(
-    x, branch, gain, out, y, rstd, D, EPS, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, DTYPE: tl.constexpr
+    x, branch, bias, gain, out, y, rstd, D, EPS, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, DTYPE: tl.constexpr
 ):
     columns = tl.arange(0, BLOCK_D)[None, :]
     is_column = columns < D
@@ -195,6 +197,7 @@ def add_norm_kernel(
     place = rows.to(tl.int64) * D + columns
     total = tl.load(x + place, is_column, other=0.0).to(tl.float32)
     total += tl.load(branch + place, is_column, other=0.0).to(tl.float32)
+    total += tl.load(bias + columns, is_column, other=0.0).to(tl.float32)
     rounded = total.to(DTYPE)
     tl.store(out + place, rounded, is_column)
     total = rounded.to(tl.float32)
@@ -211,7 +214,7 @@ def norm_gradient_kernel(
     columns = tl.arange(0, BLOCK_D)[None, :]
     is_column = columns < D
     weight = tl.load(gain + columns, is_column, other=0.0)
-    total = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    out_sum, gain_sum = tl.zeros((ROWS, BLOCK_D), tl.float32), tl.zeros((ROWS, BLOCK_D), tl.float32)
     for first in range(0, SUM_ROWS, ROWS):
         rows = (tl.program_id(0) * SUM_ROWS + first + tl.arange(0, ROWS))[:, None]
         place = rows.to(tl.int64) * D + columns
@@ -219,19 +222,22 @@ def norm_gradient_kernel(
         normed = tl.load(x + place, is_column, other=0.0).to(tl.float32) * scale
         grad = tl.load(grad_y + place, is_column, other=0.0).to(tl.float32)
         beside = tl.load(grad_x + place, is_column, other=0.0).to(tl.float32)
-        total += grad * normed
+        gain_sum += grad * normed
         grad *= weight
         along = (tl.sum(grad * normed, 1) / D)[:, None]
-        tl.store(out + place, (beside + (grad - normed * along) * scale).to(DTYPE), is_column)
+        total = beside + (grad - normed * along) * scale
+        out_sum += total
+        tl.store(out + place, total.to(DTYPE), is_column)
     column = tl.arange(0, BLOCK_D)
-    tl.store(sums + tl.program_id(0) * D + column, tl.sum(total, 0), column < D)
+    tl.store(sums + tl.program_id(0) * D + column, tl.sum(out_sum, 0), column < D)
+    tl.store(sums + (tl.num_programs(0) + tl.program_id(0)) * D + column, tl.sum(gain_sum, 0), column < D)
 
 
-def add_norm(x_MD: Tensor, branch_MD: Tensor, gain_D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def add_norm(x_MD: Tensor, branch_MD: Tensor, bias_D: Tensor, gain_D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     M, D = x_MD.shape
     out_MD, y_MD, rstd_M = torch.empty_like(x_MD), torch.empty_like(x_MD), x_MD.new_empty(M, dtype=torch.float32)
     add_norm_kernel[(in_blocks(M, NORM_ROWS),)](
-        x_MD, branch_MD, gain_D, out_MD, y_MD, rstd_M, D, EPS,
+        x_MD, branch_MD, bias_D, gain_D, out_MD, y_MD, rstd_M, D, EPS,
         triton.next_power_of_2(D), NORM_ROWS, DTYPES[x_MD.dtype], num_warps=8,
     )  # fmt: skip
     return out_MD, y_MD, rstd_M
@@ -241,7 +247,7 @@ def norm_gradient(
     grad_x_MD: Tensor, grad_y_MD: Tensor, x_MD: Tensor, rstd_M: Tensor, gain_D: Tensor
 ) -> tuple[Tensor, Tensor]:
     M, D = x_MD.shape
-    out_MD, sums = torch.empty_like(x_MD), x_MD.new_empty(M // SUM_ROWS, D, dtype=torch.float32)
+    out_MD, sums = torch.empty_like(x_MD), x_MD.new_empty(2, M // SUM_ROWS, D, dtype=torch.float32)
     norm_gradient_kernel[(in_blocks(M, SUM_ROWS),)](
         grad_x_MD, grad_y_MD, x_MD, rstd_M, gain_D, out_MD, sums, D,
         triton.next_power_of_2(D), SUM_ROWS, NORM_ROWS, DTYPES[x_MD.dtype], num_warps=8,
