@@ -48,7 +48,7 @@ val = "{folder}/tiny_val_*.bin"
 [train]
 steps = 30
 batch_tokens = 512
-micro_batch = 4
+micro_batch = 8
 compile = "auto"
 log_every = 5
 checkpoint_every = 0
