@@ -587,9 +587,10 @@ def train_in_folder(
     point("warm_up", 0)
     start["attention"] = choose_attention(config.model, ranks.device)
     fused.choose_kernels(config, ranks.device)
-    ranks.check_agree(attention=start["attention"], kernels=fused.kernels_of())
+    ranks.check_agree(attention=start["attention"], kernels=fused.kernels_of(ranks.device))
     model = compiled_where_possible(run.model, config.train.compile, ranks, lambda called: prepare(called, run))
-    start |= {"compiled": model is not run.model, "kernels": fused.kernels_of(), "micro_batch": run.plan.micro_batch}
+    kernels = fused.kernels_of(ranks.device)
+    start |= {"compiled": model is not run.model, "kernels": kernels, "micro_batch": run.plan.micro_batch}
     ranks.check_agree(**{key: start[key] for key in ("kernels", "compiled", "micro_batch")})
     progress = ranks.together(lambda: go_on_from(checkpoint, run, clock)) if checkpoint else Progress()
     if checkpoint:

@@ -120,7 +120,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """Update every matrix that has a gradient. No host sync.
+        """Update every matrix that has a gradient. No host sync, but where the first tries kernels out.
 
         A non-finite gradient makes its matrix non-finite and sets found_non_finite, a 0-dim tensor on the device that
         stays set. To keep weights whole, check gradients before the step (the trainer does).
@@ -156,12 +156,13 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self.found_non_finite.logical_or_(is_bad)  # in place: torch.compile before 2.13 lets a step set no attribute
         rows, columns = stack[0].shape
         step_size = group["lr"] * (math.sqrt(max(1.0, rows / columns)) if group["aspect_scale"] else 1.0)
-        passes.subtract(stack, O_KMN, step_size, group["lr"] * group["weight_decay"])
+        decay = group["lr"] * group["weight_decay"] if group["weight_decay"] else 0.0
+        passes.subtract(stack, O_KMN, step_size, decay)
 
     def lookahead(self, stack: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
         """What direction() sees of these parameters of one group: (M, N) float32 each, not to be changed.
 
-        Between step() and the next zero_grad() it gives what the step has used.
+        Between step() and the next zero_grad() it gives what the step has used, up to a kernel's rounding.
         """
         buffers = [self.state[p]["momentum_buffer"] for p in stack]
         if not group["nesterov"]:

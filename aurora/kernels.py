@@ -61,7 +61,7 @@ def gram_of_columns_kernel(x, out, N, K, TILE: tl.constexpr, TILE_K: tl.constexp
 
 def tiles(stack: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """The stack, one matrix below the other, in tiles of so many rows and columns."""
-    return TensorDescriptor.from_tensor(stack.contiguous().flatten(0, 1), [rows, columns])
+    return TensorDescriptor.from_tensor(stack.view(-1, stack.size(-1)), [rows, columns])
 
 
 def programs(out: Tensor) -> tuple[tuple[int], dict]:
@@ -71,20 +71,21 @@ def programs(out: Tensor) -> tuple[tuple[int], dict]:
 
 
 def gram(X_KMN: Tensor) -> Tensor:
-    X = X_KMN.mT if X_KMN.size(-2) > X_KMN.size(-1) else X_KMN
-    K, M, N = X.shape
-    out = X.new_empty(K, M, M)
-    if X.is_contiguous() or not X.mT.is_contiguous():
+    K, M, N = X_KMN.shape
+    out = X_KMN.new_empty(K, M, M)
+    if X_KMN.is_contiguous() or not X_KMN.mT.is_contiguous():
+        X = X_KMN.contiguous()
         return multiply(X, X, out)
     grid, options = programs(out)
-    gram_of_columns_kernel[grid](tiles(X.mT, TILE_K, TILE), tiles(out, TILE, TILE), M, N, **options)
+    gram_of_columns_kernel[grid](tiles(X_KMN.mT, TILE_K, TILE), tiles(out, TILE, TILE), M, N, **options)
     return out
 
 
 def symmetric_product(
     A: Tensor, B: Tensor, alpha: float = 1.0, plus: Tensor | None = None, beta: float = 1.0, diagonal: float = 0.0
 ) -> Tensor:
-    return multiply(A, B, torch.empty_like(A), alpha, plus, beta, diagonal)
+    plus = plus if plus is None else plus.contiguous()
+    return multiply(A.contiguous(), B.contiguous(), A.new_empty(A.shape), alpha, plus, beta, diagonal)
 
 
 def multiply(
@@ -119,10 +120,10 @@ def advance_kernel(buffers, grads, X, size, momentum, NESTEROV: tl.constexpr, BL
     grad = tl.load(start_of(grads, matrix, DTYPE) + place, inside).to(tl.float32)
     of_buffer = start_of(buffers, matrix, tl.float32) + place
     buffer = tl.load(of_buffer, inside)
-    buffer += (1 - momentum) * (grad - buffer)
+    buffer = momentum * buffer + (1 - momentum) * grad
     tl.store(of_buffer, buffer, inside)
     if NESTEROV:
-        buffer += (1 - momentum) * (grad - buffer)
+        buffer = momentum * buffer + (1 - momentum) * grad
     tl.store(X + matrix.to(tl.int64) * size + place, buffer, inside)
 
 
@@ -140,7 +141,7 @@ def subtract_kernel(params, updates, size, step_size, kept, BLOCK: tl.constexpr,
 @functools.lru_cache(maxsize=1024)
 def on_device(device: torch.device, addresses: tuple[int, ...]) -> Tensor:
     """The addresses where a kernel can read them; sent without waiting, and again only when they have changed."""
-    return torch.tensor(addresses, dtype=torch.int64).pin_memory().to(device, non_blocking=True)
+    return torch.tensor(addresses, dtype=torch.int64, device="cpu").pin_memory().to(device, non_blocking=True)
 
 
 def addresses(tensors: list[Tensor]) -> Tensor:

@@ -37,12 +37,13 @@ class NorMuon(MatrixOptimizer):
 
     def direction(self, X_KMN: Tensor, states: list[dict[str, Any]], group: dict[str, Any]) -> Tensor:
         O_KMN = self.polar(X_KMN, group)
-        sum_sq_KM1 = row_norms(O_KMN).square()
+        norm_KM1 = row_norms(O_KMN)
         moments = [state["row_second_moment"] for state in states]
-        torch._foreach_lerp_(moments, list((sum_sq_KM1 / O_KMN.size(-1)).unbind()), 1 - group["beta2"])
+        torch._foreach_lerp_(moments, list((norm_KM1.square() / O_KMN.size(-1)).unbind()), 1 - group["beta2"])
 
         scale_KM1 = 1 / (torch.stack(moments).sqrt() + group["eps"])
-        norm_K11 = sum_sq_KM1.sum(dim=-2, keepdim=True).sqrt()
-        normalised_norm_K11 = (sum_sq_KM1 * scale_KM1.square()).sum(dim=-2, keepdim=True).sqrt()
+        norm_K11, normalised_norm_K11 = (
+            torch.linalg.vector_norm(norms, dim=-2, keepdim=True) for norms in (norm_KM1, norm_KM1 * scale_KM1)
+        )
         # A zero matrix stays zero: 0 * (0 / tiny).
         return scale_KM1 * (norm_K11 / normalised_norm_K11.clamp(min=torch.finfo(torch.float32).tiny)) * O_KMN

@@ -1,7 +1,7 @@
 """What a step is made of besides full matmuls: by Triton's kernels where they work (aurora/kernels.py), else by torch.
 
 Each function says what it computes by its torch formula; a kernel takes fewer passes over memory, and of a symmetric
-product computes one half. They are for bfloat16 matmuls on Hopper and later, outside torch.compile and CUDA graphs.
+product, in bfloat16, computes one half. They are for Hopper and later, outside torch.compile and CUDA graphs.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 TILE = 128  # the sides of what a kernel multiplies are multiples of this
+MAX_ROWS = 2**14  # that a kernel takes at once
 # A zero row has no direction: its row of the polar factor is zero too, and its weight is left as it is.
 MIN_ROW_NORM = 1e-7
 is_on = True
@@ -32,7 +33,11 @@ def gram(X_KMN: Tensor) -> Tensor:
 def symmetric_product(
     A: Tensor, B: Tensor, alpha: float = 1.0, plus: Tensor | None = None, beta: float = 1.0, diagonal: float = 0.0
 ) -> Tensor:
-    """alpha A B + beta plus + diagonal I; A, B and plus are (K, N, N) polynomials of the same symmetric matrices."""
+    """alpha A B + beta plus + diagonal I of (K, N, N), where A B and plus are symmetric.
+
+    Polynomials of one matrix commute, but once they are rounded their product is symmetric only as far as they are
+    exact: what is lost by taking one half for both is for the caller to judge, see _two_steps() in aurora/polar.py.
+    """
     kernels = can_multiply(A) and kernels_for(A)
     if kernels:
         return kernels.symmetric_product(A, B, alpha, plus, beta, diagonal)
@@ -45,7 +50,7 @@ def symmetric_product(
 
 
 def can_multiply(X: Tensor) -> bool:
-    return X.dtype == torch.bfloat16 and all(size % TILE == 0 for size in X.shape[-2:])
+    return X.dtype == torch.bfloat16 and all(size > 0 and size % TILE == 0 for size in X.shape[-2:])
 
 
 # ---- passes over a stack of matrices ----
@@ -53,8 +58,8 @@ def can_multiply(X: Tensor) -> bool:
 
 def advance(buffers: list[Tensor], grads: list[Tensor], momentum: float | Tensor, nesterov: bool) -> Tensor:
     """Gradients into float32 momentum buffers, in place; with nesterov lookahead(), else the buffers, (K, M, N)."""
-    kernels = isinstance(momentum, float) and are_whole(buffers, grads) and kernels_for(buffers[0])
-    if kernels:
+    kernels = isinstance(momentum, float) and kernels_for(buffers[0])
+    if kernels and are_whole(buffers, grads):
         return kernels.advance(buffers, grads, momentum, nesterov)
     grads = [grad.float() for grad in grads]
     torch._foreach_lerp_(buffers, grads, foreach_weight(1 - momentum, len(grads)))
@@ -73,8 +78,8 @@ def foreach_weight(weight: float | Tensor, count: int) -> float | list[Tensor]:
 
 def subtract(params: list[Tensor], O_KMN: Tensor, step_size: float | Tensor, decay: float | Tensor) -> None:
     """p <- (1 - decay) p - step_size O, in place."""
-    kernels = isinstance(step_size, float) and are_whole(params, [O_KMN]) and kernels_for(O_KMN)
-    if kernels:
+    kernels = isinstance(step_size, float) and isinstance(decay, float) and kernels_for(O_KMN)
+    if kernels and are_whole(params, [O_KMN]):
         kernels.subtract(params, O_KMN, step_size, decay)
         return
     if isinstance(decay, Tensor) or decay:
@@ -108,7 +113,7 @@ def evening_factors(norm_KM1: Tensor, rank: int, max_scale_error: float = 0.0) -
     Returns:
         (K, M, 1) float32.
     """
-    kernels = norm_KM1.dtype == torch.float32 and kernels_for(norm_KM1)
+    kernels = norm_KM1.dtype == torch.float32 and norm_KM1.size(-2) <= MAX_ROWS and kernels_for(norm_KM1)
     if kernels:
         return kernels.evening_factors(norm_KM1, rank, max_scale_error)
     is_zero_KM1 = norm_KM1 <= MIN_ROW_NORM
@@ -121,27 +126,32 @@ def evening_factors(norm_KM1: Tensor, rank: int, max_scale_error: float = 0.0) -
 
 
 def are_whole(*stacks: list[Tensor]) -> bool:
-    """Whether each tensor is one aligned piece of memory, in a dtype that the kernels know."""
+    """Whether each tensor is one aligned piece of memory, all of a stack in one dtype, which the kernels know."""
     return all(
-        t.is_contiguous() and t.data_ptr() % 16 == 0 and t.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        t.is_contiguous() and t.data_ptr() % 16 == 0 and t.dtype == stack[0].dtype and t.device == stack[0].device
         for stack in stacks
         for t in stack
-    )
+    ) and all(stack[0].dtype in (torch.float32, torch.bfloat16, torch.float16) for stack in stacks)
 
 
 # ---- whether ----
 
 
 def kernels_for(tensor: Tensor) -> ModuleType | None:
-    """aurora/kernels.py where it is to be used."""
+    """aurora/kernels.py where it is to be used; Triton launches on the current device, whatever its inputs are on."""
     if not (is_on and tensor.is_cuda) or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
         return None
-    return working_kernels(tensor.device)
+    return working_kernels(tensor.device) if tensor.device.index == torch.cuda.current_device() else None
+
+
+def kernels_of(device: torch.device) -> str:
+    """Whose kernels steps on this device have, for the record."""
+    return "triton" if kernels_for(torch.empty(0, device=device)) else "torch"
 
 
 @contextlib.contextmanager
 def turned_off() -> Iterator[None]:
-    """Torch's formulas alone."""
+    """Torch's formulas alone, in all threads."""
     global is_on
     before, is_on = is_on, False
     try:
@@ -153,7 +163,7 @@ def turned_off() -> Iterator[None]:
 @functools.cache
 def working_kernels(device: torch.device) -> ModuleType | None:
     """The kernels, if they work on this device: tried at the first step, the only one that waits for the device."""
-    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (9, 0):
+    if torch.version.hip or torch.cuda.get_device_capability(device) < (9, 0):
         return None
     try:
         from aurora import kernels  # Triton comes with torch for CUDA alone
@@ -163,7 +173,7 @@ def working_kernels(device: torch.device) -> ModuleType | None:
         raise
     except Exception as error:  # of any kind: Triton may be missing, or not know this device
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        warnings.warn(f"optimizer steps without Triton kernels, for {reason}", stacklevel=2)
+        warnings.warn(f"optimizer steps without Triton kernels, for {reason}", stacklevel=1)
         return None
     return kernels
 
@@ -173,27 +183,27 @@ def check(kernels: ModuleType, device: torch.device, dtype: torch.dtype = torch.
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device) / 8
+        return torch.randn(shape, generator=generator, device=device, dtype=torch.float32) / 8
 
     X, A = random(2, 2 * TILE, 3 * TILE).to(dtype), random(2, 2 * TILE, 2 * TILE)
     A = (A + A.mT).to(dtype)
+    norm_KM1 = random(3, 200, 1).abs()
+    norm_KM1[0, :5] = MIN_ROW_NORM / 2
 
-    def stepped(of: ModuleType, nesterov: bool, update_dtype: torch.dtype) -> list[Tensor]:
+    def stepped(of: ModuleType, nesterov: bool, grad_dtype: torch.dtype, update_dtype: torch.dtype) -> list[Tensor]:
         generator.manual_seed(1)
         params, buffers, grads = ([random(48, 100) for _ in range(3)] for _ in range(3))
-        O_KMN = of.advance(buffers, grads, 0.9, nesterov)
+        O_KMN = of.advance(buffers, [grad.to(grad_dtype) for grad in grads], 0.9, nesterov)
         of.subtract(params, O_KMN.to(update_dtype), 0.1, 0.01)
         return [O_KMN, *params, *buffers]
 
-    norm_KM1 = random(3, 200, 1).abs()
-    norm_KM1[0, :5] = MIN_ROW_NORM / 2
+    modes = (True, torch.float32, dtype), (False, torch.float32, torch.float32), (True, dtype, dtype)
+    rows = (1, 0.0), (1, 0.1), (4, 0.5), (10, 0.1)
     tasks = {
-        "Gram matrix": lambda of: [of.gram(X), of.gram(X.mT.contiguous())],
+        "Gram matrix": lambda of: [of.gram(X), of.gram(X.mT.contiguous().mT)],
         "symmetric product": lambda of: [of.symmetric_product(A, A), of.symmetric_product(A, A, -0.5, A, 3.0, 2.0)],
-        "even rows": lambda of: [
-            of.evening_factors(size * norm_KM1, 100, limit) for size, limit in ((1, 0.0), (1, 0.1), (4, 0.5), (10, 0.1))
-        ],
-        "update": lambda of: [t for mode in ((True, dtype), (False, torch.float32)) for t in stepped(of, *mode)],
+        "even rows": lambda of: [of.evening_factors(size * norm_KM1, 100, limit) for size, limit in rows],
+        "update": lambda of: [t for mode in modes for t in stepped(of, *mode)],
     }
     for name, task in tasks.items():
         with turned_off():

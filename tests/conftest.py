@@ -11,7 +11,9 @@ import unittest.mock
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ["SPEEDRUN_DEVICE"] = "cpu"  # before the trainer is imported, and for the processes that tests start
+# Before torch and the trainer are imported, and for the processes that tests start: where workers share the cores, more
+# threads than these wait for each other.
+os.environ |= {"SPEEDRUN_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
 
 import numpy as np
 import pytest
@@ -48,7 +50,7 @@ val = "{folder}/tiny_val_*.bin"
 [train]
 steps = 30
 batch_tokens = 512
-micro_batch = 4
+micro_batch = 8
 compile = "auto"
 log_every = 5
 checkpoint_every = 0
@@ -133,10 +135,10 @@ def train_here(config: Path, out: Path, *args: str) -> int:
 
 
 def start_process(*command: str, **options) -> subprocess.Popen:
-    """Start a Python command of this project in a process of its own, with one thread a process."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | options.pop("env", {})
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, text=True, **pipes | options)
+    """Start a Python command of this project in a process of its own."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | options.pop("env", {})
+    defaults = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, *command], env=environment, text=True, **defaults | options)
 
 
 class Outcome(NamedTuple):

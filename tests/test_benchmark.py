@@ -58,7 +58,7 @@ def test_parts_of_a_training_step_add_up_and_are_reported(tiny_track, tmp_path):
         assert row["parts_ms"].keys() == set(train.PARTS)
         for part in ("data wait", "forward", "backward", "check", "optimizer"):
             assert row["parts_ms"][part] > 0, part
-        assert (row["micro_batch"], row["micro_steps"]) == (4, 4) and row["mfu_nominal"] is None
+        assert (row["micro_batch"], row["micro_steps"]) == (8, 2) and row["mfu_nominal"] is None
     weights, attention = 2 * (4 * 32 * 32 + 2 * 4 * 32 * 32) + 64 * 32, 12 * 2 * 32 * 32
     tflops = result["optimizers"]["muon"]["tflops"]
     ms = result["optimizers"]["muon"]["ms_per_step"]

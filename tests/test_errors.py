@@ -5,7 +5,7 @@ import torch
 
 import train_gpt
 from configs.schema import Exit
-from tests.conftest import events, make_run, start_process, torchrun, train_here
+from tests.conftest import events, make_run, start_process, train_here
 
 
 def test_non_finite_loss_exits_5_naming_step_and_parameter(tiny_track, tmp_path, capsys):
@@ -79,9 +79,9 @@ def test_importing_the_trainer_has_no_side_effects(tmp_path):
     assert (process.returncode, out, err) == (0, "", "")
 
 
-def test_world_size_that_does_not_divide_the_batch_exits_2_on_one_line(tiny_track, tmp_path):
-    process = start_process(*torchrun(3), "train_gpt.py", "--config", str(tiny_track), "--out", str(tmp_path))
-    _, err = process.communicate(timeout=120)
-    assert process.returncode != 0
-    assert err.count("error: 3 ranks do not divide the 16 sequences of train.batch_tokens") == 1
+def test_world_size_that_does_not_divide_the_batch_exits_2_on_one_line(tiny_track, launch, tmp_path):
+    outcome = launch("--config", tiny_track, "--out", tmp_path, world_size=3)
+    assert outcome.codes == [Exit.CONFIG] * 3 and outcome.err[1:] == ["", ""]
+    assert outcome.err[0].startswith("error: 3 ranks do not divide the 16 sequences of train.batch_tokens")
+    assert outcome.err[0].count("\n") == 1
     assert not list(tmp_path.glob("*.jsonl"))

@@ -593,7 +593,7 @@ def test_no_clock_is_read_before_all_ranks_have_arrived(twelve_steps, launch, tm
 
 def launch_script(*arguments, **environment):
     """scripts/launch.sh on two ranks, started."""
-    environment = os.environ | {"NPROC": "2", "OMP_NUM_THREADS": "1"} | environment
+    environment = os.environ | {"NPROC": "2"} | environment
     environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     command = ["bash", "scripts/launch.sh", *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

@@ -6,6 +6,7 @@ import re
 import pytest
 
 from scripts import findings, plot
+from scripts import neurons as neurons_plot
 from tests.test_leaderboard import record
 
 EXPANSIONS = (2, 4, 8)
@@ -56,6 +57,17 @@ def results(tmp_path):
     return tmp_path
 
 
+@pytest.fixture
+def not_rendered(monkeypatch):
+    """Figures are made, but of their files only what --check looks for: for tests that read the page alone."""
+
+    def write(figure, path, description=""):
+        path.write_text(description)
+
+    for module in (plot, neurons_plot):
+        monkeypatch.setattr(module, "save_figure", write)
+
+
 def verdicts(results):
     assert findings.main(["--results", str(results)]) == 0
     page = (results / "FINDINGS.md").read_text()
@@ -77,7 +89,7 @@ def test_claims_that_hold_are_supported_with_their_figures(results):
     assert (results / "quick/findings-neurons.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_claims_of_which_the_opposite_holds_are_contradicted(results):
+def test_claims_of_which_the_opposite_holds_are_contradicted(results, not_rendered):
     for seed in (0, 1, 2):
         write_run(results / "quick", "aurora", seed, (4.0, 3.0, 1.9), starved=9, dead=9, last=600)
         write_run(results / "quick", "unormuon", seed, (4.0, 3.0, 1.5), last=600)
@@ -93,7 +105,7 @@ def test_claims_of_which_the_opposite_holds_are_contradicted(results):
     assert claims_with("undecided", found) == {"2b.", "3a."}
 
 
-def test_figures_that_leave_both_possible_are_undecided(results):
+def test_figures_that_leave_both_possible_are_undecided(results, not_rendered):
     """Every p of claims 2 and 3 is 0.03: significant alone, as claim 1's is, and not as one of two."""
     ends = {"aurora": 1.5 - 0.027, "unormuon": 1.5, "muon": 1.5 + 0.027, "adamw": 1.5 + 0.054}
     for seed in (0, 1, 2):
@@ -113,7 +125,7 @@ def test_figures_that_leave_both_possible_are_undecided(results):
     assert verdicts(results)[0]["2c."] == "undecided", "25.4 % on average, 25 % within the interval"
 
 
-def test_every_setting_has_a_column_and_schedules_of_unequal_length_are_compared_by_steps(results):
+def test_every_setting_has_a_column_and_schedules_of_unequal_length_are_compared_by_steps(results, not_rendered):
     path = results / "findings.toml"
     own = '[[setting]]\ntitle = "Own schedules"\nfolder = "own"\ncommand = "four"\nnote = "Noted."\n'
     path.write_text(own + path.read_text())
@@ -143,7 +155,7 @@ def test_claims_without_records_are_not_testable_and_say_why(results):
     assert "Not comparable: no runs are recorded." in page
 
 
-def test_runs_that_cannot_be_compared_are_no_evidence_and_the_page_says_why(results):
+def test_runs_that_cannot_be_compared_are_no_evidence_and_the_page_says_why(results, not_rendered):
     for seed in (0, 1, 2):
         write_run(results / "wide", "muon", seed, (4.0, 3.0, 1.4), expansion=8, steps=300)
     path = results / "quick" / "muon-0-4.jsonl"
@@ -155,7 +167,7 @@ def test_runs_that_cannot_be_compared_are_no_evidence_and_the_page_says_why(resu
     assert "schedules of unequal length at factor 8" in page
 
 
-def test_deaths_are_those_by_step_500_however_long_a_run_is(results):
+def test_deaths_are_those_by_step_500_however_long_a_run_is(results, not_rendered):
     for seed in (0, 1, 2):
         for optimizer, dead in {"muon": 8, "unormuon": 1, "aurora": 2}.items():
             path = results / "quick" / f"{optimizer}-{seed}-4.jsonl"

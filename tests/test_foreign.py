@@ -4,7 +4,6 @@ import json
 import math
 import os
 import random
-import subprocess
 import sys
 
 import pytest
@@ -14,7 +13,7 @@ from results.export import export_record, is_inside
 from results.foreign import LogError, read_log
 from results.text import cell, plain
 from scripts import logs
-from tests.conftest import ROOT, losses, start_process
+from tests.conftest import losses, start_process, train_here
 
 
 def log(folder, text, name="log.txt"):
@@ -259,22 +258,20 @@ def test_pipes_and_endless_logs_are_refused(tmp_path):
         read_log(log(tmp_path, trial_text() * 1100))
 
 
-def test_command_line(tmp_path):
+def test_command_line(tmp_path, capsys):
     (tmp_path / "row07").mkdir()
     rows(tmp_path / "row07", GOOD)
     (tmp_path / "claims.json").write_text('[{"row": 7, "steps": 250, "mean": 3.2780, "n": 4}]')
-    command = [sys.executable, "scripts/logs.py"]
+    process = start_process("scripts/logs.py", "--claims", str(tmp_path / "claims.json"), "--json")
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "") and json.loads(out)[0]["follows"]
 
     def run(*args):
-        done = subprocess.run([*command, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=60)
-        assert "Traceback" not in done.stderr
-        return done.returncode, done.stdout, done.stderr
+        return logs.main([*map(str, args)]), capsys.readouterr().out
 
-    code, out, _ = run("--claims", tmp_path / "claims.json", "--json")
-    assert code == 0 and json.loads(out)[0]["follows"]
-    code, out, _ = run(tmp_path / "row07", "--steps", 250, "--mean", "3.2900", "--runs", 4)
+    code, out = run(tmp_path / "row07", "--steps", 250, "--mean", "3.2900", "--runs", 4)
     assert code == 1 and "does not follow" in out
-    code, out, _ = run(tmp_path / "row07", "--against", tmp_path / "row07", "--steps", 250)
+    code, out = run(tmp_path / "row07", "--against", tmp_path / "row07", "--steps", 250)
     assert code == 0 and "Welch p = 1" in out
     assert run(tmp_path / "nothing")[0] == 2
     (tmp_path / "claims.json").write_text("[" * 100_000)
@@ -325,9 +322,7 @@ def test_text_of_strangers_is_harmless():
 
 
 def test_exported_record_reads_back_and_its_source_part_trains_to_the_same_losses(tiny_track, tmp_path):
-    arguments = ("--config", str(tiny_track), "--optimizer", "muon", "--set", "train.steps=10")
-    process = start_process("train_gpt.py", *arguments, "--out", str(tmp_path / "run"))
-    process.communicate(timeout=120)
+    assert train_here(tiny_track, tmp_path / "run", "--optimizer", "muon", "--set", "train.steps=10") == 0
     (record,) = (tmp_path / "run").glob("*.jsonl")
     text = tmp_path / "log.txt"
     export_record(record, text)
@@ -336,9 +331,9 @@ def test_exported_record_reads_back_and_its_source_part_trains_to_the_same_losse
     assert list(trial.values("val_loss").items()) == losses(tmp_path / "run")
 
     (tmp_path / "again.py").write_text(text.read_text().split("=" * 100)[0])
-    command = [sys.executable, "again.py", "--out", "again"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    process = start_process("again.py", "--out", "again", cwd=tmp_path, env={"PYTHONPATH": ""})
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
     assert losses(tmp_path / "again") == losses(tmp_path / "run")
 
 

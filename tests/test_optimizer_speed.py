@@ -1,5 +1,6 @@
 """What makes steps slow without showing in a result: recompiles, host syncs, bytes on the wire. Counted, not timed."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -68,6 +69,22 @@ def test_fifty_compiled_steps_with_changing_lr_do_not_recompile(rule):
         step()
         counts.append(compilations.frame_count)
     assert counts[1] == counts[-1] and counts[-1] > 0, counts
+
+
+@pytest.mark.parametrize("rule", ["muon", "unormuon", "aurora folded"])
+def test_a_step_compiles_to_one_graph(rule):
+    torch._dynamo.reset()
+    params = new_params()
+    copies = copy.deepcopy(params)
+    for p, other in zip(params, copies, strict=True):
+        other.grad = p.grad.clone()
+    eager, compiled = (make(rule, each, polar_dtype="float32") for each in (params, copies))
+    for optimizer in (eager, compiled):
+        optimizer.step()  # makes the state, which compiled code finds there
+    eager.step()
+    torch.compile(compiled.step, backend="eager", fullgraph=True)()
+    for p, other in zip(params, copies, strict=True):
+        torch.testing.assert_close(p, other)
 
 
 @pytest.fixture

@@ -60,7 +60,7 @@ def test_task_hash_tells_tasks_apart_but_not_optimizers_seeds_or_steps(tiny_trac
         "optimizer.muon.steps=5",
         "model.mlp=relu2",
         "model.head_dtype=activation",
-        "train.micro_batch=8",
+        "train.micro_batch=4",
         "optimizer.muon.lr=0.01",
     ]
     different = [

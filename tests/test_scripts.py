@@ -19,7 +19,7 @@ from results import report, verdict
 from results.record import RecordError, Validation, read_folder, read_record, read_sources
 from results.statistics import runs_needed
 from scripts import compare, plot, runs
-from tests.conftest import ROOT, start_process
+from tests.conftest import ROOT, start_process, train_here
 
 
 def straight(*points, every=2):
@@ -348,21 +348,22 @@ def compare_command(tiny_track, out, *args):
     return process.returncode, output, err
 
 
-def test_compare_runs_skips_what_is_finished_and_goes_on_after_a_failure(tiny_track, tmp_path):
+def test_compare_runs_skips_what_is_finished_and_goes_on_after_a_failure(tiny_track, tmp_path, monkeypatch, capsys):
     arguments = ["--optimizers", "muon", "aurora", "--set", "optimizer.muon.lr=1e30", "--set", "train.steps=10"]
-    code, out, err = compare_command(tiny_track, tmp_path, *arguments)
-    assert code == 1
+    assert run_compare(monkeypatch, "--config", tiny_track, "--out", tmp_path, *arguments) == 1
+    out, err = capsys.readouterr()
     assert "failed: muon, seed 0: exit code 5" in err
     assert "| aurora" in out and "muon: without a final loss: seed 0 (diverged)" in out
     assert "step:10/10 val_loss:" in out
     written = (tmp_path / "comparison.md").read_text()
     assert next(line for line in out.splitlines() if line.startswith("| aurora")) in written
     assert (tmp_path / "loss_curves.png").read_bytes().startswith(b"\x89PNG")
-    records = set(tmp_path.glob("*.jsonl"))
 
-    code, out, _ = compare_command(tiny_track, tmp_path, *arguments)
-    assert code == 1 and "[2/2] aurora, seed 0: finished before" in out
-    assert len(set(tmp_path.glob("*.jsonl")) - records) == 1, "the failed run alone is tried again"
+    started = []
+    monkeypatch.setattr(runs.Workers, "run_one", lambda self, argv, *args: started.append(argv) or 5)
+    code = run_compare(monkeypatch, "--config", tiny_track, "--out", tmp_path, *arguments)
+    assert code == 1 and "[2/2] aurora, seed 0: finished before" in capsys.readouterr().out
+    assert [argv[3] for argv in started] == ["muon"], "the failed run alone is tried again"
 
 
 def test_jobs_run_side_by_side_on_cores_of_their_own(tiny_track, tmp_path):
@@ -522,16 +523,15 @@ def test_a_run_that_was_killed_goes_on_where_its_checkpoint_is(tiny_track, tmp_p
     argv = ["--config", str(tiny_track), "--optimizer", "muon", "--seed", "0"]
     argv += ["--set", "train.steps=20", "--set", "train.checkpoint_every=10"]
 
-    def train():
-        return runs.Workers(1, tmp_path).train(argv, 1, read_sources(tiny_track), sys.stdout, "")
-
-    first = train().run
-    lines = first.path.read_text().splitlines()
-    write(first.path, [line for line in lines if json.loads(line).get("step", 0) <= 10])
-    shutil.rmtree(first.path.with_suffix(".checkpoints") / "step-000020")
-    again = train()
+    assert train_here(tiny_track, tmp_path, *argv[2:]) == 0
+    (path,) = tmp_path.glob("*.jsonl")
+    lines = path.read_text().splitlines()
+    write(path, [line for line in lines if json.loads(line).get("step", 0) <= 10])
+    shutil.rmtree(path.with_suffix(".checkpoints") / "step-000020")
+    capsys.readouterr()
+    again = runs.Workers(1, tmp_path).train(argv, 1, read_sources(tiny_track), sys.stdout, "")
     assert again.exit_code == 0 and "resume: from step 10" in capsys.readouterr().out
-    assert again.run.path == first.path and again.run.is_done and again.run.end["segments"] == 2
+    assert again.run.path == path and again.run.is_done and again.run.end["segments"] == 2
 
 
 def test_sigterm_for_compare_alone_stops_its_runs_with_a_checkpoint(tiny_track, tmp_path):

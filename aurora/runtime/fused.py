@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aurora import passes
 from aurora.runtime.functions import LOG2_E, soft_cap
 from aurora.runtime.ranks import is_out_of_memory
 from configs.schema import Config
@@ -318,6 +319,7 @@ def turned_off() -> Iterator[None]:
         is_on = before
 
 
-def kernels_of() -> str:
-    """Whose kernels a block has, for the record."""
-    return "triton" if is_on else "torch"
+def kernels_of(device: torch.device) -> str:
+    """Whose kernels the model has, and an optimizer's step where it has others, for the record."""
+    model, optimizer = "triton" if is_on else "torch", passes.kernels_of(device)
+    return model if model == optimizer else f"{model}, optimizer {optimizer}"

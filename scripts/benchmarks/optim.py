@@ -116,8 +116,11 @@ def polar_rates(args: argparse.Namespace, shapes: list[torch.Size]) -> list[dict
 
 
 def syncs(contenders: dict[str, torch.optim.Optimizer]) -> dict[str, str]:
-    """What in a step waits for the device, on CUDA, for each optimizer in which something does."""
+    """What in a step waits for the device, on CUDA, for each optimizer in which something does; gradients are new."""
     found = {}
+    for group in next(iter(contenders.values())).param_groups:
+        for p in group["params"]:
+            p.grad = p.grad.clone()
     torch.cuda.set_sync_debug_mode("error")
     for label, optimizer in contenders.items():
         try:
@@ -251,7 +254,7 @@ def optim(args: argparse.Namespace) -> str:
         "muon_to_torch_muon": statistics.median(ratios := [a / b for a, b in zip(ours, theirs, strict=True)]),
         "muon_to_torch_muon_range": [min(ratios), max(ratios)],
         "polar": polar_rates(args, shapes),
-        "kernels": "triton" if passes.working_kernels(torch.device(args.device)) else "torch",
+        "kernels": passes.kernels_of(torch.device(args.device)),
         "syncs": waits,
         "quality": qualities,
     }

@@ -242,7 +242,7 @@ def train(args: argparse.Namespace) -> str:
         chosen = {"attention": choose_attention(first.model, ranks.device)}
         fused.choose_kernels(first, ranks.device)
         contenders = {name: new_contender(config, ranks) for name, config in configs.items()}
-        chosen["kernels"] = fused.kernels_of()
+        chosen["kernels"] = fused.kernels_of(ranks.device)
         result = chosen | measure(args, configs, contenders, ranks)
         if ranks.is_main:
             write(args.out, result, train_table(result))  # before what may run out of time
