@@ -89,7 +89,7 @@ class ReluSquared(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (root,) = ctx.saved_tensors
-        return (grad * root).mul_(2)
+        return torch.addcmul(grad.new_zeros(()), grad, root, value=2)  # one pass
 
 
 def inverse_rms(x: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class FewPassRMSNorm(torch.autograd.Function):
         products = grad * wide
         along_x = (products @ gain.to(products.dtype)).unsqueeze(-1).mul_(rstd.square()).div_(-x.size(-1))
         grad_gain = rstd.flatten() @ products.flatten(0, -2)
-        return torch.addcmul(grad * gain, wide, along_x).mul_(rstd).type_as(x), grad_gain
+        return (grad * gain).addcmul_(wide, along_x).mul_(rstd).type_as(x), grad_gain
 
 
 def rms_norm(x: Tensor, gain: Tensor) -> Tensor:
@@ -142,8 +142,7 @@ class RotatedRMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         wide = x.to(cos.dtype)
         rstd = inverse_rms(wide)
-        y = wide * rstd
-        y = torch.addcmul(y * cos, partners(y), sin)
+        y = (wide * cos).addcmul_(partners(wide), sin).mul_(rstd)
         # Where nothing is to be converted, torch.compile of torch 2.11 loses the gradient of what type_as() returns.
         y = y if y.dtype == x.dtype else y.type_as(x)
         ctx.save_for_backward(y, rstd, cos, sin)
@@ -153,9 +152,9 @@ class RotatedRMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         y, rstd, cos, sin = ctx.saved_tensors
         wide_grad, wide = grad.to(cos.dtype), y.to(cos.dtype)
-        along_y = (wide_grad * wide).sum(-1, keepdim=True).div_(-y.size(-1))
+        along_y = torch.linalg.vecdot(wide_grad, wide).unsqueeze(-1).div_(-y.size(-1))
         across = torch.addcmul(wide_grad, wide, along_y)
-        turned_back = torch.addcmul(across * cos, partners(across), sin, value=-1)
+        turned_back = (across * cos).addcmul_(partners(across), sin, value=-1)
         return turned_back.mul_(rstd).type_as(y), None, None
 
 
@@ -197,13 +196,15 @@ class SoftCapCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         z_NV, targets_N, log_sums_N = ctx.saved_tensors
-        columns = torch.arange(z_NV.size(1), device=z_NV.device)
         for z, targets, log_sums in parts_of(z_NV, targets_N, log_sums_N):
             wide = z.float()
             slope = wide.square().add_(ctx.cap**2).rsqrt_().mul_(ctx.cap)
             error = torch.addcmul(-log_sums[:, None], slope, wide, value=LOG2_E).exp2_()
-            error = error.add_(columns == targets[:, None], alpha=-1)
-            z.copy_(error.mul_(slope).mul_(slope).mul_(slope).mul_(grad))  # slope^3 is the soft-cap's derivative
+            if torch.compiler.is_compiling():  # a scatter does not fuse
+                error.add_(torch.arange(z.size(1), device=z.device) == targets[:, None], alpha=-1)
+            else:
+                error.scatter_add_(1, targets[:, None], error.new_full((1, 1), -1.0).expand(len(error), 1))
+            z.copy_(error.mul_(slope.pow_(3)).mul_(grad))  # slope^3 is the soft-cap's derivative
         return z_NV, None, None
 
 
