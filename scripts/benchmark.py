@@ -47,7 +47,10 @@ def main() -> int:
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("harness", help="the trainer's step against bare loops, on CPU")
     command.add_argument("--rounds", type=int, default=60)
-    command.set_defaults(run=lambda args: harness(args.rounds))
+    command.add_argument(
+        "--nanogpt", type=Path, metavar="FOLDER", help="a checkout of karpathy/nanoGPT, as a third peer"
+    )
+    command.set_defaults(run=lambda args: harness(args.rounds, args.nanogpt))
     command = commands.add_parser("guards", help="the trainer's step with and without its guards, on CPU")
     command.add_argument("--rounds", type=int, default=60)
     command.set_defaults(run=lambda args: guards(args.rounds))

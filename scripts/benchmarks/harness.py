@@ -1,10 +1,12 @@
 """The trainer's step on CPU against loops that one would write by hand, and with its guards against without."""
 
+import importlib.util
 import math
 import os
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,7 @@ import train_gpt
 from aurora.polar import SCHEDULES, PolarSchedule
 from aurora.runtime.ranks import SETUP_TIMEOUT_S, Ranks, join_ranks, keep_freed_memory, leave_ranks
 from aurora.runtime.watch import Watch
-from configs.schema import ModelConfig, load_config
+from configs.schema import Exit, HarnessError, ModelConfig, load_config
 from train_gpt import ROOT
 
 UNTIMED_ROUNDS = 3
@@ -45,11 +47,13 @@ class PlainMuon(torch.optim.Optimizer):
                 p.add_(X, alpha=-group["lr"] * math.sqrt(max(1, p.shape[0] / p.shape[1])))
 
 
-def harness_step(hparams: dict[str, str], num_steps: int, ranks: Ranks, is_guarded: bool = True) -> Callable[[], None]:
+def harness_step(
+    hparams: dict[str, str], num_steps: int, ranks: Ranks, is_guarded: bool = True, optimizer: str = "muon"
+) -> Callable[[], None]:
     """One call is one step of the trainer, everything that its clock sees included; the guards only if wanted."""
-    overrides = [f"optimizer.muon.{key}={value}" for key, value in hparams.items()]
-    overrides.append(f"train.steps={num_steps}")
-    config = load_config(ROOT / "configs" / "quick.toml", "muon", overrides)
+    hparams = hparams | {"steps": str(num_steps)}
+    overrides = [f"optimizer.{optimizer}.{key}={value}" for key, value in hparams.items()]
+    config = load_config(ROOT / "configs" / "quick.toml", optimizer, overrides)
     plan, data = train_gpt.plan_batch(config, ranks.world_size), train_gpt.open_data(config)
     run = train_gpt.new_training(config, plan, data, 0, ranks)
     steps, point = iter(range(config.train.steps)), train_gpt.point
@@ -129,12 +133,44 @@ def bare_torch() -> Callable[[], None]:
     return bare_step(lambda params: torch.optim.Muon(params, lr=0.02, weight_decay=0.0, adjust_lr_fn="original"))
 
 
+def bare_nanogpt(folder: Path) -> Callable[[], None]:
+    """One call is one step of nanoGPT's model, of the quick track's size, by its optimizer, gradients clipped as there."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", folder / "model.py")
+    nanogpt = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(nanogpt)
+    config = load_config(ROOT / "configs" / "quick.toml", "adamw")
+    sizes = config.model
+    torch.manual_seed(0)
+    model = nanogpt.GPT(
+        nanogpt.GPTConfig(
+            block_size=sizes.seq_len, vocab_size=sizes.vocab_size, n_layer=sizes.num_layers, n_head=sizes.num_heads,
+            n_embd=sizes.model_dim, dropout=0.0, bias=True,
+        )
+    )  # fmt: skip
+    optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), "cpu")
+    tokens = torch.from_numpy(train_gpt.open_data(config).train_shards[0].astype("int64"))
+    starts = iter(range(0, len(tokens), config.train.batch_tokens))
+
+    def step() -> None:
+        start = next(starts)
+        window = tokens[start : start + config.train.batch_tokens + 1]
+        _, loss = model(*(side.view(-1, sizes.seq_len) for side in (window[:-1], window[1:])))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
 HARNESS_PAIRS = {
     "Muon written plainly (polar_express5, float32)": (
+        "muon",
         {"polar_schedule": "polar_express5", "polar_dtype": "float32"},
         bare_plain,
     ),
     "torch.optim.Muon (ns5_jordan, bfloat16)": (
+        "muon",
         {"polar_schedule": "ns5_jordan", "polar_dtype": "bfloat16"},
         bare_torch,
     ),
@@ -154,22 +190,28 @@ def interleaved_ms(first: Callable[[], None], second: Callable[[], None], rounds
     return pairs[UNTIMED_ROUNDS:]
 
 
-def harness(rounds: int) -> str:
-    """A Markdown table of the trainer's step against bare loops."""
+def harness(rounds: int, nanogpt: Path | None) -> str:
+    """A Markdown table of the trainer's step against bare loops, and against that of a checkout of nanoGPT."""
+    if nanogpt and not (nanogpt / "model.py").is_file():
+        raise HarnessError(Exit.CONFIG, f"{nanogpt} has no model.py; give a checkout of github.com/karpathy/nanoGPT")
     keep_freed_memory()
     ranks = Ranks(0, 1, torch.device("cpu"))
     lines = [
-        f"quick track, Muon, torch {torch.__version__}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, "
+        f"quick track, torch {torch.__version__}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, "
         f"{rounds} interleaved rounds",
         "",
-        "| peer | train_gpt.py ms/step | bare loop ms/step | median ratio |",
-        "|---|---|---|---|",
+        "| peer | train_gpt.py ms/step | peer ms/step | median ratio | middle half of ratios |",
+        "|---|---|---|---|---|",
     ]
-    for name, (hparams, make_peer) in HARNESS_PAIRS.items():
-        pairs = interleaved_ms(harness_step(hparams, UNTIMED_ROUNDS + rounds, ranks), make_peer(), rounds)
-        ours, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
-        ratio = statistics.median(a / b for a, b in pairs)
-        lines.append(f"| {name} | {ours:.1f} | {theirs:.1f} | {ratio:.3f} |")
+    pairs = dict(HARNESS_PAIRS)
+    if nanogpt:
+        pairs["nanoGPT's model and AdamW"] = "adamw", {}, lambda: bare_nanogpt(nanogpt)
+    for name, (optimizer, hparams, make_peer) in pairs.items():
+        ours = harness_step(hparams, UNTIMED_ROUNDS + rounds, ranks, optimizer=optimizer)
+        times = interleaved_ms(ours, make_peer(), rounds)
+        ours_ms, theirs_ms = (statistics.median(column) for column in zip(*times, strict=True))
+        low, ratio, high = statistics.quantiles([a / b for a, b in times], n=4)
+        lines.append(f"| {name} | {ours_ms:.1f} | {theirs_ms:.1f} | {ratio:.3f} | {low:.2f} to {high:.2f} |")
     return "\n".join(lines)
 
 
