@@ -134,7 +134,7 @@ def bare_torch() -> Callable[[], None]:
 
 
 def bare_nanogpt(folder: Path) -> Callable[[], None]:
-    """One call is one step of nanoGPT's model, of the quick track's size, by its optimizer, gradients clipped as there."""
+    """One call is one step of nanoGPT's model, of the quick track's size, by its optimizer, with clipped gradients."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", folder / "model.py")
     nanogpt = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(nanogpt)
