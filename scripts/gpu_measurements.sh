@@ -70,8 +70,10 @@ if wants target; then
     part target 110 $BENCHMARK runs --optimizers adamw muon unormuon aurora --seeds 0 1 2 "${QUICK[@]}" --out "$OUT/target"
 fi
 wants train && part train 180 $BENCHMARK train $GPT2 --optimizers muon aurora adamw "${TRAIN[@]}" --out "$OUT/train"
-wants optim && part optim 40 $BENCHMARK optim --device $DEVICE ${OPTIM[@]} \
-    --rules muon normuon unormuon 'aurora folded' 'aurora iterated' --out "$OUT/optim"
+for schedule in polar_express5 quintic12; do
+    wants optim && part optim_$schedule 40 $BENCHMARK optim --device $DEVICE ${OPTIM[@]} --schedule $schedule \
+        --rules muon normuon unormuon 'aurora folded' 'aurora iterated' --out "$OUT/optim_$schedule"
+done
 wants memory && part memory 50 $BENCHMARK memory $GPT2 --optimizers muon "${MEMORY[@]}" --out "$OUT/memory"
 wants losses && part losses 200 $BENCHMARK runs $GPT2 --optimizers muon adamw aurora unormuon normuon \
     "${REAL[@]}" --set "data.train=$DATA/text/local_train_*.bin" --set "data.val=$DATA/text/local_val_*.bin" \
@@ -81,7 +83,7 @@ for folder in target losses; do
     wants $folder && part "${folder}_report" 30 $PYTHON scripts/compare.py --report "$OUT/$folder" --out "$OUT/${folder}_report"
 done
 
-for table in turns train optim memory; do
+for table in turns train optim_polar_express5 optim_quintic12 memory; do
     [ -f "$OUT/$table.md" ] && sed '/^Quality/,$d' "$OUT/$table.md"
 done
 cat "$OUT"/*_report.log 2>/dev/null
