@@ -315,15 +315,14 @@ class GPT(nn.Module):
         x_BTD = self.embed_norm(self.embed(inputs_BT).to(self.activation_dtype))
         return x_BTD, self.blocks[0].attention_norm(x_BTD)
 
-    def blocks_and_gains(self) -> Iterator[tuple[Block, Tensor]]:
-        """Each block with the gain (D,) of the norm that follows it."""
-        norms = [*(block.attention_norm for block in self.blocks), self.head_norm]
-        return zip(self.blocks, (norm.gain for norm in norms[1:]), strict=True)
+    def next_gains(self) -> list[Tensor]:
+        """For each block the gain (D,) of the norm that follows it."""
+        return [*(block.attention_norm.gain for block in self.blocks[1:]), self.head_norm.gain]
 
     def trunk(self, inputs_BT: Tensor) -> Tensor:
         """(B, T) tokens to what the head takes, (B, T, D)."""
         x_BTD, normed_BTD = self.embedded(inputs_BT)
-        for block, gain_D in self.blocks_and_gains():
+        for block, gain_D in zip(self.blocks, self.next_gains(), strict=True):
             x_BTD, normed_BTD = block(x_BTD, normed_BTD, gain_D)
         return normed_BTD
 
@@ -337,7 +336,7 @@ class GPT(nn.Module):
     def activations(self, inputs_BT: Tensor) -> Iterator[Tensor]:
         """(B, T, hidden width) of each block's MLP, without a hook that compiled code would have to know of."""
         x_BTD, normed_BTD = self.embedded(inputs_BT)
-        for block, gain_D in self.blocks_and_gains():
+        for block, gain_D in zip(self.blocks, self.next_gains(), strict=True):
             x_BTD, normed_BTD = add_then_norm(x_BTD, *block.attention(normed_BTD), block.mlp_norm.gain)
             hidden = block.mlp.activations(normed_BTD)
             yield hidden

@@ -41,11 +41,11 @@ def symmetric_product(
     kernels = can_multiply(A) and kernels_for(A)
     if kernels:
         return kernels.symmetric_product(A, B, alpha, plus, beta, diagonal)
-    if plus is None:
-        return torch.bmm(A, B)
     if diagonal:
-        plus, beta = beta * plus, 1.0
+        plus, beta = torch.zeros_like(A) if plus is None else beta * plus, 1.0
         plus.diagonal(dim1=-2, dim2=-1).add_(diagonal)
+    if plus is None:
+        return torch.bmm(A, B) if alpha == 1 else alpha * torch.bmm(A, B)
     return torch.baddbmm(plus, A, B, beta=beta, alpha=alpha)
 
 
@@ -201,7 +201,9 @@ def check(kernels: ModuleType, device: torch.device, dtype: torch.dtype = torch.
     rows = (1, 0.0), (1, 0.1), (4, 0.5), (10, 0.1)
     tasks = {
         "Gram matrix": lambda of: [of.gram(X), of.gram(X.mT.contiguous().mT)],
-        "symmetric product": lambda of: [of.symmetric_product(A, A), of.symmetric_product(A, A, -0.5, A, 3.0, 2.0)],
+        "symmetric product": lambda of: [
+            of.symmetric_product(A, A, *rest) for rest in ((), (2.0,), (-0.5, A, 3.0, 2.0))
+        ],
         "even rows": lambda of: [of.evening_factors(size * norm_KM1, 100, limit) for size, limit in rows],
         "update": lambda of: [t for mode in modes for t in stepped(of, *mode)],
     }

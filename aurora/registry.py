@@ -66,6 +66,9 @@ def build(name: str, params: Sequence[Param], hparams: dict[str, Any]) -> list[t
         by_role[param.role].append((param.name, param.tensor))
 
     aux_lr = {"embed": aux.embed_lr, "head": aux.head_lr, "vector": aux.vector_lr}
+    for role, lr in aux_lr.items():
+        if not lr >= 0:
+            raise ValueError(f"{role}_lr must be at least 0, got {lr!r}")
     aux_groups = [dict(params=by_role[role], lr=lr, role=role) for role, lr in aux_lr.items() if by_role[role]]
     optimizers = []
     if aux_groups:

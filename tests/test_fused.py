@@ -80,8 +80,10 @@ def test_every_kernel_computes_its_formula():
     assert {line.split()[0] for line in lines} == {operation._name for operation in fused.OPERATIONS} | {"optimizer"}
 
 
+@pytest.mark.parametrize("is_on", [True, False])
 @pytest.mark.parametrize("by_parts", [False, True])
-def test_compilers_take_the_operations(model, turned_on, by_parts, monkeypatch):
+def test_compilers_take_the_operations(model, is_on, by_parts, monkeypatch):
+    monkeypatch.setattr(fused, "is_on", is_on)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))  # needs no C++
     plain = gradients(model, lambda *batch: with_torch_alone(model, *batch))
     compiled = compiled_parts(model) if by_parts else torch.compile(model, dynamic=False)
@@ -95,8 +97,7 @@ def with_torch_alone(model, *batch):
 
 
 def test_what_compiled_code_is_checked_for_passes_where_it_is_right(model, turned_on):
-    with model.weights_at_rest():
-        check_compiled(model, model, tokens(), [tokens(), tokens()])  # fused against plain
+    check_compiled(model, model, tokens(), [tokens(), tokens()])  # fused against plain
     assert fused.is_on
 
 
@@ -118,6 +119,22 @@ def test_a_lost_or_wrong_gradient_is_noticed_and_named(model, name, factor):
     model.zero_grad()
     with pytest.raises(WrongNumbers, match=f"another gradient of {name} "):  # which has none at all
         check_compiled(lambda *b: torch.func.functional_call(model, {name: p.detach()}, b), model, tokens(), [])
+
+
+@pytest.mark.parametrize("model", ["relu2"], indirect=True)
+@pytest.mark.parametrize(
+    "name, position", [("up_relu_squared", 2), ("rotated_norm", 1), ("add_norm", 2), ("log_sums", 1)]
+)
+def test_an_operation_that_forgets_its_bias_is_noticed(model, turned_on, monkeypatch, name, position):
+    operation = getattr(fused, name)
+
+    def without_bias(*inputs):
+        return operation(*(x * 0 if number == position else x for number, x in enumerate(inputs)))
+
+    monkeypatch.setattr(fused, name, without_bias)
+    model.activation_dtype = torch.bfloat16
+    with pytest.raises(WrongNumbers):
+        check_compiled(model, model, tokens(), [])
 
 
 @pytest.mark.parametrize("is_training", [True, False])

@@ -74,8 +74,9 @@ def compiled_where_possible(model: nn.Module, mode: str, ranks: Ranks, prepare: 
 # By how much, relatively, rounding may make a parameter's two gradients differ, and the two losses; by the activations'
 # dtype. In bfloat16 rounding makes some per cent at random weights, and more where these or attention logits are large.
 MAX_GRADIENT_ERROR = {torch.float32: 0.01, torch.bfloat16: 0.25}
-RANDOM_STD = 0.01
 MAX_LOSS_ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.01}
+# What is added to weights for it. Biases are zero before training, and small ones could be forgotten unnoticed.
+RANDOM_STD, RANDOM_STD_OF_VECTORS = 0.01, 0.5
 
 
 def check_compiled(
@@ -90,13 +91,14 @@ def check_compiled(
     generator = torch.Generator(batch[0].device).manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=generator, device=p.device), alpha=RANDOM_STD)
+            std = RANDOM_STD if p.ndim > 1 else RANDOM_STD_OF_VECTORS
+            p.add_(torch.randn(p.shape, generator=generator, device=p.device), alpha=std)
     with model.weights_at_rest():
-        compare(compiled, model, batch, val_batches)
+        compare_with_model(compiled, model, batch, val_batches)
     model.zero_grad()
 
 
-def compare(
+def compare_with_model(
     compiled: Model, model: nn.Module, batch: tuple[Tensor, Tensor], val_batches: list[tuple[Tensor, Tensor]]
 ) -> None:
     """check_compiled() at the weights that the model has. Leaves gradients behind."""
@@ -144,7 +146,7 @@ def compiled_parts(model: nn.Module) -> Model:
 
     def call(inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         x_BTD, normed_BTD = embedded(inputs_BT)
-        for block, (_, gain_D) in zip(blocks, model.blocks_and_gains(), strict=True):
+        for block, gain_D in zip(blocks, model.next_gains(), strict=True):
             x_BTD, normed_BTD = block(x_BTD, normed_BTD, gain_D)
         return loss(normed_BTD, targets_BT)
 

@@ -142,8 +142,9 @@ class RotatedRMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         wide = x.to(cos.dtype)
         rstd = inverse_rms(wide)
-        y = (wide * cos).addcmul_(partners(wide), sin).mul_(rstd)
-        # Where nothing is to be converted, torch.compile of torch 2.11 loses the gradient of what type_as() returns.
+        # torch.compile of torch 2.11 loses the gradient of what an operation in place returns, or a type_as() that
+        # converts nothing.
+        y = (wide * cos).addcmul_(partners(wide), sin) * rstd
         y = y if y.dtype == x.dtype else y.type_as(x)
         ctx.save_for_backward(y, rstd, cos, sin)
         return y
@@ -152,7 +153,7 @@ class RotatedRMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         y, rstd, cos, sin = ctx.saved_tensors
         wide_grad, wide = grad.to(cos.dtype), y.to(cos.dtype)
-        along_y = torch.linalg.vecdot(wide_grad, wide).unsqueeze(-1).div_(-y.size(-1))
+        along_y = (wide_grad * wide).sum(-1, keepdim=True).div_(-y.size(-1))
         across = torch.addcmul(wide_grad, wide, along_y)
         turned_back = (across * cos).addcmul_(partners(across), sin, value=-1)
         return turned_back.mul_(rstd).type_as(y), None, None

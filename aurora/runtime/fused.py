@@ -92,8 +92,8 @@ def add_norm(x_MD: Tensor, branch_MD: Tensor, bias_D: Tensor, gain_D: Tensor) ->
 def norm_gradient(
     grad_x_MD: Tensor, grad_y_MD: Tensor, x_MD: Tensor, rstd_M: Tensor, gain_D: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of x, of which y = x rstd gain was made and which went on itself, too; and (2, ..) its sums and that
-    of the gain.
+    """The gradient of x, which went on itself and of which y = x rstd gain was made; and (2, M / SUM_ROWS, D) sums, of
+    it, which are the bias's gradient, and for the gain's.
     """
     normed, grad = x_MD.to(rstd_M.dtype) * rstd_M[:, None], grad_y_MD.to(rstd_M.dtype)
     along = (grad * gain_D * normed).mean(-1, keepdim=True)
