@@ -20,17 +20,21 @@ TILE_K = 64  # how much of the inner dimension is loaded at once
 @triton.jit
 def symmetric_kernel(
     a, b, plus, out, N, K, alpha, beta, diagonal,
-    HAS_PLUS: tl.constexpr, TILE: tl.constexpr, TILE_K: tl.constexpr, DTYPE: tl.constexpr,
+    COLUMNS: tl.constexpr, HAS_PLUS: tl.constexpr, TILE: tl.constexpr, TILE_K: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """One tile of a b^T: below the diagonal also its mirror image above, where no program has anything to do."""
+    """One tile on or below the diagonal of a b^T, by columns of a^T b, and its mirror image above."""
     tiles = N // TILE
-    first = tl.program_id(0) // (tiles * tiles) * N  # row of this matrix in the stack
+    matrix = tl.program_id(0) // (tiles * tiles)
+    first = matrix * N  # row of this matrix in the stack
     m, n = tl.program_id(0) // tiles % tiles * TILE, tl.program_id(0) % tiles * TILE
     if n > m:
         return
     product = tl.zeros((TILE, TILE), tl.float32)
     for k in range(0, K, TILE_K):
-        product = tl.dot(a.load([first + m, k]), b.load([first + n, k]).T, product)
+        if COLUMNS:
+            product = tl.dot(a.load([matrix * K + k, m]).T, b.load([matrix * K + k, n]), product)
+        else:
+            product = tl.dot(a.load([first + m, k]), b.load([first + n, k]).T, product)
     product *= alpha
     if HAS_PLUS:
         product += beta * plus.load([first + m, n]).to(tl.float32)
@@ -42,43 +46,17 @@ def symmetric_kernel(
         out.store([first + n, m], rounded.T)
 
 
-@triton.jit
-def gram_of_columns_kernel(x, out, N, K, TILE: tl.constexpr, TILE_K: tl.constexpr, DTYPE: tl.constexpr):
-    """One tile of x^T x, and its mirror image."""
-    tiles = N // TILE
-    matrix = tl.program_id(0) // (tiles * tiles)
-    m, n = tl.program_id(0) // tiles % tiles * TILE, tl.program_id(0) % tiles * TILE
-    if n > m:
-        return
-    product = tl.zeros((TILE, TILE), tl.float32)
-    for k in range(0, K, TILE_K):
-        product = tl.dot(x.load([matrix * K + k, m]).T, x.load([matrix * K + k, n]), product)
-    rounded = product.to(DTYPE)
-    out.store([matrix * N + m, n], rounded)
-    if n < m:
-        out.store([matrix * N + n, m], rounded.T)
-
-
 def tiles(stack: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """The stack, one matrix below the other, in tiles of so many rows and columns."""
     return TensorDescriptor.from_tensor(stack.view(-1, stack.size(-1)), [rows, columns])
 
 
-def programs(out: Tensor) -> tuple[tuple[int], dict]:
-    """A program for each tile of the result, and its options: so that two of them share a multiprocessor."""
-    options = dict(TILE=TILE, TILE_K=TILE_K, DTYPE=DTYPES[out.dtype], num_warps=4, num_stages=3)
-    return (out.size(0) * (out.size(-1) // TILE) ** 2,), options
-
-
 def gram(X_KMN: Tensor) -> Tensor:
-    K, M, N = X_KMN.shape
-    out = X_KMN.new_empty(K, M, M)
-    if X_KMN.is_contiguous() or not X_KMN.mT.is_contiguous():
-        X = X_KMN.contiguous()
-        return multiply(X, X, out)
-    grid, options = programs(out)
-    gram_of_columns_kernel[grid](tiles(X_KMN.mT, TILE_K, TILE), tiles(out, TILE, TILE), M, N, **options)
-    return out
+    out = X_KMN.new_empty(*X_KMN.shape[:-1], X_KMN.size(-2))
+    if X_KMN.mT.is_contiguous() and not X_KMN.is_contiguous():
+        return multiply(X_KMN.mT, X_KMN.mT, out, by_columns=True)
+    X = X_KMN.contiguous()
+    return multiply(X, X, out)
 
 
 def symmetric_product(
@@ -90,14 +68,15 @@ def symmetric_product(
 
 def multiply(
     A: Tensor, B: Tensor, out: Tensor, alpha: float = 1.0, plus: Tensor | None = None, beta: float = 1.0,
-    diagonal: float = 0.0,
+    diagonal: float = 0.0, by_columns: bool = False,
 ) -> Tensor:  # fmt: skip
-    """alpha A B^T + beta plus + diagonal I into out."""
-    inputs = tiles(A, TILE, TILE_K), tiles(B, TILE, TILE_K), tiles(out if plus is None else plus, TILE, TILE)
-    grid, options = programs(out)
-    symmetric_kernel[grid](
-        *inputs, tiles(out, TILE, TILE), out.size(-1), A.size(-1), float(alpha), float(beta), float(diagonal),
-        HAS_PLUS=plus is not None, **options,
+    """alpha A B^T + beta plus + diagonal I into out; by columns A^T B. Two programs share a multiprocessor."""
+    N, inner = out.size(-1), A.size(-2 if by_columns else -1)
+    block = (TILE_K, TILE) if by_columns else (TILE, TILE_K)
+    symmetric_kernel[(out.size(0) * (N // TILE) ** 2,)](
+        tiles(A, *block), tiles(B, *block), tiles(out if plus is None else plus, TILE, TILE), tiles(out, TILE, TILE),
+        N, inner, float(alpha), float(beta), float(diagonal), by_columns, plus is not None, TILE, TILE_K,
+        DTYPES[out.dtype], num_warps=4, num_stages=3,
     )  # fmt: skip
     return out
 

@@ -150,14 +150,13 @@ def kernels_of(device: torch.device) -> str:
 
 
 @contextlib.contextmanager
-def turned_off() -> Iterator[None]:
-    """Torch's formulas alone, in all threads."""
-    global is_on
-    before, is_on = is_on, False
+def turned_off(module: ModuleType = sys.modules[__name__]) -> Iterator[None]:
+    """Torch alone in place of a module's kernels, in all threads."""
+    before, module.is_on = module.is_on, False
     try:
         yield
     finally:
-        is_on = before
+        module.is_on = before
 
 
 @functools.cache

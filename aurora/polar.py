@@ -228,8 +228,8 @@ def _two_steps(X: Tensor, first: tuple[float, float, float], second: tuple[float
 
     The idea of https://dao-lab.ai/blog/2026/gram-newton-schulz, which goes on so for up to three steps. After two the
     Gram matrix is taken anew, since in bfloat16 small singular values drown in its rounding: with three steps
-    heavy-tailed spectra came out with singular values up to 2, with four far above. Q P is taken in full, since with
-    one half for both they came out with singular values up to 1.3.
+    heavy-tailed spectra came out with singular values up to 2, with four far above. Q P is taken in full: with
+    one half for both they leave the bound that polar() states.
     """
     R = gram(X)
     P = _factor(R, first)

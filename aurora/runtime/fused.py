@@ -8,7 +8,9 @@ in the dtype of x. Gradients of biases and gains come as float32 sums over block
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+import functools
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -309,14 +311,7 @@ def takes(x_BTD: Tensor) -> bool:
     return is_on and x_BTD.shape[:-1].numel() % SUM_ROWS == 0
 
 
-@contextlib.contextmanager
-def turned_off() -> Iterator[None]:
-    global is_on
-    before, is_on = is_on, False
-    try:
-        yield
-    finally:
-        is_on = before
+turned_off = functools.partial(passes.turned_off, sys.modules[__name__])
 
 
 def kernels_of(device: torch.device) -> str:
