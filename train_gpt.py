@@ -78,15 +78,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import aurora
-from aurora.runtime import fused
-from aurora.runtime.attention import choose_attention
-from aurora.runtime.batch import BatchPlan, plan_batch
-from aurora.runtime.clock import Clock, time_mark
-from aurora.runtime.compiled import Model, agreed, check_compiled, compiled_where_possible
-from aurora.runtime.console import Console
-from aurora.runtime.faults import point
-from aurora.runtime.float8 import check_float8, float8_linear
-from aurora.runtime.functions import (
+from aurora.config import Config, ModelConfig, load_config
+from aurora.errors import Exit, HarnessError
+from aurora.fast import fused
+from aurora.fast.attention import choose_attention
+from aurora.fast.compiled import Model, agreed, check_compiled, compiled_where_possible
+from aurora.fast.float8 import check_float8, float8_linear
+from aurora.fast.functions import (
     Held,
     HeldWeights,
     ReluSquared,
@@ -96,23 +94,34 @@ from aurora.runtime.functions import (
     rms_norm,
     soft_cap,
 )
-from aurora.runtime.gradients import GradientSum
-from aurora.runtime.guard import Guard, check_validation, check_weights
-from aurora.runtime.launch import run_as_rank
-from aurora.runtime.memory import fit_micro_batch
-from aurora.runtime.optimizers import build_optimizers, checked_hparams, fix_polar_dtype
-from aurora.runtime.process import check_writable, lock_folder, stop_signals
-from aurora.runtime.ranks import Ranks, digest
-from aurora.runtime.step_log import StepLog
-from configs.schema import Config, Exit, HarnessError, ModelConfig, load_config
-from data.loader import RunData, TokenLoader, open_run_data
-from data.shards import ShardError
-from results.checkpoint import go_on_from, newest_checkpoint, save_run
-from results.describe import check_same_start, dry_run_report, end_event, greeting, resume_event, run_event, summary
-from results.momentum import Dump, checked_dump, record_momentum
-from results.neurons import Neurons
-from results.record import Progress, RecordWriter, Validation
-from results.tracking import Tracker
+from aurora.tokens.loader import RunData, TokenLoader, open_run_data
+from aurora.tokens.shards import ShardError
+from aurora.trainer.batch import BatchPlan, plan_batch
+from aurora.trainer.checkpoint import go_on_from, newest_checkpoint, save_run
+from aurora.trainer.clock import Clock, time_mark
+from aurora.trainer.console import Console
+from aurora.trainer.describe import (
+    check_same_start,
+    dry_run_report,
+    end_event,
+    greeting,
+    resume_event,
+    run_event,
+    summary,
+)
+from aurora.trainer.faults import point
+from aurora.trainer.gradients import GradientSum
+from aurora.trainer.guard import Guard, check_validation, check_weights
+from aurora.trainer.launch import run_as_rank
+from aurora.trainer.memory import fit_micro_batch
+from aurora.trainer.momentum import Dump, checked_dump, record_momentum
+from aurora.trainer.neurons import Neurons
+from aurora.trainer.optimizers import build_optimizers, checked_hparams, fix_polar_dtype
+from aurora.trainer.process import check_writable, lock_folder, stop_signals
+from aurora.trainer.ranks import Ranks, digest
+from aurora.trainer.record import Progress, RecordWriter, Validation
+from aurora.trainer.step_log import StepLog
+from aurora.trainer.tracking import Tracker
 
 IMPORT_NS = time.perf_counter_ns() - IMPORT_BEGIN_NS
 

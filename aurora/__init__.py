@@ -3,16 +3,16 @@
 Shape legend of this package: K stacked matrices, M rows (fan-out), N columns (fan-in).
 """
 
-from aurora.adamw import adamw
-from aurora.aurora import VARIANTS, Aurora
-from aurora.base import MatrixOptimizer
-from aurora.muon import Muon
-from aurora.normuon import NorMuon
-from aurora.params import Param, Role, check_exact_cover
-from aurora.polar import SCHEDULES, PolarSchedule, compute_dtype, polar
-from aurora.registry import REQUIRED_HPARAMS, RULES, build, hparam_types
-from aurora.riemannian_aurora import RiemannianAurora
-from aurora.unormuon import UNorMuon
+from aurora.optim.adamw import adamw
+from aurora.optim.aurora import VARIANTS, Aurora
+from aurora.optim.base import MatrixOptimizer
+from aurora.optim.muon import Muon
+from aurora.optim.normuon import NorMuon
+from aurora.optim.params import Param, Role, check_exact_cover
+from aurora.optim.polar import SCHEDULES, PolarSchedule, compute_dtype, polar
+from aurora.optim.registry import REQUIRED_HPARAMS, RULES, build, hparam_types
+from aurora.optim.riemannian_aurora import RiemannianAurora
+from aurora.optim.unormuon import UNorMuon
 
 __all__ = [
     "REQUIRED_HPARAMS",

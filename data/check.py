@@ -4,10 +4,10 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from aurora.tokens.manifest import NAME, check_against_manifest, read_manifest
+from aurora.tokens.overlap import check_val_is_unseen
+from aurora.tokens.shards import ShardError, check_numbering, fingerprint, open_shard, verify_shard
 from data.hub import DATASETS, file_sha256
-from data.manifest import NAME, check_against_manifest, read_manifest
-from data.overlap import check_val_is_unseen
-from data.shards import ShardError, check_numbering, fingerprint, open_shard, verify_shard
 
 PUBLIC_VAL_TOKENS = 10_485_760
 

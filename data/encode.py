@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from aurora.tokens.manifest import read_manifest, write_manifest
+from aurora.tokens.shards import DOCUMENT_START, ShardError, open_shard, write_shard
 from data.hub import alone_in, file_sha256, is_present, shard_entry, with_retries
-from data.manifest import read_manifest, write_manifest
-from data.shards import DOCUMENT_START, ShardError, open_shard, write_shard
 
 PIECE_CHARS = 1 << 18  # longer documents are encoded in pieces
 BATCH_CHARS = 1 << 20  # of text sent to a worker at once

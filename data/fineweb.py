@@ -19,13 +19,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from configs.schema import Config, Exit, HarnessError, load_config
+from aurora.config import Config, load_config
+from aurora.errors import Exit, HarnessError
+from aurora.tokens.loader import PUBLIC_SHARD_TOKENS, steps_in_shard
+from aurora.tokens.manifest import read_manifest
+from aurora.tokens.shards import GPT2_VOCAB_SIZE, ShardError
 from data.check import Problem, check_folder
 from data.encode import HubText, LocalFiles, tokenize
 from data.hub import DATASETS, download
-from data.loader import PUBLIC_SHARD_TOKENS, steps_in_shard
-from data.manifest import read_manifest
-from data.shards import GPT2_VOCAB_SIZE, ShardError
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -18,8 +18,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data.manifest import read_manifest, write_manifest
-from data.shards import GPT2_VOCAB_SIZE, ShardError, shard_bytes, verify_shard
+from aurora.tokens.manifest import read_manifest, write_manifest
+from aurora.tokens.shards import GPT2_VOCAB_SIZE, ShardError, shard_bytes, verify_shard
 
 STAGING = ".incomplete"  # folder, beside the shards, of files that are not whole or not checked
 ATTEMPTS = 6

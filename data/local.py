@@ -23,8 +23,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data.loader import steps_in_shard
-from data.shards import ShardError, fingerprint, verify_shard, write_shard  # noqa: E402
+from aurora.tokens.loader import steps_in_shard
+from aurora.tokens.shards import ShardError, fingerprint, verify_shard, write_shard  # noqa: E402
 
 DOCUMENT_START = b"\0"
 VOCAB_SIZE = 256

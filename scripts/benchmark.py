@@ -20,8 +20,8 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from aurora.polar import COMPUTE_DTYPES, SCHEDULES
-from configs.schema import HarnessError
+from aurora.errors import HarnessError
+from aurora.optim.polar import COMPUTE_DTYPES, SCHEDULES
 from scripts.benchmarks.harness import guards, harness, telemetry
 from scripts.benchmarks.memory import memory
 from scripts.benchmarks.optim import CONTENDERS, optim

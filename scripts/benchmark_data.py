@@ -21,9 +21,9 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 
-from data.loader import TokenLoader
-from data.overlap import check_val_is_unseen
-from data.shards import GPT2_VOCAB_SIZE, open_shard, verify_shard, write_shard
+from aurora.tokens.loader import TokenLoader
+from aurora.tokens.overlap import check_val_is_unseen
+from aurora.tokens.shards import GPT2_VOCAB_SIZE, open_shard, verify_shard, write_shard
 
 NODE_TOKENS_PER_S = 3.6e6  # what the benchmark task takes on a node of 8 GPUs
 PLAIN_LOOP = """

@@ -31,9 +31,9 @@ from typing import NamedTuple, TextIO
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from configs.schema import HarnessError
-from results.record import Run, read_folder, read_sources
-from results.text import cell, plain
+from aurora.errors import HarnessError
+from aurora.trainer.record import Run, read_folder, read_sources
+from scripts.analysis.text import cell, plain
 from scripts.runs import PREEMPTED, Outcome, Workers, check_settings, finished_run
 
 DEFAULT_OPTIMIZERS = ["adamw", "muon", "unormuon", "aurora"]
@@ -154,8 +154,8 @@ def run_all(
 
 def report_runs(args: argparse.Namespace, runs: Sequence[Run], failures: dict[str, int]) -> str:
     """The tables of all tasks in Markdown; writes them and the curves to --out unless only asked to report."""
-    from results.report import as_json, markdown_report
-    from results.verdict import group_runs
+    from scripts.analysis.report import as_json, markdown_report
+    from scripts.analysis.verdict import group_runs
 
     tasks = group_runs(runs)
     tables = {task_hash: as_json(groups) for task_hash, groups in tasks.items()}
@@ -191,7 +191,7 @@ def main() -> int:
         return tune(sys.argv[2:])
     args = parse_args()
     try:
-        import results.report  # noqa: F401  before hours of runs
+        import scripts.analysis.report  # noqa: F401  before hours of runs
     except ImportError as error:
         print(f"error: {error}; pip install -e '.[report]'", file=sys.stderr)
         return 2

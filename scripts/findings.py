@@ -4,7 +4,7 @@
     python scripts/findings.py --check      exit 1 if it is not what the records give
 
 results/findings.toml names the evidence: the settings in which claims 1 to 4a are tested, one folder of records each,
-and what claims 4b and 5 rest on. Every number on the page is computed from records by results/findings.py; a claim
+and what claims 4b and 5 rest on. Every number on the page is computed from records by scripts/analysis/findings.py; a claim
 without sufficient records is "not testable", never skipped.
 """
 
@@ -23,7 +23,8 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 
-from results.findings import (
+from aurora.trainer.record import read_folder
+from scripts.analysis.findings import (
     NAMES,
     Finding,
     Widths,
@@ -41,11 +42,10 @@ from results.findings import (
     step_cost_finding,
     widths_of,
 )
-from results.record import read_folder
-from results.report import group_cells
-from results.statistics import mean_interval
-from results.text import cell, markdown_table
-from results.verdict import Group, group_runs
+from scripts.analysis.report import group_cells
+from scripts.analysis.statistics import mean_interval
+from scripts.analysis.text import cell, markdown_table
+from scripts.analysis.verdict import Group, group_runs
 
 PAGE = "FINDINGS.md"
 INTRODUCTION = (

@@ -27,12 +27,12 @@ from urllib.parse import quote
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from results.record import LATER_SETTINGS, RecordError, Run, model_of, read_record
-from results.report import LONG, PAIR_HEADER, as_p, pair_cells, remarks, to_target
-from results.statistics import MIN_RUNS, common_step, gate, t_below
-from results.text import cell, markdown_table, plain
-from results.verdict import Group, Pair, compare_pairs, label_groups, mean_loss, stack_of
-from results.verification import verify_folder
+from aurora.trainer.record import LATER_SETTINGS, RecordError, Run, model_of, read_record
+from scripts.analysis.report import LONG, PAIR_HEADER, as_p, pair_cells, remarks, to_target
+from scripts.analysis.statistics import MIN_RUNS, common_step, gate, t_below
+from scripts.analysis.text import cell, markdown_table, plain
+from scripts.analysis.verdict import Group, Pair, compare_pairs, label_groups, mean_loss, stack_of
+from scripts.verification.checks import verify_folder
 
 PAGE, NOTES = "README.md", "notes.md"
 
@@ -367,7 +367,7 @@ def add(source: Path, results: Path) -> list[Path]:
     """Copy the records of a folder to results/<its name>; all of them or, with an error, none.
 
     Raises:
-        RecordError: one is refuted by results/verification.py, is not whole, or is there already.
+        RecordError: one is refuted by scripts/verification/checks.py, is not whole, or is there already.
     """
     runs = [read_record(path) for path in sorted(source.rglob("*.jsonl")) if not path.is_symlink()]
     if not runs:

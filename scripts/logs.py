@@ -6,7 +6,7 @@
     python scripts/logs.py FOLDER_A --against FOLDER_B --steps 3250           whose loss is lower? (or who is earlier)
     python scripts/logs.py --export runs/quick/RUN.jsonl --out log.txt        one of our records as such a log
 
-A FOLDER of --claims is rowNN beside claims.json. Formats: see results/foreign.py. Exit code 0, 1 when a claim does not
+A FOLDER of --claims is rowNN beside claims.json. Formats: see scripts/analysis/foreign.py. Exit code 0, 1 when a claim does not
 follow, 2 when there is nothing to read.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from results.text import plain
+from scripts.analysis.text import plain
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,12 +42,12 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--claims: no such file: {plain(args.claims)}")
     try:
         if args.export:
-            from results.export import export_record
+            from scripts.verification.export import export_record
 
             export_record(args.export, args.out)
             print(args.out)
             return 0
-        from results import claims, log_comparison
+        from scripts.analysis import claims, log_comparison
 
         if args.claims:
             findings = claims.check_file(args.claims, args.target, args.metric)

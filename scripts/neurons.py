@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from results.verdict import Group
+from scripts.analysis.verdict import Group
 from scripts.plot import printable, save_figure, styles_of
 
-# What is drawn, see results/neurons.py for the events.
+# What is drawn, see aurora/trainer/neurons.py for the events.
 STARVED = "starved rows of up (%)"
 DEAD = "dead neurons (%)"
 UNEVEN = "row norms of up's update, sd / mean"

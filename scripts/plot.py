@@ -14,12 +14,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from results.record import Run, read_folder
-from results.text import plain
+from aurora.trainer.record import Run, read_folder
+from scripts.analysis.text import plain
 
 try:
-    from results.report import to_target
-    from results.verdict import Group, group_runs
+    from scripts.analysis.report import to_target
+    from scripts.analysis.verdict import Group, group_runs
 except ImportError as error:
     print(f"error: {error}; pip install -e '.[report]'", file=sys.stderr)
     sys.exit(2)

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from configs.schema import Exit, load_config
-from results.record import ROOT, Run, read_folder
+from aurora.config import load_config
+from aurora.errors import Exit
+from aurora.trainer.record import ROOT, Run, read_folder
 
 PREEMPTED = Exit.PREEMPTED
 PRIVATE = ".run-"  # how names of the folders begin in which runs train
@@ -93,7 +94,7 @@ class Workers:
 
     def _take_stopped(self, argv: list[str], nproc: int, sources: dict[str, str], folder: Path) -> Path | None:
         """Move a stopped run's record and checkpoints to the folder; the record there."""
-        from aurora.runtime.process import lock_folder  # see check_settings()
+        from aurora.trainer.process import lock_folder  # see check_settings()
 
         with self.lock:
             # Other folders below out are not ours to move from.

@@ -4,7 +4,7 @@
     python scripts/compare.py tune --trials 20 --jobs 2 --out runs/quick_tuning --write
     python scripts/compare.py tune --set model.mlp=swiglu --out runs/quick_swiglu_tuning
 
-The search and its space are declared in advance: results/tuning.py and --space. Each trial is an ordinary run with a
+The search and its space are declared in advance: scripts/analysis/tuning.py and --space. Each trial is an ordinary run with a
 record in --out. A trial that diverged counts, at an infinite loss. Stopped, the same command goes on: a trial whose
 arguments, config and code have a record is not run again. Writes ledger.json (one trial a line) and tuning.md to --out,
 where optimizers that are not searched this time keep their lines.
@@ -22,10 +22,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
 
-from configs.schema import Exit, HarnessError, load_config
-from results.record import ROOT, Run, code_hash, read_sources
-from results.text import markdown_table
-from results.tuning import Search, Space, Trial, best_of, is_finite, neighbours_tried, read_space, write_setting
+from aurora.config import load_config
+from aurora.errors import Exit, HarnessError
+from aurora.trainer.record import ROOT, Run, code_hash, read_sources
+from scripts.analysis.text import markdown_table
+from scripts.analysis.tuning import (
+    Search,
+    Space,
+    Trial,
+    best_of,
+    is_finite,
+    neighbours_tried,
+    read_space,
+    write_setting,
+)
 from scripts.runs import PREEMPTED, Workers, arguments_of, check_settings
 
 LEDGER, PAGE = "ledger.json", "tuning.md"

@@ -9,7 +9,7 @@ replayed (its code and seed gave all its losses again; "to step N of M" if only 
 another stack" if they differ by up to T nats).
 Of --against, by Welch's test of the losses at the end: reproduced (with 95 % confidence, the claim exaggerates by less
 than 0.005 nats), contradicted (your losses are higher, p < 0.01), not contradicted (too few runs to tell), not
-comparable. What each check can and cannot catch stands in results/verification.py.
+comparable. What each check can and cannot catch stands in scripts/verification/checks.py.
 
 Exit codes: 0 nothing refuted, 1 something refuted, or not replayed or reproduced as asked, 2 usage.
 """
@@ -23,9 +23,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from results.record import Run, read_folder, read_record
-from results.text import plain
-from results.verification import Verification, verify_folder, verify_run
+from aurora.trainer.record import Run, read_folder, read_record
+from scripts.analysis.text import plain
+from scripts.verification.checks import Verification, verify_folder, verify_run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"{plain(path)} holds no records")
         verdicts += found
     if args.replay:
-        from results.replay import replay
+        from scripts.verification.replay import replay
 
         verdicts = [verdict if verdict.reasons else replay(verdict, args.looks) for verdict in verdicts]
     outcome = against(args.paths, args.against) if args.against else None
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def against(claimed: list[Path], own: Path) -> tuple[str, str]:
     """What one's own records say of the claimed ones."""
-    from results.reproduction import reproduce
+    from scripts.verification.reproduction import reproduce
 
     sides = [[run for path in paths for run in runs_at(path)] for paths in (claimed, [own])]
     return reproduce(*sides) if all(sides) else ("not comparable", "a side holds no record")

@@ -9,9 +9,9 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 
-from aurora import kernels as optimizer_kernels
-from aurora import passes
-from aurora.runtime import fused, kernels
+from aurora.fast import fused, kernels
+from aurora.optim import kernels as optimizer_kernels
+from aurora.optim import passes
 
 T, H, K, D, C, V, CAP = 128, 2, 32, 128, 384, 1100, 15.0
 

@@ -21,8 +21,8 @@ import torch
 
 import data.encode
 import train_gpt
-from configs.schema import load_config
-from data.shards import MAGIC, ShardError, write_shard
+from aurora.config import load_config
+from aurora.tokens.shards import MAGIC, ShardError, write_shard
 
 # A shell that runs the tests in its background lets them ignore Ctrl-C, and the processes that they start would, too.
 signal.signal(signal.SIGINT, signal.default_int_handler)

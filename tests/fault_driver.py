@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 import train_gpt
-from aurora.runtime import faults
+from aurora.trainer import faults
 
 
 def store_port() -> int:

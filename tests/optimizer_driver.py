@@ -5,7 +5,7 @@ import os
 import torch
 import torch.distributed as dist
 
-from aurora.runtime.ranks import join_ranks
+from aurora.trainer.ranks import join_ranks
 from tests.test_rules import RULES, make
 
 SHAPES = {"up": (48, 16), "down": (16, 48), "q": (24, 24), "k": (24, 24), "gate": (48, 16)}

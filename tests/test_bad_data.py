@@ -6,9 +6,9 @@ import shutil
 import numpy as np
 import pytest
 
+from aurora.tokens.manifest import write_manifest
+from aurora.tokens.shards import MAGIC, verify_shard, write_shard
 from data.check import Problem, check_folder
-from data.manifest import write_manifest
-from data.shards import MAGIC, verify_shard, write_shard
 from tests.conftest import shard_bytes, train_here
 
 VAL, FIRST, SECOND = "fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import train_gpt
-from configs.schema import Exit, HarnessError, load_config
+from aurora.config import load_config
+from aurora.errors import Exit, HarnessError
 from scripts.benchmarks import optim as benchmark
 from scripts.benchmarks import peer, train, turns
 from tests.conftest import ROOT, train_here

@@ -5,7 +5,8 @@ import re
 import pytest
 
 import train_gpt
-from configs.schema import Exit, HarnessError, load_config
+from aurora.config import load_config
+from aurora.errors import Exit, HarnessError
 from tests.conftest import OPTIMIZERS, ROOT, train_here
 
 TRACKS = sorted((ROOT / "configs").glob("*.toml"))

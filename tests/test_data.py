@@ -7,12 +7,12 @@ import time
 import numpy as np
 import pytest
 
-from configs.schema import load_config
+from aurora.config import load_config
+from aurora.tokens.loader import TokenLoader, find_shards, open_run_data, steps_in_shard
+from aurora.tokens.overlap import ProbeIndex
+from aurora.tokens.shards import ShardError, open_shard, verify_shard, write_shard
+from aurora.trainer.record import read_record
 from data import local
-from data.loader import TokenLoader, find_shards, open_run_data, steps_in_shard
-from data.overlap import ProbeIndex
-from data.shards import ShardError, open_shard, verify_shard, write_shard
-from results.record import read_record
 from tests.conftest import ROOT, shard_bytes
 
 
@@ -136,7 +136,7 @@ def test_a_project_in_a_folder_with_brackets_finds_its_shards(tmp_path, monkeypa
     folder = tmp_path / "runs [1]"
     folder.mkdir()
     write_shard(folder / "a_000001.bin", np.arange(10, dtype=np.uint16))
-    monkeypatch.setattr("data.loader.ROOT", folder)
+    monkeypatch.setattr("aurora.tokens.loader.ROOT", folder)
     assert find_shards("a_*.bin") == [folder / "a_000001.bin"]
 
 

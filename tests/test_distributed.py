@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from aurora.runtime.ranks import join_ranks
-from aurora.sharding import assign_owners
-from configs.schema import HarnessError
+from aurora.errors import HarnessError
+from aurora.optim.sharding import assign_owners
+from aurora.trainer.ranks import join_ranks
 from tests.conftest import OPTIMIZERS, events, losses
 from tests.test_rules import RULES
 
@@ -196,7 +196,7 @@ def test_a_compiler_that_fails_on_one_rank_alone_is_told_and_stops_all(tiny_trac
 
 
 SUMS_BOTH_WAYS = """
-from aurora.runtime import gradients
+from aurora.trainer import gradients
 gradients.BUCKET_ELEMENTS, gradients.SMALL_ELEMENTS = 3000, 100
 def step(run, model, number, *rest):
     batch, found = train_gpt.to_device(run.loader.next_batch(), 32, run.ranks.device), []

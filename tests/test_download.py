@@ -9,9 +9,9 @@ import sys
 import numpy as np
 import pytest
 
+from aurora.tokens.shards import ShardError, write_shard
 from data import hub
 from data.hub import DATASETS, HubDataset
-from data.shards import ShardError, write_shard
 from tests.conftest import ROOT
 from tests.hub_server import COMMIT, HubServer
 

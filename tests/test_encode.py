@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from aurora.tokens.shards import ShardError, open_shard, write_shard
 from data import encode, fineweb
-from data.shards import ShardError, open_shard, write_shard
 from tests.conftest import ROOT
 
 tiktoken = pytest.importorskip("tiktoken")

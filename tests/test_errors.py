@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import train_gpt
-from configs.schema import Exit
+from aurora.errors import Exit
 from tests.conftest import events, make_run, start_process, train_here
 
 
@@ -58,7 +58,7 @@ def test_unwritable_out_exits_7_before_training(tiny_track, tmp_path, capsys):
 
 
 def test_full_disk_at_the_record_exits_7(tiny_track, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("results.record.os.write", lambda handle, line: len(line) // 2)
+    monkeypatch.setattr("aurora.trainer.record.os.write", lambda handle, line: len(line) // 2)
     assert train_here(tiny_track, tmp_path) == Exit.DISK
     assert "cannot be written: the line was cut" in capsys.readouterr().err
 

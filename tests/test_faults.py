@@ -19,9 +19,9 @@ import pytest
 import torch
 
 import train_gpt
-from configs.schema import Exit, HarnessError
-from results.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint, sha256
-from results.record import SOURCE_MODULES, read_record
+from aurora.errors import Exit, HarnessError
+from aurora.trainer.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint, sha256
+from aurora.trainer.record import read_record
 from tests.conftest import (
     OPTIMIZERS,
     ROOT,
@@ -116,7 +116,8 @@ FILE_POINTS = ("checkpoint_state", "checkpoint_manifest", "checkpoint_rename", "
 
 
 def test_the_sweep_takes_every_point_of_the_source():
-    text = "".join((ROOT / name).read_text() for name in ("train_gpt.py", *SOURCE_MODULES))
+    paths = [ROOT / "train_gpt.py", *(ROOT / "aurora" / "trainer").glob("*.py")]
+    text = "".join(path.read_text() for path in paths)
     assert {*STEP_POINTS, *SAVE_POINTS, *FILE_POINTS, "end", "warm_up"} == set(re.findall(r'\bpoint\("(\w+)"', text))
 
 
@@ -408,7 +409,7 @@ def test_a_rank_that_hangs_is_named_and_the_job_ends(twelve_steps, launch, tmp_p
 LOST_UNHEARD = """
 import signal, time
 if rank == 1:
-    from aurora.runtime.watch import Watch
+    from aurora.trainer.watch import Watch
     Watch.run = lambda self: None  # its thread has not had its turn yet
 original = train_gpt.train_step
 def step(run, model, number, *rest):
@@ -467,7 +468,7 @@ def is_alive(pid):
 LIMIT = "import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
 SMALL_FILES = LIMIT + "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, -1))"
 SHORT_WRITES = (
-    "import results.record\n"
+    "import aurora.trainer.record\n"
     "original = os.write\n"
     "def write(handle, line):\n"
     "    full = rank == 0 and b'\"step\": 8' in line\n"
@@ -507,7 +508,7 @@ def test_a_disk_without_locks_or_room_for_one_is_refused(twelve_steps, tmp_path,
     def flock(*args):
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr("aurora.runtime.process.fcntl.flock", flock)
+    monkeypatch.setattr("aurora.trainer.process.fcntl.flock", flock)
     assert train_here(twelve_steps[1], tmp_path) == Exit.DISK
     assert "Function not implemented; choose another disk" in capsys.readouterr().err
 

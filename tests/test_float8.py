@@ -8,11 +8,12 @@ import pytest
 import torch
 
 import train_gpt
-from aurora.runtime import functions
-from aurora.runtime.float8 import check_float8, float8_linear
-from configs.schema import Exit, HarnessError, load_config
-from results.record import task_hash
-from results.verification import verify_folder
+from aurora.config import load_config
+from aurora.errors import Exit, HarnessError
+from aurora.fast import functions
+from aurora.fast.float8 import check_float8, float8_linear
+from aurora.trainer.record import task_hash
+from scripts.verification.checks import verify_folder
 from tests.conftest import ROOT, events, losses, train_here
 
 FLOAT8 = ["--set", "model.head_dtype=float8"]

@@ -8,11 +8,11 @@ import sys
 
 import pytest
 
-from results import claims, log_comparison
-from results.export import export_record, is_inside
-from results.foreign import LogError, read_log
-from results.text import cell, plain
 from scripts import logs
+from scripts.analysis import claims, log_comparison
+from scripts.analysis.foreign import LogError, read_log
+from scripts.analysis.text import cell, plain
+from scripts.verification.export import export_record, is_inside
 from tests.conftest import losses, start_process, train_here
 
 
@@ -352,8 +352,8 @@ def test_export_makes_folders_and_overwrites_nothing(trained, tmp_path, capsys):
 def test_export_needs_no_scipy(trained, tmp_path, monkeypatch):
     record = tmp_path / "a.jsonl"
     record.write_text("".join(json.dumps(event) + "\n" for event in trained["muon"]))
-    monkeypatch.setitem(sys.modules, "results.claims", None)
-    monkeypatch.delattr("results.claims")
+    monkeypatch.setitem(sys.modules, "scripts.analysis.claims", None)
+    monkeypatch.delattr("scripts.analysis.claims")
     assert logs.main(["--export", str(record), "--out", str(tmp_path / "log.txt")]) == 0
     assert logs.main([str(tmp_path)]) == 2
 
@@ -368,4 +368,4 @@ def test_files_that_are_missing_are_named(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["../x.py", "/etc/x", "a/../../x", "a\\b", "C:x", ""])
 def test_names_that_lead_out_of_the_folder_are_refused(name):
-    assert not is_inside(name) and is_inside("aurora/aurora.py")
+    assert not is_inside(name) and is_inside("aurora/optim/aurora.py")

@@ -9,16 +9,16 @@ import pytest
 import torch
 
 import train_gpt
-from aurora.runtime import fused
-from aurora.runtime.compiled import (
+from aurora.config import load_config
+from aurora.fast import fused
+from aurora.fast.compiled import (
     CompileFailed,
     WrongNumbers,
     check_compiled,
     compiled_parts,
     compiled_where_possible,
 )
-from aurora.runtime.ranks import Ranks
-from configs.schema import load_config
+from aurora.trainer.ranks import Ranks
 from tests.conftest import ROOT
 
 ONE_CPU = Ranks(0, 1, torch.device("cpu"))
@@ -186,8 +186,8 @@ def test_an_error_in_a_kernel_is_told_from_lack_of_memory(monkeypatch):
         def hungry():
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setitem(sys.modules, "aurora.runtime.kernels", Kernels)
-    monkeypatch.setattr("aurora.runtime.kernels", Kernels, raising=False)
+    monkeypatch.setitem(sys.modules, "aurora.fast.kernels", Kernels)
+    monkeypatch.setattr("aurora.fast.kernels", Kernels, raising=False)
     with pytest.raises(fused.KernelFailed, match="the kernel of broken: ValueError: shared memory"):
         fused.on_cuda("broken")()
     with pytest.raises(torch.OutOfMemoryError):

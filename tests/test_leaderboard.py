@@ -7,10 +7,10 @@ import shutil
 import numpy as np
 import pytest
 
-from results import report, verdict
-from results.record import read_folder
-from results.text import cell, markdown_table
+from aurora.trainer.record import read_folder
 from scripts import compare, findings, leaderboard, plot
+from scripts.analysis import report, verdict
+from scripts.analysis.text import cell, markdown_table
 from tests.conftest import ROOT
 
 HOSTILE = "<script>alert(1)</script>|](http://evil)\n# x\x1b[31m![i](javascript:a) $\\frac$ `c` =1+1"

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import train_gpt
-from aurora.runtime import functions
-from aurora.runtime.memory import host_bytes, memory_estimate_gib
-from configs.schema import load_config
+from aurora.config import load_config
+from aurora.fast import functions
+from aurora.trainer.memory import host_bytes, memory_estimate_gib
 from tests import reference
 from tests.conftest import ROOT
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import train_gpt
-from aurora.diagnostics import (
+from aurora.optim.diagnostics import (
     dead_neurons,
     effective_rank,
     leverage_scores,
@@ -16,8 +16,8 @@ from aurora.diagnostics import (
     row_energies,
     silent_neurons,
 )
-from results.neurons import Neurons
-from results.verification import verify_run
+from aurora.trainer.neurons import Neurons
+from scripts.verification.checks import verify_run
 from tests.conftest import events, losses, make_run, step, train_here
 
 SHAPES = [(128, 32), (32, 32), (32, 128), (7, 1)]

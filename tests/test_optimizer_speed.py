@@ -10,8 +10,8 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt
-from aurora.runtime.gradients import GradientSum
-from configs.schema import load_config
+from aurora.config import load_config
+from aurora.trainer.gradients import GradientSum
 from tests.conftest import ROOT
 from tests.test_rules import RULES, make
 
@@ -103,7 +103,7 @@ def eight_ranks(monkeypatch):
         monkeypatch.setattr(dist, name, lambda value=value: value)
     # (received, send, ...): each rank's share of what it sends stays at home.
     monkeypatch.setattr(dist, "all_to_all_single", count("all_to_all", 7 / 8))
-    monkeypatch.setattr("aurora.sharding._all_gather", count("all_gather", 7))
+    monkeypatch.setattr("aurora.optim.sharding._all_gather", count("all_gather", 7))
     return sent
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import aurora
-from aurora import passes
-from aurora.aurora import VARIANTS
+from aurora.optim import passes
+from aurora.optim.aurora import VARIANTS
 
 NAMES = ("gram", "symmetric_product", "evening_factors", "advance", "subtract")
 CPU = torch.device("cpu")
@@ -147,7 +147,7 @@ def on_cuda(monkeypatch, capability=(9, 0), current=0, is_capturing=False, is_co
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: is_capturing)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: is_compiling)
     kernels = SimpleNamespace()
-    monkeypatch.setitem(sys.modules, "aurora.kernels", kernels)
+    monkeypatch.setitem(sys.modules, "aurora.optim.kernels", kernels)
     monkeypatch.setattr(aurora, "kernels", kernels, raising=False)
     return SimpleNamespace(is_cuda=True, device=torch.device("cuda:0"))
 

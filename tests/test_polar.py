@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from aurora.polar import FINISH, FINISH_ERROR, SCHEDULES, polar
+from aurora.optim.polar import FINISH, FINISH_ERROR, SCHEDULES, polar
 from tests.reference import polynomial_polar, svd_polar
 
 POLYNOMIALS = [name for name, schedule in SCHEDULES.items() if schedule.coefficients]

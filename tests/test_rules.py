@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import aurora
-from aurora.polar import FINISH, FINISH_ERROR, INTERLUDE_GROWTH, SCHEDULES, polar, rounding
+from aurora.optim.polar import FINISH, FINISH_ERROR, INTERLUDE_GROWTH, SCHEDULES, polar, rounding
 from tests import reference
 
 RULES = {

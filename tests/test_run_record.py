@@ -8,7 +8,7 @@ import struct
 import pytest
 
 import train_gpt
-from results.tracking import Tracker
+from aurora.trainer.tracking import Tracker
 from tests.conftest import OPTIMIZERS, ROOT, events, losses, train_here
 
 
@@ -24,7 +24,7 @@ def test_record_follows_the_contract(trained, tiny_track, optimizer):
     assert start["config"]["train"]["steps"] == 30 and start["config"]["eval"]["target"] == 3.9
     assert start["hparams"]["lr"] == next(g["peak_lr"] for g in start["param_groups"] if g["role"] == "matrix")
     assert start["params_by_role"] == {"embed": 2048, "head": 2048, "vector": 832, "matrix": 24576}
-    for name in ("train_gpt.py", "aurora/polar.py", "data/shards.py"):
+    for name in ("train_gpt.py", "aurora/optim/polar.py", "aurora/tokens/shards.py"):
         assert start["sources"][name] == (ROOT / name).read_text()
     assert start["sources"]["tiny.toml"] == tiny_track.read_text()
     assert [shard["file"] for shard in start["data"]["shards"]] == ["tiny_train_000001.bin", "tiny_train_000002.bin"]

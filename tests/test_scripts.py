@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from aurora.runtime.process import lock_folder
-from configs.schema import HarnessError
-from results import report, verdict
-from results.record import RecordError, Validation, read_folder, read_record, read_sources
-from results.statistics import runs_needed
+from aurora.errors import HarnessError
+from aurora.trainer.process import lock_folder
+from aurora.trainer.record import RecordError, Validation, read_folder, read_record, read_sources
 from scripts import compare, plot, runs
+from scripts.analysis import report, verdict
+from scripts.analysis.statistics import runs_needed
 from tests.conftest import ROOT, start_process, train_here
 
 

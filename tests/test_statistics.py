@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from results import statistics as ours
-from results.record import seed_gaps
+from aurora.trainer.record import seed_gaps
+from scripts.analysis import statistics as ours
 
 A = [3.2781, 3.2795, 3.2779, 3.2786, 3.2790]
 B = [3.2801, 3.2812, 3.2796, 3.2821]

@@ -5,7 +5,7 @@ import signal
 import pytest
 
 import train_gpt
-from configs.schema import Exit
+from aurora.errors import Exit
 from tests.conftest import events, train_here
 
 SIGNAL_AT_6 = """

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import train_gpt
-from configs.schema import Exit
-from results import describe
+from aurora.errors import Exit
+from aurora.trainer import describe
 from tests.conftest import OPTIMIZERS, events, losses, make_run, step, train_here
 
 

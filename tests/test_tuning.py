@@ -6,11 +6,12 @@ import shutil
 
 import pytest
 
-from configs.schema import HarnessError, load_config
-from results.record import read_folder, read_record
-from results.tuning import Knob, Search, Trial, neighbours_tried, read_space, write_setting
-from results.verification import verify_folder
+from aurora.config import load_config
+from aurora.errors import HarnessError
+from aurora.trainer.record import read_folder, read_record
 from scripts import tune
+from scripts.analysis.tuning import Knob, Search, Trial, neighbours_tried, read_space, write_setting
+from scripts.verification.checks import verify_folder
 from tests.conftest import ROOT, start_process
 
 SPACE = ROOT / "configs" / "tuning" / "quick.toml"

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from results.foreign import LogError, read_log
-from results.record import RecordError, Run, code_hash, read_folder, read_record
-from results.replay import replay, restore_sources, run_until
-from results.report import as_json, markdown_report
-from results.reproduction import MARGIN, reproduce
-from results.verdict import group_runs, was_resumed
-from results.verification import changed_sources, verify_folder, verify_run
+from aurora.trainer.record import RecordError, Run, code_hash, read_folder, read_record
 from scripts import verify
+from scripts.analysis.foreign import LogError, read_log
+from scripts.analysis.report import as_json, markdown_report
+from scripts.analysis.verdict import group_runs, was_resumed
+from scripts.verification.checks import changed_sources, verify_folder, verify_run
+from scripts.verification.replay import replay, restore_sources, run_until
+from scripts.verification.reproduction import MARGIN, reproduce
 from tests.conftest import OPTIMIZERS, ROOT, train_here
 
 PUBLIC_LOG = (
@@ -362,7 +362,7 @@ def test_replay_catches_what_the_record_hides(muon, tmp_path, capsys, monkeypatc
             replayed.append(real(*args))
         return replayed[0]
 
-    monkeypatch.setattr("results.replay.run_until", run_once)
+    monkeypatch.setattr("scripts.verification.replay.run_until", run_once)
     honest = write(tmp_path / "honest.jsonl", muon)
     assert verify.main([str(honest), "--replay", "--looks", "2"]) == 0
     assert "replayed to step 10 of 30" in capsys.readouterr().out
@@ -382,7 +382,9 @@ def test_the_verdict_of_a_replay_says_how_far_and_how_near(muon, tmp_path, monke
 
     def replayed(num_looks, num_found):
         here = run.start | {"env": run.start["env"] | {"cpu": "this one"}}
-        monkeypatch.setattr("results.replay.run_until", lambda *args: (run.validations[:num_found], here, "killed"))
+        monkeypatch.setattr(
+            "scripts.verification.replay.run_until", lambda *args: (run.validations[:num_found], here, "killed")
+        )
         return replay(verify_run(path), num_looks)
 
     assert replayed(5, 5).word == "replayed within 0.02 on another stack"
@@ -399,11 +401,11 @@ def test_sources_that_are_not_those_of_their_commit_are_noted():
         commit = git("rev-parse", "HEAD").strip()
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("no git here")
-    sources = {"data/manifest.py": git("show", f"{commit}:data/manifest.py"), "own.toml": ""}
+    sources = {"aurora/tokens/manifest.py": git("show", f"{commit}:aurora/tokens/manifest.py"), "own.toml": ""}
     start = {"git": {"commit": commit}, "sources": sources}
     assert changed_sources(start) == []
-    assert changed_sources(start | {"sources": sources | {"data/manifest.py": "", "new.py": ""}}) == [
-        "data/manifest.py",
+    assert changed_sources(start | {"sources": sources | {"aurora/tokens/manifest.py": "", "new.py": ""}}) == [
+        "aurora/tokens/manifest.py",
         "new.py",
     ]
     for unknown in ({"commit": "0" * 40}, {"commit": "--help"}, {}, None):

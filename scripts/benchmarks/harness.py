@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import train_gpt
-from aurora.polar import SCHEDULES, PolarSchedule
-from aurora.runtime.ranks import SETUP_TIMEOUT_S, Ranks, join_ranks, keep_freed_memory, leave_ranks
-from aurora.runtime.watch import Watch
-from configs.schema import Exit, HarnessError, ModelConfig, load_config
+from aurora.config import ModelConfig, load_config
+from aurora.errors import Exit, HarnessError
+from aurora.optim.polar import SCHEDULES, PolarSchedule
+from aurora.trainer.ranks import SETUP_TIMEOUT_S, Ranks, join_ranks, keep_freed_memory, leave_ranks
+from aurora.trainer.watch import Watch
 from train_gpt import ROOT
 
 UNTIMED_ROUNDS = 3

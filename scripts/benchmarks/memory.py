@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 import train_gpt
-from aurora.runtime import fused
-from aurora.runtime.attention import choose_attention
-from aurora.runtime.memory import memory_estimate_gib
-from aurora.runtime.ranks import is_out_of_memory, join_ranks
-from configs.schema import load_config
+from aurora.config import load_config
+from aurora.fast import fused
+from aurora.fast.attention import choose_attention
+from aurora.trainer.memory import memory_estimate_gib
+from aurora.trainer.ranks import is_out_of_memory, join_ranks
 from scripts.benchmarks.train import describe_device, new_contender, synthetic_data, write
 
 

@@ -13,11 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import aurora
 import train_gpt
-from aurora import passes
-from aurora.runtime.clock import elapsed_ms, time_mark
-from aurora.runtime.ranks import keep_freed_memory
-from configs.schema import Exit, HarnessError, load_config
-from results.record import describe_machine
+from aurora.config import load_config
+from aurora.errors import Exit, HarnessError
+from aurora.optim import passes
+from aurora.trainer.clock import elapsed_ms, time_mark
+from aurora.trainer.ranks import keep_freed_memory
+from aurora.trainer.record import describe_machine
 
 VARIANTS = {f"aurora {variant}": ("aurora", {"variant": variant}) for variant in aurora.VARIANTS}
 CONTENDERS = {

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 
-from configs.schema import Exit, HarnessError
+from aurora.errors import Exit, HarnessError
 from scripts.benchmarks.train import train_table, write
 from train_gpt import ROOT
 

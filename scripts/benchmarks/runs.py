@@ -4,7 +4,7 @@ import argparse
 import sys
 
 import train_gpt
-from configs.schema import Exit, HarnessError
+from aurora.errors import Exit, HarnessError
 
 
 def runs(args: argparse.Namespace) -> str:

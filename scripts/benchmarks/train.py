@@ -24,15 +24,15 @@ import numpy as np
 import torch
 
 import train_gpt
-from aurora.runtime import fused
-from aurora.runtime.attention import choose_attention
-from aurora.runtime.clock import elapsed_ms, time_mark
-from aurora.runtime.compiled import Model, compiled_where_possible
-from aurora.runtime.ranks import Ranks, join_ranks, leave_ranks
-from configs.schema import Config, load_config
-from data.shards import write_shard
-from results.describe import peak_memory_mib
-from results.record import describe_git, describe_machine
+from aurora.config import Config, load_config
+from aurora.fast import fused
+from aurora.fast.attention import choose_attention
+from aurora.fast.compiled import Model, compiled_where_possible
+from aurora.tokens.shards import write_shard
+from aurora.trainer.clock import elapsed_ms, time_mark
+from aurora.trainer.describe import peak_memory_mib
+from aurora.trainer.ranks import Ranks, join_ranks, leave_ranks
+from aurora.trainer.record import describe_git, describe_machine
 
 # The part of a step that ends at a point of train_gpt.train_step().
 PART_BEFORE = {

@@ -21,8 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from configs.schema import Exit, HarnessError
-from results.record import read_events
+from aurora.errors import Exit, HarnessError
+from aurora.trainer.record import read_events
 from scripts.benchmarks.train import write
 from train_gpt import ROOT
 

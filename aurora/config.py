@@ -1,0 +1,236 @@
+"""What a track's TOML file may say: its tables, types and bounds, and how it is read. Needs nothing but Python."""
+
+import dataclasses
+import difflib
+import math
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from aurora.errors import Exit, HarnessError
+
+ROOT = Path(__file__).resolve().parents[1]  # the checkout; data paths of tracks begin here
+
+DTYPES = ("float32", "bfloat16")
+MLPS = ("relu2", "swiglu")
+HEAD_DTYPES = ("activation", "float8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    vocab_size: int
+    num_layers: int
+    model_dim: int
+    num_heads: int
+    seq_len: int  # tokens
+    mlp_expansion: int  # hidden width of the MLPs, in units of model_dim
+    rope_base: float  # of rotary positions: their slowest turn by 1 / rope_base of a radian a token
+    attention_scale: float  # of products of queries and keys, which are normed
+    logit_softcap: float  # logits stay between minus and plus this
+    activation_dtype: str  # of activations; weights are float32
+    mlp: str = "relu2"  # or swiglu; both are mlp_expansion x model_dim wide
+    head_dtype: str = "activation"  # or float8: of what the head's matmuls read, see aurora/fast/float8.py
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    train: str  # glob of shards, relative to the folder of train_gpt.py
+    val: str
+    allow_epochs: bool = False  # whether shards may be read more than once
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    steps: int  # an optimizer's own, where its table has steps
+    batch_tokens: int  # of one step, over all ranks and micro-steps
+    micro_batch: int | str  # most sequences in one forward pass of one rank; auto: as many as fit into memory
+    compile: str  # auto: on CUDA only
+    log_every: int  # steps that a train event of the record covers
+    checkpoint_every: int  # steps; 0: only when asked to stop
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    tokens: int  # the first of the validation shard
+    every: int  # steps from one validation to the next
+    late_every: int  # the same over the last late_frac of the run
+    late_frac: float
+    target: float  # validation loss to reach, nats a token
+    telemetry: bool = True  # whether the record says how neurons fare, see aurora/trainer/neurons.py
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    cooldown_frac: float  # share of the run over which lr falls linearly to final_lr_frac of its peak
+    final_lr_frac: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    eval: EvalConfig
+    schedule: ScheduleConfig
+    optimizer: str
+    warmup_steps: int  # linear lr warm-up; an optimizer's own, from its table
+    hparams: dict[str, Any]  # the rest of its table
+
+
+def load_config(path: Path, optimizer: str, overrides: Iterable[str] = ()) -> Config:
+    """Read a track, apply "a.b=v" overrides, check every table but the optimizers' own keys.
+
+    Raises:
+        HarnessError: CONFIG, naming file, key, value and what would be right.
+    """
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise HarnessError(Exit.CONFIG, f"config {path} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise HarnessError(Exit.CONFIG, f"config {path} is not valid TOML: {error}") from error
+    overrides = list(overrides)
+    for override in overrides:
+        apply_override(tables, override)
+
+    sections = {name: hint for name, hint in get_type_hints(Config).items() if dataclasses.is_dataclass(hint)}
+    optimizer_tables = tables.pop("optimizer", {})
+    entries = optimizer_tables.values() if isinstance(optimizer_tables, dict) else [optimizer_tables]
+    if not all(isinstance(entry, dict) for entry in entries):
+        raise HarnessError(
+            Exit.CONFIG,
+            f"{path.name}: optimizer must hold tables, as in [optimizer.muon]; a value of one is optimizer.muon.lr",
+        )
+    check_keys(tables, sections, path.name)
+    if optimizer not in optimizer_tables:
+        raise HarnessError(
+            Exit.CONFIG,
+            f"unknown optimizer {optimizer!r}{suggest(optimizer, optimizer_tables)}; "
+            f"{path.name} has {', '.join(optimizer_tables) or 'none'}",
+        )
+    hparams = dict(optimizer_tables[optimizer])
+    if (steps := pop_steps(hparams, overrides)) is not None and isinstance(tables["train"], dict):
+        tables["train"] = tables["train"] | {"steps": coerce(f"optimizer.{optimizer}.steps", steps, int)}
+    parts = {
+        name: cls(**typed_table(tables[name], get_type_hints(cls), name, with_default(cls)))
+        for name, cls in sections.items()
+    }
+    warmup_steps = coerce(f"optimizer.{optimizer}.warmup_steps", hparams.pop("warmup_steps", 0), int)
+    config = Config(**parts, optimizer=optimizer, warmup_steps=warmup_steps, hparams=hparams)
+    check_bounds(config)
+    return config
+
+
+def pop_steps(table: dict[str, Any], overrides: Iterable[str]) -> Any:
+    """Take an optimizer's own schedule length out of its table. None without one, or if --set train.steps decides."""
+    steps = table.pop("steps", None)
+    return None if any(override.partition("=")[0].strip() == "train.steps" for override in overrides) else steps
+
+
+def with_default(cls: type) -> set[str]:
+    """The fields of a dataclass that may be left out."""
+    return {field.name for field in dataclasses.fields(cls) if field.default is not dataclasses.MISSING}
+
+
+def apply_override(tables: dict[str, Any], override: str) -> None:
+    """Set one value in nested tables from "a.b=v"; v is read as TOML, else as a string."""
+    dotted, equals, text = override.partition("=")
+    *parents, key = dotted.strip().split(".")
+    if not equals or not parents:
+        raise HarnessError(Exit.CONFIG, f"--set {override!r} must look like train.steps=100")
+    table = tables
+    for parent in parents:
+        if not isinstance(table.get(parent), dict):
+            raise HarnessError(Exit.CONFIG, f"--set {override!r}: there is no table {parent!r}{suggest(parent, table)}")
+        table = table[parent]
+    try:
+        table[key] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        table[key] = text
+
+
+def typed_table(table: Any, types: dict[str, Any], label: str, optional: Iterable[str] = ()) -> dict[str, Any]:
+    """The table with every value as its type; keys that are unknown or missing are errors."""
+    check_keys(table, types, label, optional)
+    return {key: coerce(f"{label}.{key}", value, types[key]) for key, value in table.items()}
+
+
+def check_keys(table: Any, known: Iterable[str], label: str, optional: Iterable[str] = ()) -> None:
+    known = list(known)
+    if not isinstance(table, dict):
+        raise HarnessError(Exit.CONFIG, f"{label} must be a table, got {table!r}")
+    for key in table:
+        if key not in known:
+            raise HarnessError(
+                Exit.CONFIG, f"{label} has an unknown key {key!r}{suggest(key, known)}; known: {', '.join(known)}"
+            )
+    missing = [repr(key) for key in known if key not in table and key not in optional]
+    if missing:
+        raise HarnessError(Exit.CONFIG, f"{label} lacks the key{'s' * (len(missing) > 1)} {', '.join(missing)}")
+
+
+def coerce(label: str, value: Any, expected: Any) -> Any:
+    """value as the expected type: whole numbers pass as floats, lists as tuples."""
+    if expected is float:
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    elif expected == tuple[float, float]:
+        if isinstance(value, list | tuple) and len(value) == 2:
+            return tuple(coerce(label, item, float) for item in value)
+    elif type(value) is expected or (expected == int | str and (value == "auto" or type(value) is int)):
+        return value
+    names = {
+        int: "a whole number",
+        int | str: 'a whole number or "auto"',
+        float: "a finite number",
+        str: "a string",
+        bool: "true or false",
+    }
+    raise HarnessError(Exit.CONFIG, f"{label} must be {names.get(expected, 'two numbers')}, got {value!r}")
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """The text ", did you mean 'x'?" for the closest known word, or an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def check_bounds(config: Config) -> None:
+    """Raise HarnessError for a value out of range."""
+    model, train, evaluation, schedule = config.model, config.train, config.eval, config.schedule
+    head_dim = model.model_dim / model.num_heads if model.num_heads else 0
+    whole_sequences = f"a multiple of model.seq_len = {model.seq_len}"
+    bounds = [
+        ("model.vocab_size", model.vocab_size, model.vocab_size <= 65536, "at most 65536: tokens are uint16"),
+        ("model.model_dim / num_heads", head_dim, head_dim % 4 == 0, "a multiple of 4: half a head turns, in pairs"),
+        ("model.rope_base", model.rope_base, model.rope_base > 1, "above 1"),
+        ("model.attention_scale", model.attention_scale, model.attention_scale > 0, "positive"),
+        ("model.logit_softcap", model.logit_softcap, 0 < model.logit_softcap <= 64, "in (0, 64]"),
+        ("model.activation_dtype", model.activation_dtype, model.activation_dtype in DTYPES, " or ".join(DTYPES)),
+        ("model.mlp", model.mlp, model.mlp in MLPS, " or ".join(MLPS)),
+        ("model.head_dtype", model.head_dtype, model.head_dtype in HEAD_DTYPES, " or ".join(HEAD_DTYPES)),
+        ("train.compile", train.compile, train.compile in ("auto", "on", "off"), "auto, on or off"),
+        ("train.batch_tokens", train.batch_tokens, train.batch_tokens % (model.seq_len or 1) == 0, whole_sequences),
+        ("eval.tokens", evaluation.tokens, evaluation.tokens % (model.seq_len or 1) == 0, whole_sequences),
+        ("eval.target", evaluation.target, evaluation.target > 0, "a positive loss"),
+        ("eval.late_frac", evaluation.late_frac, 0 <= evaluation.late_frac <= 1, "in [0, 1]"),
+        ("schedule.cooldown_frac", schedule.cooldown_frac, 0 <= schedule.cooldown_frac <= 1, "in [0, 1]"),
+        ("schedule.final_lr_frac", schedule.final_lr_frac, 0 <= schedule.final_lr_frac <= 1, "in [0, 1]"),
+        (f"optimizer.{config.optimizer}.warmup_steps", config.warmup_steps, config.warmup_steps >= 0, "at least 0"),
+    ]
+    if model.head_dtype == "float8":
+        sixteens = 'a multiple of 16 for model.head_dtype = "float8" (or set that to "activation")'
+        bounds += [
+            ("model.vocab_size", model.vocab_size, model.vocab_size % 16 == 0, sixteens),
+            ("model.model_dim", model.model_dim, model.model_dim % 16 == 0, sixteens),
+        ]
+    for name in ("model", "train", "eval"):
+        for key, value in vars(getattr(config, name)).items():
+            if type(value) is int:  # no bool
+                lowest = 0 if key == "checkpoint_every" else 1
+                bounds.insert(0, (f"{name}.{key}", value, value >= lowest, f"at least {lowest}"))
+    for key, value, is_valid, wanted in bounds:
+        if not is_valid:
+            raise HarnessError(Exit.CONFIG, f"{key} must be {wanted}, got {value!r}")

@@ -1,0 +1,24 @@
+"""What a user can act on, and the exit codes. Needs nothing but Python."""
+
+import enum
+
+
+class Exit(enum.IntEnum):
+    """Exit codes."""
+
+    CONFIG = 2
+    DATA = 3
+    CHECKPOINT = 4
+    NON_FINITE = 5
+    PEER = 6
+    DISK = 7
+    RANKS_DISAGREE = 8
+    PREEMPTED = 75
+
+
+class HarnessError(Exception):
+    """An error that the user can act on: printed as one line, without a traceback."""
+
+    def __init__(self, reason: Exit, message: str):
+        super().__init__(message)
+        self.reason = reason

@@ -1,0 +1,61 @@
+"""Which kernel computes attention."""
+
+import contextlib
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+from torch.compiler import config as compiler_config
+from torch.nn import attention
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from aurora.config import ModelConfig
+
+# Fastest first: by published timings of heads of 128 at 1024 positions, cuDNN's leads on Hopper and later alone.
+BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+HOPPER = (9, 0)
+
+
+def choose_attention(model: ModelConfig, device: torch.device) -> str:
+    """Have torch use the first backend that computes this model's attention here, and its gradient; returns its name.
+
+    A fixed order and not a race, which could end otherwise in the next run. FlashAttention 3 takes the place of torch's
+    own flash kernels where its package is installed.
+    """
+    names = list(BACKENDS)
+    is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == HOPPER[0]
+    if is_hopper and importlib.util.find_spec("flash_attn_interface"):
+        with contextlib.suppress(AttributeError, ImportError, RuntimeError, ValueError):  # before torch 2.11, or broken
+            attention.activate_flash_attention_impl("FA3")
+            if runs("flash", model, device):
+                return use("flash") + " (FA3)"
+            attention.restore_flash_attention_impl()
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < HOPPER:
+        names = ["flash", "cudnn", "efficient", "math"]
+    return use(next(name for name in names if name == "math" or runs(name, model, device)))
+
+
+def runs(name: str, model: ModelConfig, device: torch.device) -> bool:
+    shape = 1, model.num_heads, model.seq_len, model.model_dim // model.num_heads
+    x = torch.ones(shape, device=device, dtype=getattr(torch, model.activation_dtype), requires_grad=True)
+    try:
+        with sdpa_kernel(BACKENDS[name]):
+            F.scaled_dot_product_attention(x, x, x, is_causal=True, scale=model.attention_scale).sum().backward()
+    except RuntimeError:
+        return False
+    return True
+
+
+def use(name: str) -> str:
+    """Leave this backend alone: torch's plain one, where it is allowed, comes before cuDNN's."""
+    torch.backends.cuda.enable_cudnn_sdp(name == "cudnn")
+    torch.backends.cuda.enable_flash_sdp(name == "flash")
+    torch.backends.cuda.enable_mem_efficient_sdp(name == "efficient")
+    torch.backends.cuda.enable_math_sdp(name == "math")
+    compiler_config.cache_key_tag = f"attention {name}"  # compiled code has the kernel in it, torch's key does not
+    return name

@@ -1,0 +1,218 @@
+"""Parts of a model's step that autograd alone would do with more memory or more passes over it."""
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Held(torch.autograd.Function):
+    """A copy that holds parameters one below the other, in another dtype, in their place; gradients go to them."""
+
+    @staticmethod
+    def forward(ctx: Any, copy: Tensor, *parts: Tensor) -> Tensor:
+        ctx.rows, ctx.dtype = [part.size(0) for part in parts], parts[0].dtype
+        return copy.view_as(copy)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *grad.to(ctx.dtype).split(ctx.rows)
+
+
+class HeldWeights:
+    """Copies, in one dtype, of weights and biases: those of layers that share their input lie one below the other."""
+
+    def __init__(self, packs: Sequence[Sequence[nn.Linear]], dtype: torch.dtype):
+        self.packs = packs
+        self.copies: list[tuple[Tensor, Tensor]] = []
+        self.rooms: list[Tensor] = []  # the copy's part for each of the sources
+        self.sources: list[nn.Parameter] = []
+        for pack in packs:
+            parts = [layer.weight for layer in pack], [layer.bias for layer in pack]
+            self.copies.append(tuple(torch.cat(tensors).detach().to(dtype) for tensors in parts))
+            for copy, tensors in zip(self.copies[-1], parts, strict=True):
+                self.rooms += copy.split([tensor.size(0) for tensor in tensors])
+                self.sources += tensors
+
+    @contextlib.contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """Copy once and leave the copies in `held` of each pack's first layer, as long as no weight changes."""
+        with torch.no_grad():
+            torch._foreach_copy_(self.rooms, self.sources)
+        for (first, *_), copy in zip(self.packs, self.copies, strict=True):
+            first.held = copy
+        try:
+            yield
+        finally:
+            for first, *_ in self.packs:
+                first.held = None
+
+
+class CompiledLinear(torch.autograd.Function):
+    """x W^T + b of x (B, T, D), W (C, D) and b (C,), whose gradient is summed over T first, then over B.
+
+    Where a compiler generates the gradient of the output, as of the squared ReLU's input, it can do the first sum in
+    the same kernel. One sum over all rows has too few columns for that, and takes a pass of its own.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        grad_weight = grad.flatten(0, -2).t() @ x.flatten(0, -2)
+        grad_bias = grad.sum(-2, dtype=torch.float32).flatten(0, -2).sum(0).type_as(weight)
+        return grad @ weight, grad_weight, grad_bias
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """As F.linear, for layers of hundreds or thousands of outputs; for more of them one sum is fused as it is."""
+    return (CompiledLinear.apply if torch.compiler.is_compiling() else F.linear)(x, weight, bias)
+
+
+class ReluSquared(torch.autograd.Function):
+    """max(x, 0)^2. Its derivative 2 max(x, 0) needs no look at the sign of x, which autograd would take."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        root = x.relu()
+        ctx.save_for_backward(root)
+        return root * root
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (root,) = ctx.saved_tensors
+        return torch.addcmul(grad.new_zeros(()), grad, root, value=2)  # one pass
+
+
+def inverse_rms(x: Tensor) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps) over the last dimension, which is kept."""
+    mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.size(-1))
+    return mean_square.add_(torch.finfo(x.dtype).eps).rsqrt_()
+
+
+class FewPassRMSNorm(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + eps) over the last dimension, times a gain (D,); in float32 at least.
+
+    torch has one kernel for it on CUDA, but on a CPU a chain of operations, each with a backward of its own.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        rstd = inverse_rms(wide)
+        ctx.save_for_backward(x, rstd, gain)
+        return (wide * rstd).mul_(gain).type_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, rstd, gain = ctx.saved_tensors
+        wide = x.to(rstd.dtype)
+        products = grad * wide
+        along_x = (products @ gain.to(products.dtype)).unsqueeze(-1).mul_(rstd.square()).div_(-x.size(-1))
+        grad_gain = rstd.flatten() @ products.flatten(0, -2)
+        return (grad * gain).addcmul_(wide, along_x).mul_(rstd).type_as(x), grad_gain
+
+
+def rms_norm(x: Tensor, gain: Tensor) -> Tensor:
+    """Over the last dimension, with a gain (D,) in float32: F.rms_norm where torch has a kernel for it.
+
+    That one rounds the gain to the dtype of x, this one on a CPU does not.
+    """
+    if x.is_cpu and not torch.compiler.is_compiling():
+        return FewPassRMSNorm.apply(x, gain)
+    return F.rms_norm(x, x.shape[-1:], gain.type_as(x))
+
+
+class RotatedRMSNorm(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + eps) over the last dimension K, then pairs (i, i + K/2) turned by angles; in float32.
+
+    cos (.., K) holds each cosine twice, sin the sines and then the sines with a minus. A rotation changes neither
+    lengths nor dot products, so the norm's gradient needs the result alone, which attention keeps anyway.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        wide = x.to(cos.dtype)
+        rstd = inverse_rms(wide)
+        # torch.compile of torch 2.11 loses the gradient of what an operation in place returns, or a type_as() that
+        # converts nothing.
+        y = (wide * cos).addcmul_(partners(wide), sin) * rstd
+        y = y if y.dtype == x.dtype else y.type_as(x)
+        ctx.save_for_backward(y, rstd, cos, sin)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        y, rstd, cos, sin = ctx.saved_tensors
+        wide_grad, wide = grad.to(cos.dtype), y.to(cos.dtype)
+        along_y = (wide_grad * wide).sum(-1, keepdim=True).div_(-y.size(-1))
+        across = torch.addcmul(wide_grad, wide, along_y)
+        turned_back = (across * cos).addcmul_(partners(across), sin, value=-1)
+        return turned_back.mul_(rstd).type_as(y), None, None
+
+
+def partners(x: Tensor) -> Tensor:
+    """The other of each pair (i, i + K/2) of the last dimension K."""
+    return x.roll(x.size(-1) // 2, -1)
+
+
+def soft_cap(z: Tensor, cap: float) -> Tensor:
+    """cap z / sqrt(z^2 + cap^2), within (-cap, cap)."""
+    return cap * z * (z.square() + cap**2).rsqrt()
+
+
+LOG2_E = math.log2(math.e)
+
+
+class SoftCapCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of soft-capped logits (N, V) with targets (N,), summed, in float32.
+
+    Keeps the logits as they came and overwrites them with their gradient, so there is one backward pass. float32
+    copies of all of them would be most of a step's memory: eagerly they exist in parts, compiled not at all. Capped
+    logits (at most 64, see aurora/config.py) have exponentials that float32 holds, so a row's sum needs no maximum
+    first, which would be one more pass; powers of two, with logits in bits, are what devices compute fastest.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z_NV: Tensor, targets_N: Tensor, cap: float) -> Tensor:
+        log_sums, losses = [], []
+        for z, targets in parts_of(z_NV, targets_N):
+            wide = z.float()
+            slope = wide.square().add_(cap**2).rsqrt_().mul_(cap * LOG2_E)
+            log_sums.append(slope.mul_(wide).exp2_().sum(1).log2())
+            of_targets = soft_cap(z.gather(1, targets[:, None])[:, 0].float(), cap)
+            losses.append((log_sums[-1] / LOG2_E - of_targets).sum())
+        ctx.save_for_backward(z_NV, targets_N, torch.cat(log_sums))
+        ctx.cap = cap
+        return torch.stack(losses).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        z_NV, targets_N, log_sums_N = ctx.saved_tensors
+        for z, targets, log_sums in parts_of(z_NV, targets_N, log_sums_N):
+            wide = z.float()
+            slope = wide.square().add_(ctx.cap**2).rsqrt_().mul_(ctx.cap)
+            error = torch.addcmul(-log_sums[:, None], slope, wide, value=LOG2_E).exp2_()
+            if torch.compiler.is_compiling():  # a scatter does not fuse
+                error.add_(torch.arange(z.size(1), device=z.device) == targets[:, None], alpha=-1)
+            else:
+                error.scatter_add_(1, targets[:, None], error.new_full((1, 1), -1.0).expand(len(error), 1))
+            z.copy_(error.mul_(slope.pow_(3)).mul_(grad))  # slope^3 is the soft-cap's derivative
+        return z_NV, None, None
+
+
+PART_ELEMENTS = 2**25
+
+
+def parts_of(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Tensors of N rows, the first (N, V), in the same parts."""
+    rows = max(1, PART_ELEMENTS // tensors[0].size(1))
+    return [tensors] if torch.compiler.is_compiling() else list(zip(*(t.split(rows) for t in tensors), strict=True))

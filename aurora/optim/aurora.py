@@ -1,0 +1,133 @@
+"""Aurora (Tilde Research 2026, https://arxiv.org/abs/2606.27715)."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aurora.optim.base import MatrixOptimizer, check_hparam
+from aurora.optim.passes import MIN_ROW_NORM, evening_factors, row_norms
+from aurora.optim.polar import INTERLUDE_GROWTH, REFINEMENT, SCHEDULES, TINY_NORM, quintic_step, rounding
+
+VARIANTS = ("folded", "warm", "refined", "iterated")
+
+# Bounds of the remembered row weights. A row that alone spans a direction can never be balanced; without bounds its
+# weight would fall towards zero, and stay there long after the row has found company.
+ROW_WEIGHT_RANGE = (1 / 64, 64.0)
+
+# The most by which a row may grow before the last polynomial, which explodes beyond its range. Inside the polar factor
+# all rows shrink by it first, so that singular values hardly grow.
+HEADROOM = 1.3
+
+
+class Aurora(MatrixOptimizer):
+    """Steepest descent under U^T U = I and equal row norms: orthogonal updates in which no row starves.
+
+    Tall (M > N). Row weights D are sought such that the rows of U = polar(D X) have equal norms, by the iteration
+    D_i <- D_i (r / ||U_i||)^(2 balance_power) with r = sqrt(N/M); with balance_power 0.5 its fixed point is Tyler's
+    M-estimator. Wide: the same on the transpose. Square: polar(X), as Muon, since an orthogonal square matrix has
+    uniform rows already.
+
+        iterated    D_i = 1 / ||X_i|| anew in every step, then balance_steps polar factors with the iteration in
+                    between: the published rule. It leaves rows a few per cent uneven.
+        warm        One polar factor. D_i = w_i / ||X_i||, where w (row_weight in the state) does one iteration a step,
+                    as it drifts slowly; then rows are scaled: U_i <- r U_i / ||U_i||. That costs some orthogonality.
+        refined     warm, then one more quintic polynomial, which gives the orthogonality back, and rows scaled again.
+        folded      warm, but rows are also balanced, by up to HEADROOM, twice within the polar factor: early, for
+                    gradients that w has not seen the like of, and before its end, which then is a polynomial that
+                    suits what the balance leaves. Costs what warm costs.
+
+    M leaves out zero rows. Where the rank is low rows stay below r, see evening_factors(). lr as for Muon.
+
+    Args:
+        variant: see above.
+        balance_steps: polar factors a step of the iterated variant; 2 is the paper's (there pp_iterations).
+        balance_power: exponent of the row correction, in (0, 1]; 0.5 is the paper's (there pp_beta).
+        Others: see MatrixOptimizer.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        variant: str = "folded",
+        balance_steps: int = 2,
+        balance_power: float = 0.5,
+        **matrix_hparams: Any,
+    ):
+        rule_hparams = dict(variant=variant, balance_steps=balance_steps, balance_power=balance_power)
+        super().__init__(params, lr, rule_hparams=rule_hparams, **matrix_hparams)
+
+    def check_hparams(self, group: dict[str, Any]) -> None:
+        super().check_hparams(group)
+        check_hparam(group["variant"] in VARIANTS, "variant", f"one of {', '.join(VARIANTS)}", group)
+        check_hparam(group["balance_steps"] >= 1, "balance_steps", "at least 1", group)
+        check_hparam(0 < group["balance_power"] <= 1, "balance_power", "in (0, 1]", group)
+
+    def new_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        if p.size(0) == p.size(1) or group["variant"] == "iterated":
+            return super().new_state(p, group)
+        row_weight = torch.ones((max(p.shape), 1), dtype=torch.float32, device=p.device)
+        return {**super().new_state(p, group), "row_weight": row_weight}
+
+    def direction(self, X_KMN: Tensor, states: list[dict[str, Any]], group: dict[str, Any]) -> Tensor:
+        rows, columns = X_KMN.shape[-2:]
+        if rows == columns:
+            return self.polar(X_KMN, group)
+        if rows < columns:
+            return self._balanced(X_KMN.mT, states, group).mT
+        return self._balanced(X_KMN, states, group)
+
+    def _balanced(self, X_KMN: Tensor, states: list[dict[str, Any]], group: dict[str, Any]) -> Tensor:
+        if group["variant"] == "iterated":
+            return self._iterated(X_KMN, group)
+        weights = [state["row_weight"] for state in states]
+        weight_KM1 = torch.stack(weights)
+        max_scale_error = SCHEDULES[group["polar_schedule"]].max_error + rounding(self.polar_dtype(X_KMN, group))
+        corrections = []
+
+        def correction(V_KMN: Tensor, max_growth: float = math.inf, max_scale_error: float = 0.0) -> Tensor:
+            corrections.append(row_correction(V_KMN, max_scale_error).clamp(max=max_growth))
+            return corrections[-1]
+
+        def balance(V_KMN: Tensor) -> Tensor:
+            return (correction(V_KMN, HEADROOM * INTERLUDE_GROWTH) / HEADROOM).to(V_KMN.dtype) * V_KMN
+
+        U_KMN = self._polar_of_rows(X_KMN, weight_KM1, group, balance if group["variant"] == "folded" else None)
+        if group["variant"] == "refined":
+            U_KMN = quintic_step(correction(U_KMN, HEADROOM).to(U_KMN.dtype) * U_KMN, REFINEMENT)
+        U_KMN = correction(U_KMN, max_scale_error=max_scale_error) * U_KMN
+
+        new_KM1 = weight_KM1 * math.prod(corrections) ** (2 * group["balance_power"])
+        new_KM1 = (new_KM1 / new_KM1.log().mean(dim=-2, keepdim=True).exp()).clamp(*ROW_WEIGHT_RANGE)
+        torch._foreach_copy_(weights, list(new_KM1.unbind()))
+        return U_KMN
+
+    def _iterated(self, X_KMN: Tensor, group: dict[str, Any]) -> Tensor:
+        weight_KM1 = torch.ones_like(X_KMN[..., :1])
+        U_KMN = self._polar_of_rows(X_KMN, weight_KM1, group)
+        for _ in range(group["balance_steps"] - 1):
+            weight_KM1 = weight_KM1 * row_correction(U_KMN) ** (2 * group["balance_power"])
+            U_KMN = self._polar_of_rows(X_KMN, weight_KM1, group)
+        return U_KMN
+
+    def _polar_of_rows(
+        self,
+        X_KMN: Tensor,
+        weight_KM1: Tensor,
+        group: dict[str, Any],
+        interlude: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """polar(D X) with D_i = weight_i / ||X_i||."""
+        norm_KM1 = row_norms(X_KMN)
+        scale_KM1 = weight_KM1 / norm_KM1.clamp(min=TINY_NORM)
+        total_K11 = torch.linalg.vector_norm(scale_KM1 * norm_KM1, dim=-2, keepdim=True)
+        scale_KM1 = scale_KM1 / total_K11.clamp(min=MIN_ROW_NORM)
+        return self.polar(X_KMN, group, row_scale_KM1=scale_KM1, interlude=interlude)
+
+
+def row_correction(U_KMN: Tensor, max_scale_error: float = 0.0) -> Tensor:
+    """(K, M, 1) float32 factors that give the rows of almost orthogonal (K, M, N) matrices, M >= N, one norm."""
+    return evening_factors(row_norms(U_KMN), U_KMN.size(-1), max_scale_error)

@@ -1,0 +1,17 @@
+"""Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/)."""
+
+from typing import Any
+
+from torch import Tensor
+
+from aurora.optim.base import MatrixOptimizer
+
+
+class Muon(MatrixOptimizer):
+    """direction = polar(X): steepest descent under the spectral norm.
+
+    lr is the spectral norm of a step, times sqrt(M/N) on tall matrices. Arguments: see MatrixOptimizer.
+    """
+
+    def direction(self, X_KMN: Tensor, states: list[dict[str, Any]], group: dict[str, Any]) -> Tensor:
+        return self.polar(X_KMN, group)

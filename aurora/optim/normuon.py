@@ -1,0 +1,49 @@
+"""NorMuon (Li et al. 2025, https://arxiv.org/abs/2510.05491)."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aurora.optim.base import MatrixOptimizer, check_hparam
+from aurora.optim.passes import row_norms
+
+
+class NorMuon(MatrixOptimizer):
+    """Muon with every row divided by its running RMS, regrafted to the norm of the polar factor.
+
+        O   = polar(X)
+        v_i <- beta2 v_i + (1 - beta2) mean_j O_ij^2
+        O'  = O / (sqrt(v) + eps), rescaled so that ||O'||_F = ||O||_F
+
+    lr as for Muon. beta2 is the memory of the row statistics, eps guards rows that never moved.
+    Other arguments: see MatrixOptimizer.
+    """
+
+    def __init__(
+        self, params: Iterable[Any], lr: float, beta2: float = 0.95, eps: float = 1e-10, **matrix_hparams: Any
+    ):
+        super().__init__(params, lr, rule_hparams=dict(beta2=beta2, eps=eps), **matrix_hparams)
+
+    def check_hparams(self, group: dict[str, Any]) -> None:
+        super().check_hparams(group)
+        check_hparam(0 <= group["beta2"] < 1, "beta2", "in [0, 1)", group)
+        check_hparam(group["eps"] > 0, "eps", "positive", group)
+
+    def new_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        row_second_moment = torch.zeros((p.size(0), 1), dtype=torch.float32, device=p.device)
+        return {**super().new_state(p, group), "row_second_moment": row_second_moment}
+
+    def direction(self, X_KMN: Tensor, states: list[dict[str, Any]], group: dict[str, Any]) -> Tensor:
+        O_KMN = self.polar(X_KMN, group)
+        norm_KM1 = row_norms(O_KMN)
+        moments = [state["row_second_moment"] for state in states]
+        torch._foreach_lerp_(moments, list((norm_KM1.square() / O_KMN.size(-1)).unbind()), 1 - group["beta2"])
+
+        scale_KM1 = 1 / (torch.stack(moments).sqrt() + group["eps"])
+        norm_K11, normalised_norm_K11 = (
+            torch.linalg.vector_norm(norms, dim=-2, keepdim=True) for norms in (norm_KM1, norm_KM1 * scale_KM1)
+        )
+        # A zero matrix stays zero: 0 * (0 / tiny).
+        return scale_KM1 * (norm_K11 / normalised_norm_K11.clamp(min=torch.finfo(torch.float32).tiny)) * O_KMN

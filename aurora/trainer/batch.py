@@ -1,0 +1,64 @@
+"""How the sequences of a global batch are worked off by ranks and micro-steps."""
+
+import math
+from typing import NamedTuple
+
+from aurora.config import Config
+from aurora.errors import Exit, HarnessError
+
+AUTO_MICRO_BATCH_TOKENS = 2**17  # more at once makes no device faster
+
+
+class BatchPlan(NamedTuple):
+    """How one rank works off its share of a batch: micro_steps forward passes of micro_batch sequences."""
+
+    micro_steps: int
+    micro_batch: int
+    val_sequences: int
+
+    @property
+    def val_batch(self) -> int:
+        """Sequences of a forward pass without backward, which needs less memory."""
+        return min(2 * self.micro_batch, self.val_sequences)
+
+    @property
+    def val_batches(self) -> set[int]:
+        """The sizes of these passes: the last may be smaller."""
+        return {self.val_batch, self.val_sequences % self.val_batch} - {0}
+
+
+def plan_batch(config: Config, world_size: int, micro_batch: int | None = None) -> BatchPlan:
+    """Split batch and validation set over ranks, so that the global batch never depends on their number.
+
+    micro_batch: in place of the config's, whose "auto" means the most that is tried.
+    """
+    seq_len = config.model.seq_len
+    sequences, val_sequences = config.train.batch_tokens // seq_len, config.eval.tokens // seq_len
+    for key, count in (("train.batch_tokens", sequences), ("eval.tokens", val_sequences)):
+        if count % world_size:
+            raise HarnessError(
+                Exit.CONFIG,
+                f"{world_size} ranks do not divide the {count} sequences of {key}; "
+                f"use a number of ranks that divides {math.gcd(sequences, val_sequences)}",
+            )
+    own_sequences = sequences // world_size
+    micro_batch = micro_batch or config.train.micro_batch
+    if micro_batch == "auto":
+        most = max(1, AUTO_MICRO_BATCH_TOKENS // seq_len)
+        micro_batch = max(size for size in range(1, most + 1) if own_sequences % size == 0)
+    micro_batch = min(micro_batch, own_sequences)
+    if own_sequences % micro_batch:
+        raise HarnessError(
+            Exit.CONFIG,
+            f"train.micro_batch = {micro_batch} does not divide the {own_sequences} sequences "
+            f"of a rank; set it to a divisor of {own_sequences}",
+        )
+    return BatchPlan(own_sequences // micro_batch, micro_batch, val_sequences // world_size)
+
+
+def halvings(plan: BatchPlan) -> list[int]:
+    """The plan's micro-batch and smaller ones that divide a rank's share, each at most half of the one before."""
+    own_sequences, sizes = plan.micro_steps * plan.micro_batch, [plan.micro_batch]
+    while sizes[-1] > 1:
+        sizes.append(max(size for size in range(1, sizes[-1] // 2 + 1) if own_sequences % size == 0))
+    return sizes

@@ -1,0 +1,112 @@
+"""What ends a run: the check of every step, whether its numbers are finite on all ranks and the run was asked to stop;
+and those of weights and validation losses.
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from aurora.errors import Exit, HarnessError
+from aurora.trainer.ranks import Ranks, digest
+
+
+class Guard:
+    """Each step, on all ranks at once: are loss, gradients, their sums over ranks and the update before finite, and was
+    a stop asked for?
+
+    The answer is found on the device and, on CUDA, read one step later, so that the host never waits for it; a
+    non-finite step is reported before anything more is measured or saved. Ranks reduce whole numbers with MIN: a MAX
+    over norms can lose a NaN.
+    """
+
+    def __init__(self, model: nn.Module, ranks: Ranks):
+        self.names, self.params = zip(*model.named_parameters(), strict=True)
+        self.ranks = ranks
+        self.stop_requested = False  # set by a signal, on some rank
+        self.must_stop = False  # agreed upon by all ranks
+        # Of a bad parameter and the rank that has it; MIN gives the first parameter on the first rank.
+        self.codes = torch.arange(len(self.params), device=ranks.device) * ranks.world_size + ranks.rank
+        self.zero = torch.zeros((), device=ranks.device)
+        self.found: list[Tensor] = []
+        self.pending: list[tuple[int, Tensor, torch.cuda.Event | None]] = []
+
+    def request_stop(self) -> None:
+        self.stop_requested = True
+
+    def first_bad(self) -> Tensor:
+        """Code of the first parameter here whose gradient is not finite, or more than any code."""
+        norms = iter(torch._foreach_norm([p.grad for p in self.params if p.grad is not None]))
+        norms = torch.stack([self.zero if p.grad is None else next(norms).float() for p in self.params])
+        return torch.where(norms.isfinite(), len(self.params) * self.ranks.world_size, self.codes).min()
+
+    def look(self, loss: Tensor) -> None:
+        """Call after backward, before gradients are summed over ranks: then nothing would tell whose was bad."""
+        self.found = [loss.isfinite().long(), *([self.first_bad()] if self.ranks.world_size > 1 else [])]
+
+    def check(self, step: int, bad_update: Tensor | None = None) -> None:
+        """Call after look(), when all is ready for the update.
+
+        Args:
+            bad_update: the optimizer's found_non_finite so far, a 0-dim bool.
+
+        Raises:
+            HarnessError: NON_FINITE, naming step, parameter and rank; on CUDA one step late.
+        """
+        # torch.full fills on the device; torch.tensor would copy from the host and wait for it.
+        go_on = torch.full((), not self.stop_requested, device=self.ranks.device, dtype=torch.int64)
+        update_is_finite = torch.ones_like(go_on) if bad_update is None else (~bad_update).long()
+        flags = torch.stack([go_on, update_is_finite, self.first_bad(), *self.found])
+        status = self.ranks.all_reduce(flags, dist.ReduceOp.MIN)
+        event = None
+        if self.ranks.device.type == "cuda":
+            status = status.to("cpu", non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self.pending.append((step, status, event))
+        self.read(keep=0 if event is None else 1)
+
+    def read(self, keep: int = 0) -> None:
+        """Act on all but the newest keep answers."""
+        while len(self.pending) > keep:
+            step, status, event = self.pending.pop(0)
+            if event is not None:
+                event.synchronize()
+            go_on, update_is_finite, first_bad_sum, loss_is_finite, *first_bad_part = status.tolist()
+            self.must_stop |= not go_on
+            world_size = self.ranks.world_size
+            first_bad = min([first_bad_sum, *first_bad_part])
+            if first_bad >= len(self.names) * world_size and loss_is_finite and update_is_finite:
+                continue
+            where = "gradients are finite"
+            for code, what in [(first_bad_sum, "sum of gradients" if first_bad_part else "gradient"),
+                               *((code, "gradient") for code in first_bad_part)]:  # fmt: skip
+                index, rank = divmod(code, world_size)
+                if index < len(self.names):
+                    where = f"first bad {what}: {self.names[index]}" + f" on rank {rank}" * (world_size > 1)
+            loss_text = "loss is finite" if loss_is_finite else "loss is not finite"
+            where += "" if update_is_finite else f", the update of step {step} was not finite"
+            raise HarnessError(Exit.NON_FINITE, f"step {step + 1}: {loss_text}, {where}; lower the learning rate")
+
+
+def check_weights(step: int, model: nn.Module, ranks: Ranks) -> None:
+    """Before weights are measured or saved: equal on all ranks, and finite, which the last update was not asked."""
+    if ranks.world_size > 1:
+        ranks.check_agree(weights=digest(model.state_dict()))
+    bad = next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
+    if bad:
+        raise HarnessError(
+            Exit.NON_FINITE, f"step {step}: after the update {bad} is not finite; lower the learning rate"
+        )
+
+
+def check_validation(step: int, val_loss: float, vocab_size: int) -> None:
+    """Raise HarnessError for a loss that cannot be. Equal on all ranks, and so is this."""
+    if not math.isfinite(val_loss):
+        message = f"step {step}: validation loss is {val_loss}, weights are finite; lower the learning rate"
+        raise HarnessError(Exit.NON_FINITE, message)
+    uniform = math.log(vocab_size)
+    if step == 0 and abs(val_loss - uniform) > 1e-3:
+        message = f"before training the loss is {val_loss}, but a head of zeros gives ln V = {uniform:.6f}"
+        raise HarnessError(Exit.CONFIG, f"{message}; the model or the validation is broken")

@@ -1,0 +1,48 @@
+"""One process of a run from its start to its exit code."""
+
+import os
+import signal
+from collections.abc import Callable
+
+import torch.distributed as dist
+
+from aurora.errors import Exit, HarnessError
+from aurora.trainer.process import die_with_launcher, first_line, report_exit, tell
+from aurora.trainer.ranks import Ranks, is_out_of_memory, is_peer_failure, join_ranks, leave_ranks
+from aurora.trainer.watch import Watch
+
+
+def run_as_rank(task: Callable[[Ranks], None], timeout_s: float) -> int:
+    """Join the ranks, do the task under the watch, leave; says what went wrong and returns the exit code."""
+    rank, watch = os.environ.get("RANK", "0"), None
+    try:
+        die_with_launcher()
+        ranks = join_ranks(timeout_s)
+        watch = Watch(ranks, timeout_s).started()
+        task(ranks)
+        ranks.align()  # a process that leaves early can break a peer's last collective
+        leave_ranks()
+        return report_exit(0)
+    except HarnessError as error:  # raised by all ranks alike once they have joined
+        if rank == "0" or not dist.is_initialized():
+            tell(f"{'stopped' if error.reason == Exit.PREEMPTED else 'error'}: {error}")
+        leave_ranks()
+        return report_exit(int(error.reason))
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except (dist.DistError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            reason, message = Exit.CONFIG, "is out of memory, lower train.micro_batch"
+        elif is_peer_failure(error):
+            reason, message = Exit.PEER, f"lost a peer: {watch.who_is_lost() if watch else ''}"
+        else:
+            report_exit(1)
+            raise
+        tell(f"error: rank {rank} {message}: {first_line(error)}")
+        return report_exit(int(reason))
+    except Exception:  # a bug: scripts/launch.sh shall not take it for a lost rank
+        report_exit(1)
+        raise
+    finally:
+        if watch:
+            watch.stop()

@@ -1,0 +1,127 @@
+"""Neurons of a run's MLPs at some of its validations: what the last update did to them, and which are dead.
+
+All of it off the clock, on weights, momentum and activations that are only read. Each rank looks at the matrices whose
+momentum it holds; only the numbers are gathered.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import aurora
+from aurora.config import Config
+from aurora.optim.diagnostics import (
+    dead_neurons,
+    effective_rank,
+    leverage_scores,
+    norm_quantiles,
+    row_energies,
+    silent_neurons,
+    starved,
+    wide,
+)
+from aurora.trainer.ranks import Ranks
+
+TOKENS = 2048  # of the validation tokens, from the first: whole sequences, at least one
+
+
+class Neurons:
+    """The telemetry of one run.
+
+    steps: after which it measures: the validations at multiples of eval.every, and the last. What was dead at the look
+    before is not kept over a resume.
+    """
+
+    def __init__(
+        self, config: Config, looks: Iterable[int], model: nn.Module, rule: torch.optim.Optimizer, ranks: Ranks
+    ):
+        """model: a GPT. rule: the optimizer of its matrices."""
+        last, every = config.train.steps, config.eval.every
+        is_on = config.eval.telemetry
+        self.steps = {step for step in looks if is_on and step > 0 and (step % every == 0 or step == last)}
+        self.num_tokens = max(1, min(TOKENS, config.eval.tokens) // config.model.seq_len) * config.model.seq_len
+        self.model, self.rule, self.ranks, self.is_gated = model, rule, ranks, config.model.mlp == "swiglu"
+        self.groups = {p: group for group in rule.param_groups for p in group["params"]}
+        self.matrices = {
+            f"blocks.{i}.mlp.{name}": getattr(block.mlp, name).weight
+            for i, block in enumerate(model.blocks)
+            for name in (("gate",) if self.is_gated else ()) + ("up", "down")
+        }
+        self.own = {name: p for i, (name, p) in enumerate(self.matrices.items()) if self._owner(i, p) == ranks.rank}
+        self.before: dict[str, Tensor] = {}
+        self.dead_before: list[Tensor] | None = None
+
+    def _owner(self, index: int, p: Tensor) -> int:
+        is_sharded = isinstance(self.rule, aurora.MatrixOptimizer)
+        return self.rule.owner_of(p) if is_sharded else index % self.ranks.world_size
+
+    @torch.no_grad()
+    def before_update(self) -> None:
+        """Keep the weights, to see what the next update does to them."""
+        self.before = {name: p.detach().clone() for name, p in self.own.items()}
+
+    @torch.no_grad()
+    def measure(self, step: int, inputs_BT: Tensor) -> dict[str, Any]:
+        """The event of this step; before_update() must have been called before its update. Collective.
+
+        inputs_BT: the validation tokens to look at, on the main rank.
+        """
+        own = {name: self._matrix(name, p) for name, p in self.own.items()}
+        self.before = {}
+        layers = self._layers(inputs_BT) if self.ranks.is_main else []
+        found: dict[str, dict[str, Any]] = {}
+        for part in self.ranks.all_gather_object(own):
+            found |= part
+        width, rows = self.matrices["blocks.0.mlp.up"].size(0), [v for k, v in found.items() if not k.endswith("down")]
+        count = width * len(self.model.blocks)
+        return {
+            "event": "neurons",
+            "step": step,
+            "tokens": inputs_BT.numel(),
+            "width": width,
+            # Shares of all neurons, and of the rows of up (and gate).
+            "dead": sum(layer["dead"] for layer in layers) / count,
+            "silent": sum(layer["silent"] for layer in layers) / count,
+            "starved": sum(row["starved"] for row in rows) / (width * len(rows)),
+            "starved_momentum": sum(row["starved_momentum"] for row in rows) / (width * len(rows)),
+            "layers": layers,
+            "matrices": {name: found[name] for name in self.matrices},
+        }
+
+    def _matrix(self, name: str, p: Tensor) -> dict[str, Any]:
+        """Of the applied update, without its decay, and of momentum and weights, with neurons as rows."""
+        group, state = self.groups[p], self.rule.state[p]
+        # What AdamW and the matrix rules call their average of gradients.
+        momentum = state["momentum_buffer"] if "momentum_buffer" in state else state["exp_avg"]
+        update = wide(self.before[name]) * (1 - group["lr"] * group["weight_decay"]) - wide(p)
+        update, momentum, weights = (X.T if name.endswith("down") else X for X in (update, momentum, p))
+        energies, leverage = row_energies(update), leverage_scores(momentum)
+        cv, quantiles = norm_quantiles(energies)
+        even_leverage = min(1.0, weights.size(1) / weights.size(0))
+        return {
+            "update_cv": rounded(cv),
+            "update_quantiles": list(map(rounded, quantiles)),
+            "starved": int(starved(energies, energies.mean()).sum()),
+            "starved_momentum": int(starved(leverage, even_leverage).sum()),
+            "effective_rank": rounded(effective_rank(weights)),
+        }
+
+    def _layers(self, inputs_BT: Tensor) -> list[dict[str, Any]]:
+        layers, dead_now = [], []
+        for i, activations in enumerate(self.model.activations(inputs_BT)):
+            dead = dead_neurons(activations, self.model.blocks[i].mlp.down.weight)
+            dead_now.append(dead)
+            layers.append({
+                "dead": int(dead.sum()),
+                "still_dead": int((dead & self.dead_before[i]).sum()) if self.dead_before else None,
+                "silent": int(silent_neurons(activations, self.is_gated).sum()),
+            })  # fmt: skip
+        self.dead_before = dead_now
+        return layers
+
+
+def rounded(value: float) -> float:
+    """To four digits."""
+    return float(f"{value:.4g}")

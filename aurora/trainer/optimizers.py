@@ -1,0 +1,35 @@
+"""The optimizers of a run, from its config."""
+
+from typing import Any
+
+import torch
+
+import aurora
+from aurora.config import Config, typed_table
+from aurora.errors import Exit, HarnessError
+from aurora.trainer.ranks import Ranks
+
+
+def checked_hparams(config: Config) -> dict[str, Any]:
+    """The optimizer's table, with keys and types checked against its signature."""
+    name = config.optimizer
+    if name not in aurora.RULES:
+        raise HarnessError(Exit.CONFIG, f"[optimizer.{name}]: no such rule; known: {', '.join(aurora.RULES)}")
+    types = aurora.hparam_types(name)
+    optional = set(types) - set(aurora.REQUIRED_HPARAMS)
+    return typed_table(config.hparams, types, f"optimizer.{name}", optional)
+
+
+def build_optimizers(config: Config, params: list[aurora.Param]) -> list[torch.optim.Optimizer]:
+    try:
+        return aurora.build(config.optimizer, params, config.hparams)
+    except ValueError as error:
+        raise HarnessError(Exit.CONFIG, f"optimizer.{config.optimizer}: {error}") from error
+
+
+def fix_polar_dtype(optimizers: list[torch.optim.Optimizer], ranks: Ranks) -> None:
+    """Let all ranks compute in the dtype that "auto" means on rank 0; a checkpoint holds it, and so fixes it too."""
+    for group in optimizers[-1].param_groups:
+        if group.get("polar_dtype") == "auto":
+            dtype = str(aurora.compute_dtype("auto", ranks.device)).removeprefix("torch.")
+            group["polar_dtype"] = ranks.all_gather_object(dtype)[0]

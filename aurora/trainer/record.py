@@ -1,0 +1,380 @@
+"""The record of a run: one JSONL file, one event a line. Written here and read here.
+
+Events: run, train, val, neurons (of aurora/trainer/neurons.py), resume, end.
+
+Needs nothing but Python, so that results can be analysed on any machine.
+"""
+
+import contextlib
+import errno
+import hashlib
+import itertools
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from aurora.config import ROOT
+from aurora.errors import Exit, HarnessError
+
+SCHEMA = 1
+
+
+class RecordWriter:
+    """The run's JSONL file, one write a line. Rank 0 writes; where it cannot, all ranks raise."""
+
+    def __init__(self, path: Path, ranks: Any):
+        self.path, self.ranks = path, ranks
+
+    def write(self, *events: dict[str, Any]) -> None:
+        """Append events and force them to disk; only call in untimed time. Collective.
+
+        Raises:
+            HarnessError: DISK. Lines before are whole; what is left of this one is dropped by readers and by resume.
+        """
+        if events:
+            self.ranks.together(lambda: self._append(events) if self.ranks.is_main else None)
+
+    def _append(self, events: Iterable[dict[str, Any]]) -> None:
+        try:
+            handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                for event in events:
+                    line = (json.dumps(event, allow_nan=False) + "\n").encode()
+                    if os.write(handle, line) != len(line):
+                        raise OSError(errno.ENOSPC, "the line was cut")
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        except OSError as error:
+            raise HarnessError(Exit.DISK, f"record {self.path} cannot be written: {error.strerror}") from error
+
+    def is_new(self) -> bool:
+        """Whether the record has no line yet; a last line that a crash left without its end is cut off."""
+        if not self.ranks.is_main or not self.path.exists():
+            return True
+        content = self.path.read_bytes()
+        if not content.endswith(b"\n"):
+            os.truncate(self.path, content.rfind(b"\n") + 1)
+        return b"\n" not in content
+
+
+# A run executes nothing below these; what is imported from there belongs to a test or a benchmark around it.
+NOT_OF_A_RUN = ("tests", "scripts")
+
+
+def read_sources(config_path: Path) -> dict[str, str]:
+    """The text of every module of the project that this process has imported, and of the track."""
+    sources = {}
+    for module in list(sys.modules.values()):
+        file = getattr(module, "__file__", None)
+        path = Path(file).resolve() if file else ROOT
+        if path.suffix == ".py" and path.is_relative_to(ROOT) and "site-packages" not in path.parts:
+            name = path.relative_to(ROOT)
+            if name.parts[0] not in NOT_OF_A_RUN:
+                sources[name.as_posix()] = path.read_text(encoding="utf-8")
+    is_ours = config_path.resolve().is_relative_to(ROOT)
+    config_name = config_path.resolve().relative_to(ROOT).as_posix() if is_ours else config_path.name
+    return dict(sorted(sources.items())) | {config_name: config_path.read_text(encoding="utf-8")}
+
+
+def code_hash(sources: dict[str, str]) -> str:
+    """One sha256 over the Python files among the sources."""
+    return json_hash({name: text for name, text in sources.items() if name.endswith(".py")})
+
+
+def json_hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def task_hash(config: dict[str, Any], stream_id: str) -> str:
+    """Equal for two runs that may be compared: same model, batch, evaluation, target and data.
+
+    config: the resolved config, as a record has it. stream_id: of the data.
+    """
+    evaluation = {key: value for key, value in config["eval"].items() if key != "telemetry"}
+    task = {"model": model_of(config), "batch_tokens": config["train"]["batch_tokens"], "eval": evaluation}
+    return json_hash(task | {"data": stream_id})
+
+
+LATER_SETTINGS = {"mlp": "relu2", "head_dtype": "activation"}  # the values of records that have none
+
+
+def model_of(config: dict[str, Any]) -> dict[str, Any]:
+    """The model's settings, as the first records have them."""
+    return {key: value for key, value in config["model"].items() if LATER_SETTINGS.get(key) != value}
+
+
+def describe_git() -> dict[str, Any] | None:
+    def git(*args: str) -> str:
+        return subprocess.run(["git", "-C", ROOT, *args], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def describe_machine() -> dict[str, Any]:
+    """Python, processor, and the environment variables that can change speed or results."""
+    cpu_name = platform.processor()
+    with contextlib.suppress(OSError):
+        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        cpu_name = models[0].partition(": ")[2] if models else cpu_name
+    prefixes = ("SPEEDRUN_", "OMP_", "MKL_", "TORCH", "PYTORCH", "NCCL_", "CUBLAS", "CUDA_")
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": cpu_name,
+        "cpu_count": os.cpu_count(),
+        "usable_cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "variables": {key: value for key, value in sorted(os.environ.items()) if key.startswith(prefixes)},
+    }
+
+
+class RecordError(ValueError):
+    """A file that is not a run record; the message names file, line and finding."""
+
+
+class Validation(NamedTuple):
+    step: int
+    val_loss: float
+    train_time_s: float
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0
+    validations: list[Validation] = field(default_factory=list)
+    segments: int = 1  # processes that the run took: one, and one more for each resume
+
+
+def first_at_target(validations: Iterable[Validation], target: float) -> Validation | None:
+    """The first validation, in the order given, at or below the target."""
+    return next((look for look in validations if look.val_loss <= target), None)
+
+
+@dataclass
+class Run:
+    """A run as its record tells it; without an end event it is incomplete."""
+
+    path: Path
+    start: dict[str, Any]
+    validations: list[Validation] = field(default_factory=list)
+    train_events: list[dict[str, Any]] = field(default_factory=list)
+    neuron_events: list[dict[str, Any]] = field(default_factory=list)
+    resumes: list[dict[str, Any]] = field(default_factory=list)
+    end: dict[str, Any] | None = None
+
+    @property
+    def is_done(self) -> bool:
+        return self.end is not None and self.end["status"] == "done"
+
+    @property
+    def target(self) -> float:
+        return self.start["config"]["eval"]["target"]
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """Hyper-parameters and schedule, its length included: what tells runs of one optimizer apart."""
+        config = self.start["config"]
+        return self.start.get("hparams", {}) | config.get("schedule", {}) | {"steps": config["train"]["steps"]}
+
+    def first_at_target(self) -> Validation | None:
+        """The first validation at or below the target."""
+        return first_at_target(self.validations, self.target)
+
+    def mean_ms(self, key: str) -> float:
+        """Mean of "step_ms" or "optimizer_ms" over the run, or NaN when the record has no train events."""
+        values = [event[key] for event in self.train_events if key in event]
+        return sum(values) / len(values) if values else math.nan
+
+
+MAX_RECORD_BYTES = 2**24  # a record's longest line holds the sources, 150 kB
+MAX_LINE_BYTES = 2**22
+MAX_EVENTS = 100_000
+
+NUMBER = (int, float)
+FIELD_TYPES = {
+    "run": {
+        **dict.fromkeys(("run_id", "utc", "task_hash", "optimizer", "code_hash", "device"), str),
+        **dict.fromkeys(("config", "hparams", "sources", "data", "env"), dict),
+        **dict.fromkeys(("seed", "world_size"), int),
+    },
+    "val": {"step": int, "tokens": int, "val_loss": NUMBER, "train_time_s": NUMBER},
+    "train": {"step": int, **dict.fromkeys(("train_loss", "lr", "step_ms", "optimizer_ms"), NUMBER)},
+    "end": {
+        **{"status": str, "step": int, "train_time_s": NUMBER, "wall_s": NUMBER, "untimed": dict, "segments": int},
+    },
+    "neurons": {
+        **dict.fromkeys(("step", "tokens", "width"), int),
+        **dict.fromkeys(("dead", "silent", "starved", "starved_momentum"), NUMBER),
+        "layers": list,
+        "matrices": dict,
+    },
+    "resume": {"step": int, "segment": int, "world_size": int, "env": dict},
+}
+REQUIRED_FIELDS = {
+    "val": ("step", "val_loss", "train_time_s"),
+    "train": ("step",),
+    "neurons": ("step", "width", "layers", "matrices"),
+    "resume": ("step",),
+    "end": ("status",),
+}
+
+
+def read_events(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number and event of each line, with fields of the types of FIELD_TYPES and finite numbers.
+
+    A last line without its end, as a crash leaves it, is dropped.
+
+    Raises:
+        RecordError: the file cannot be read, is no regular file, is too large, a line is not an event, or the first
+            event is not "run".
+    """
+    try:
+        if not path.exists() and not path.is_symlink():
+            raise RecordError(f"{path}: no such file")
+        if path.is_symlink() or not path.is_file():
+            raise RecordError(f"{path} is no regular file (links are not followed)")
+        if path.stat().st_size > MAX_RECORD_BYTES:
+            raise RecordError(f"{path} is larger than {MAX_RECORD_BYTES:,} bytes")
+        with open(path, "rb") as file:
+            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
+                if len(line) > MAX_LINE_BYTES:
+                    raise RecordError(f"{path}, line {number}: longer than {MAX_LINE_BYTES:,} bytes")
+                if number > MAX_EVENTS:
+                    raise RecordError(f"{path} has more than {MAX_EVENTS:,} lines")
+                if line.endswith(b"\n"):
+                    yield number, read_event(line, f"{path}, line {number}", is_first=number == 1)
+    except OSError as error:
+        raise RecordError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def read_event(line: bytes, where: str, is_first: bool) -> dict[str, Any]:
+    try:
+        event = json.loads(line)
+        kind = event["event"]
+        if is_first and kind != "run":
+            raise RecordError(f"{where}: a record begins with a run event, not {str(kind)[:40]!r}")
+        types = FIELD_TYPES.get(kind, {})  # TypeError for a kind that is a list or table
+        for key in REQUIRED_FIELDS.get(kind, ()):
+            event[key]
+    except RecordError:
+        raise
+    except (ValueError, KeyError, TypeError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, too many digits
+        message = f"{where}: not an event of a run record ({type(error).__name__}: {str(error)[:100]})"
+        raise RecordError(message) from error
+    for key, expected in types.items():
+        value = event.get(key)
+        if key in event and (not isinstance(value, expected) or isinstance(value, bool)):
+            raise RecordError(f"{where}: {key} is of the wrong type, {type(value).__name__}")
+        if isinstance(value, NUMBER) and not is_sane(value):
+            raise RecordError(f"{where}: {key} is no finite number")
+    return event
+
+
+def is_sane(value: int | float) -> bool:
+    return abs(value) < 2**64 if isinstance(value, int) else math.isfinite(value)
+
+
+# What every reader of runs relies on; nested names are joined by dots.
+NEEDED_OF_RUN = {
+    **dict.fromkeys(("optimizer", "task_hash", "env.device_name", "env.torch"), str),
+    **dict.fromkeys(("seed", "world_size", "config.train.steps", "config.train.batch_tokens"), int),
+    "config.eval.target": NUMBER,
+    "config.schedule": (dict, type(None)),
+    "sources": dict,
+    "argv": list,
+}
+NEEDED_OF_DONE = {"step": int, "train_time_s": NUMBER, "val_loss": NUMBER}
+
+
+def check_needed(event: dict[str, Any], needed: dict[str, Any], path: Path) -> None:
+    """Raises RecordError if a field that is needed is missing or of another type."""
+    for name, expected in needed.items():
+        value: Any = event
+        for key in name.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if not isinstance(value, expected) or isinstance(value, bool):
+            raise RecordError(f"{path}: {name} of the {event['event']} event is missing or of the wrong type")
+
+
+def in_force(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What counts of the events after the first: a resume undoes an end, and all that came after its step."""
+    kept: list[dict[str, Any]] = []
+    for event in events:
+        if event["event"] == "resume":
+            while kept and (kept[-1]["event"] == "end" or kept[-1]["step"] > event["step"]):
+                kept.pop()
+        if event["event"] in REQUIRED_FIELDS:
+            kept.append(event)
+    return kept
+
+
+def read_record(path: Path) -> Run:
+    """Read one record. What a resume has undone is dropped, as is a last line without its end, which a crash leaves.
+
+    Raises:
+        RecordError: as read_events, or the file holds no event, or lacks what readers need.
+    """
+    start, *rest = [event for _, event in read_events(path)] or [None]
+    if start is None:
+        raise RecordError(f"{path} holds no event")
+    check_needed(start, NEEDED_OF_RUN, path)
+    run = Run(path, start)
+    validations: dict[int, Validation] = {}
+    train_events: dict[int, dict[str, Any]] = {}
+    neuron_events: dict[int, dict[str, Any]] = {}
+    for event in in_force(rest):
+        kind = event["event"]
+        if kind == "val":
+            validations[event["step"]] = Validation(event["step"], event["val_loss"], event["train_time_s"])
+        elif kind == "train":
+            train_events[event["step"]] = event
+        elif kind == "neurons":
+            neuron_events[event["step"]] = event
+        elif kind == "end":
+            if event["status"] == "done":
+                check_needed(event, NEEDED_OF_DONE, path)
+            run.end = event
+        elif kind == "resume":
+            run.resumes.append(event)
+    run.validations = [validations[step] for step in sorted(validations)]
+    run.train_events = [train_events[step] for step in sorted(train_events)]
+    run.neuron_events = [neuron_events[step] for step in sorted(neuron_events)]
+    return run
+
+
+def record_paths(folder: Path) -> list[Path]:
+    """The records below a folder in order of their names; a trainer may add and remove checkpoints meanwhile."""
+    paths = []
+    for parent, folders, files in os.walk(folder):  # which leaves out what vanishes
+        folders[:] = [name for name in folders if not name.endswith(".checkpoints")]
+        paths += [Path(parent, name) for name in files if name.endswith(".jsonl")]
+    return sorted(paths)
+
+
+def read_folder(folder: Path) -> tuple[list[Run], list[RecordError]]:
+    """All records below a folder in order of their names, and what could not be read."""
+    runs, errors = [], []
+    for path in record_paths(folder):
+        try:
+            runs.append(read_record(path))
+        except RecordError as error:
+            errors.append(error)
+    return runs, errors
+
+
+def seed_gaps(seeds: Iterable[int], most: int = 1000) -> list[int]:
+    """Seeds missing between the first and the last, the lowest of them: were they run, and left out?"""
+    missing = (seed for low, high in itertools.pairwise(sorted(set(seeds))) for seed in range(low + 1, high))
+    return list(itertools.islice(missing, most))

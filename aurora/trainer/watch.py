@@ -1,0 +1,186 @@
+"""A thread that notices when the run stands still, says which rank is the cause, and ends this process.
+
+Every rank publishes how far it is in the store through which the ranks met: points passed, and collectives begun. A
+rank whose thread is silent was killed or stopped; where all threads answer but no rank moves, the one that has begun
+the fewest collectives keeps the others waiting.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import NamedTuple, Self
+
+import torch.distributed as dist
+
+from aurora.errors import Exit
+from aurora.trainer.faults import last_point
+from aurora.trainer.process import report_exit, tell
+from aurora.trainer.ranks import SETUP_TIMEOUT_S, Ranks, connect_store
+
+# Points after which a rank may rightly stand still for long: it compiles, or writes a checkpoint.
+SLOW_POINTS = ("start", "warm_up", "checkpoint_gather", "checkpoint_state", "checkpoint_manifest", "checkpoint_rename")
+
+
+class State(NamedTuple):
+    """What a rank publishes: beats of its thread, points passed, collectives begun, where it is, which process."""
+
+    beat: int
+    passed: int
+    collectives: int
+    point: str
+    step: int
+    pid: int
+    host: str
+    is_leaving: bool
+
+    @property
+    def place(self) -> str:
+        return f"step {self.step + 1}, {self.point}"
+
+
+def is_gone(state: State) -> bool:
+    """Whether its process was on this machine and has ended. Of one in another container only silence tells."""
+    if not state.pid or state.host != socket.gethostname():
+        return False
+    try:
+        os.kill(state.pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
+
+
+class Watch:
+    """Runs from started() to the end of the process, on every rank of a run with several. Otherwise it does nothing."""
+
+    def __init__(self, ranks: Ranks, timeout_s: float):
+        self.ranks, self.timeout_s = ranks, timeout_s
+        self.poll_s = min(0.5, timeout_s / 50)
+        self.leaving = threading.Event()
+        self.beat = 0
+        self.states: dict[int, State] = {}
+        self.answered_s: dict[int, float] = {}
+        self.lock = threading.Lock()
+
+    def started(self) -> Self:
+        if self.ranks.world_size == 1:
+            return self
+        self.store = connect_store()
+        unseen = State(0, 0, 0, "start", 0, 0, "unknown host", False)
+        for rank in range(self.ranks.world_size):
+            self.states[rank], self.answered_s[rank] = unseen, time.monotonic()
+        self.parent = os.getppid()
+        self.publish()  # before anything can happen to this rank, so that the others know its process
+        self.thread = threading.Thread(target=self.run, name="watch", daemon=True)
+        self.thread.start()
+        return self
+
+    def stop(self) -> None:
+        """This rank ends by itself: tell the others, and end the thread, which may not outlive the interpreter."""
+        if self.leaving.is_set() or self.ranks.world_size == 1:
+            return
+        self.leaving.set()
+        with contextlib.suppress(RuntimeError), self.lock:
+            self.publish()
+        self.thread.join(timeout=5)
+
+    def publish(self) -> None:
+        """Tell the others where this rank is."""
+        self.beat += 1
+        group = dist.group.WORLD  # read once: the main thread may be leaving it
+        collectives = group._get_sequence_number_for_group() if group else 0
+        passed, name, step = last_point()
+        state = State(
+            self.beat, passed, collectives, name, step, os.getpid(), socket.gethostname(), self.leaving.is_set()
+        )
+        self.store.set(f"watch/{self.ranks.rank}", json.dumps(state))
+
+    def look(self) -> bool:
+        """Publish, read all ranks' states, note who answered; whether any rank has moved."""
+        with self.lock:
+            self.publish()
+            present = [rank for rank in self.states if self.states[rank].beat or self.store.check([f"watch/{rank}"])]
+            has_moved, now_s = False, time.monotonic()
+            for rank, text in zip(present, self.store.multi_get([f"watch/{rank}" for rank in present]), strict=True):
+                state, before = State(*json.loads(text)), self.states[rank]
+                if state.beat != before.beat:
+                    self.answered_s[rank] = now_s
+                has_moved |= state[1:3] != before[1:3]
+                self.states[rank] = state
+            return has_moved
+
+    def silent(self, than_s: float, counts: Callable[[State], bool] = lambda state: True) -> str | None:
+        """The rank that has not answered for longest, if for as long as that and not because it leaves, in words.
+
+        counts: whether a rank in this state is meant at all.
+        """
+        now_s = time.monotonic()
+        candidates = [rank for rank, state in self.states.items() if not state.is_leaving and counts(state)]
+        rank = min(candidates, key=lambda rank: self.answered_s[rank], default=None)
+        if rank is None or rank == self.ranks.rank or now_s - self.answered_s[rank] < than_s:
+            return None
+        state, silent_s = self.states[rank], now_s - self.answered_s[rank]
+        return (
+            f"rank {rank} (process {state.pid} on {state.host}) has not answered for {silent_s:.1f} s; "
+            f"last seen at {state.place}"
+        )
+
+    def behind(self) -> str:
+        """The rank on which all others wait, in words."""
+        fewest = min(state.collectives for state in self.states.values())
+        late = [rank for rank, state in self.states.items() if state.collectives == fewest]
+        places = "; ".join(f"rank {r} (process {self.states[r].pid}) at {self.states[r].place}" for r in late)
+        return places if len(late) == len(self.states) else f"the others wait for {places}"
+
+    def run(self) -> None:
+        moved_s = time.monotonic()
+        while not self.leaving.wait(self.poll_s):
+            if os.getppid() != self.parent and "TORCHELASTIC_RUN_ID" in os.environ:
+                os._exit(Exit.PEER)  # the launcher is gone, see die_with_launcher()
+            try:
+                if self.look():
+                    moved_s = time.monotonic()
+            except (RuntimeError, ValueError):  # the store went with the launcher or with rank 0: peers tell the rest
+                return
+            # NCCL does not tell of a peer that died: who waits for it may wait for good. gloo does, and at once.
+            finding = self.silent(self.timeout_s) or self.silent(4 * self.poll_s, is_gone)
+            if finding is None:
+                slow = any(state.point in SLOW_POINTS for state in self.states.values())
+                limit_s = max(self.timeout_s, SETUP_TIMEOUT_S) if slow else self.timeout_s
+                still_s = time.monotonic() - moved_s
+                finding = f"no rank has moved for {still_s:.1f} s: {self.behind()}" if still_s > limit_s else None
+            if finding and not self.leaving.is_set():
+                self.end(finding)
+
+    def end(self, message: str) -> None:
+        """Say why, kill the rank that does not answer if it is on this machine, and end this process."""
+        tell(f"error: rank {self.ranks.rank} gives up: {message}")
+        for rank, state in self.states.items():
+            is_silent = time.monotonic() - self.answered_s[rank] > self.timeout_s
+            if is_silent and state.pid and state.host == socket.gethostname() and not state.is_leaving:
+                with contextlib.suppress(OSError):  # torchrun would ask a stopped process nicely for half a minute
+                    os.kill(state.pid, signal.SIGKILL)
+        report_exit(Exit.PEER)
+        os._exit(Exit.PEER)
+
+    def who_is_lost(self) -> str:
+        """After a collective failed: which rank is gone, in words. Takes a few polls; tells the others we leave."""
+        self.stop()
+        if self.ranks.world_size == 1:
+            return ""
+        try:
+            for _ in range(8):
+                self.look()
+                finding = self.silent(3 * self.poll_s)
+                if finding:
+                    return finding
+                time.sleep(self.poll_s)
+        except (RuntimeError, ValueError):
+            return "rank 0 or the launcher is gone, and with it the store"
+        return "all ranks still answer"

@@ -1,0 +1,86 @@
+"""A record as a public-style text log: source that runs by itself, a line of =, then the lines of the run."""
+
+from pathlib import Path, PurePosixPath
+
+from aurora.trainer.record import ROOT, RecordError, Run, read_record
+from scripts.analysis.text import plain
+
+SEPARATOR = "=" * 100
+# Unpacks the sources into a folder and trains as the record did; data is looked for where the command is given.
+LAUNCHER = """\
+# Trains one run again: python THIS_FILE [more arguments of train_gpt.py, such as --out DIR]
+import os, pathlib, subprocess, sys, tempfile
+
+SOURCES = {sources!r}
+CONFIG, ARGUMENTS = {config!r}, {arguments!r}
+with tempfile.TemporaryDirectory() as folder:
+    for name, text in SOURCES.items():
+        path = pathlib.Path(folder, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    command = [sys.executable, os.path.join(folder, "train_gpt.py"), "--config", os.path.join(folder, CONFIG)]
+    code = subprocess.run([*command, *ARGUMENTS, *sys.argv[1:]]).returncode
+sys.exit(code)
+"""
+# Imported by the trainer without deciding what it computes; records of earlier versions do not embed them.
+ACCESSORIES = ("results/momentum.py", "results/tracking.py")
+
+
+def export_record(path: Path, out: Path) -> None:
+    """Write the record as a log.
+
+    Raises:
+        ValueError: no record, one that does not embed its sources, or out exists.
+        OSError: out cannot be written.
+    """
+    if out.exists():
+        raise ValueError(f"{out} exists; name a new file with --out")
+    run = read_record(path)
+    start = run.start
+    sources = whole_sources(run)
+    source = LAUNCHER.format(
+        sources=sources,
+        config=next(name for name in sources if name.endswith(".toml")),
+        arguments=["--optimizer", start["optimizer"], "--seed", str(start["seed"]), *overrides(start["argv"])],
+    )
+    steps = start["config"]["train"]["steps"]
+    lines = [source, SEPARATOR, f"torch {start['env']['torch']} on {start['env']['device_name']}", SEPARATOR]
+    for look in run.validations:
+        average = f"{1e3 * look.train_time_s / look.step:.2f}" if look.step else "nan"
+        lines.append(
+            f"step:{look.step}/{steps} val_loss:{look.val_loss!r} train_time:{look.train_time_s:.6f}s "
+            f"step_avg:{average}ms"
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def whole_sources(run: Run) -> dict[str, str]:
+    """The embedded sources by name, in full.
+
+    Raises:
+        RecordError: they are not all there, or a name leads out of the folder.
+    """
+    sources = run.start["sources"]
+    if strange := [name for name in sources if not is_inside(name)]:
+        raise RecordError(
+            f"{run.path} embeds a source by the name {plain(strange[0])!r}, which leads out of its folder"
+        )
+    if "train_gpt.py" not in sources or sum(name.endswith(".toml") for name in sources) != 1:
+        raise RecordError(f"{run.path} does not embed the sources and the config of its run")
+    missing = {name: (ROOT / name).read_text(encoding="utf-8") for name in ACCESSORIES if name not in sources}
+    return sources | missing
+
+
+def is_inside(name: str) -> bool:
+    """Whether this name of a file stays in the folder that it is written to."""
+    path = PurePosixPath(name)
+    is_plain = name.isprintable() and "\\" not in name and ":" not in name
+    return bool(path.parts) and is_plain and not path.is_absolute() and ".." not in path.parts
+
+
+def overrides(argv: list[str]) -> list[str]:
+    """The --set options of a command line."""
+    values = [value for option, value in zip(argv, argv[1:], strict=False) if option == "--set"]
+    values += [argument.removeprefix("--set=") for argument in argv if argument.startswith("--set=")]
+    return [part for value in values for part in ("--set", value)]

@@ -1,0 +1,112 @@
+"""Run a record's own code again, in a process and a folder of its own, and compare the losses.
+
+This executes what the record holds. Nothing else in the project does.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from aurora.trainer.record import ROOT, RecordError, read_folder, read_record
+from scripts.verification.checks import OTHER_STACK_TOLERANCE, Verification
+from scripts.verification.export import is_inside, whole_sources
+
+TIMEOUT_S = 3600
+POLL_S = 0.1
+
+
+def restore_sources(sources: dict[str, str], folder: Path) -> None:
+    """Write sources below an empty folder. Raises RecordError, before writing, for a name that leads elsewhere."""
+    for name, text in sources.items():
+        if not isinstance(text, str) or not is_inside(name):
+            raise RecordError(f"the source {name!r} cannot be restored below a folder")
+    for name, text in sources.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
+def settings_of(start: dict) -> list[str]:
+    """The resolved config as --set arguments, with data paths that hold from any folder."""
+    config, name = start["config"], start["optimizer"]
+    tables = {table: values for table, values in config.items() if isinstance(values, dict) and table != "hparams"}
+    tables["data"] = {k: str(ROOT / v) if k in ("train", "val") else v for k, v in tables["data"].items()}
+    tables[f"optimizer.{name}"] = config["hparams"] | {"warmup_steps": config["warmup_steps"]}
+    pairs = [(table, key, value) for table, values in tables.items() for key, value in values.items()]
+    return [word for table, key, value in pairs for word in ("--set", f"{table}.{key}={json.dumps(value)}")]
+
+
+def replay(verdict: Verification, num_looks: int) -> Verification:
+    """Run the code in the record with its config and seed on this machine's data, up to its first looks; compare.
+
+    The stack, on which the tolerance depends, is what the record says it was.
+    """
+    run = read_record(verdict.path)
+    start, claimed = run.start, run.validations[:num_looks]
+    with tempfile.TemporaryDirectory() as folder:
+        sources, out = Path(folder) / "sources", Path(folder) / "out"
+        try:
+            whole = whole_sources(run)
+            restore_sources(whole, sources)
+            found, here, message = run_until(
+                command_of(start, sources, out), sources, out, len(claimed), int(start["env"]["torch_threads"])
+            )
+        except (RecordError, OSError) as error:
+            verdict.reasons.append(f"replay: {error}")
+            return verdict
+    if not found or here["data"]["fingerprint"] != start["data"]["fingerprint"]:
+        verdict.notes.append(f"not replayed: {message}" if not found else "not replayed: other training data is here")
+        return verdict
+    if len(found) < len(claimed):
+        verdict.notes.append(f"not replayed: it ended after {len(found)} of {len(claimed)} looks: {message}")
+        return verdict
+    stack = ("torch", "torch_threads", "device_name", "cpu")
+    is_same_stack = start["device"] == "cpu" and all(here["env"].get(k) == start["env"].get(k) for k in stack)
+    tolerance = 0.0 if is_same_stack else OTHER_STACK_TOLERANCE
+    for ours, theirs in zip(found, claimed, strict=True):
+        if abs(ours.val_loss - theirs.val_loss) > tolerance:
+            verdict.reasons.append(
+                f"replay: val_loss {ours.val_loss} at step {ours.step}, the record states {theirs.val_loss} "
+                f"(tolerance {tolerance:g})"
+            )
+    if added := whole.keys() - start["sources"].keys():
+        verdict.notes.append(f"the record does not embed, and the replay took from here: {', '.join(sorted(added))}")
+    steps = start["config"]["train"]["steps"]
+    extent = "" if len(found) == len(run.validations) else f" to step {found[-1].step} of {steps}"
+    verdict.word_if_good = f"replayed{extent}" + (f" within {tolerance:g} on another stack" if tolerance else "")
+    return verdict
+
+
+def command_of(start: dict, sources: Path, out: Path) -> list[str]:
+    (track,) = [name for name in start["sources"] if name.endswith(".toml")]
+    fixed = ["--config", str(sources / track), "--optimizer", start["optimizer"], "--seed", str(start["seed"])]
+    return [sys.executable, str(sources / "train_gpt.py"), *fixed, "--out", str(out), *settings_of(start)]
+
+
+def run_until(command: list[str], folder: Path, out: Path, num_looks: int, num_threads: int) -> tuple[list, dict, str]:
+    """Validations and run event of the first num_looks looks, and what the process said in the end.
+
+    num_threads: of the CPU, on which the bits of a loss depend.
+    """
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment["OMP_NUM_THREADS"] = str(num_threads)
+    with open(folder.parent / "output.txt", "w+") as output:
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            deadline_s = time.monotonic() + TIMEOUT_S
+            while True:
+                is_over = process.poll() is not None or time.monotonic() > deadline_s
+                runs = read_folder(out)[0] if out.exists() else []
+                if is_over or (runs and len(runs[0].validations) >= num_looks):
+                    break
+                time.sleep(POLL_S)
+        finally:
+            process.kill()
+            process.wait()
+        output.seek(0)
+        message = (output.read(100_000).strip().splitlines() or ["no output"])[-1]
+    return (runs[0].validations[:num_looks], runs[0].start, message) if runs else ([], {}, message)
