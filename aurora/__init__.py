@@ -3,6 +3,10 @@
 Shape legend of this package: K stacked matrices, M rows (fan-out), N columns (fan-in).
 """
 
+import time
+
+IMPORT_BEGIN_NS = time.perf_counter_ns()  # of what a run imports, which takes seconds and is recorded
+
 from aurora.optim.adamw import adamw
 from aurora.optim.aurora import VARIANTS, Aurora
 from aurora.optim.base import MatrixOptimizer

@@ -1,7 +1,9 @@
 """What a track's TOML file may say: its tables, types and bounds, and how it is read. Needs nothing but Python."""
 
+import argparse
 import dataclasses
 import difflib
+import importlib.util
 import math
 import tomllib
 from collections.abc import Iterable
@@ -12,6 +14,40 @@ from typing import Any, get_type_hints
 from aurora.errors import Exit, HarnessError
 
 ROOT = Path(__file__).resolve().parents[1]  # the checkout; data paths of tracks begin here
+
+
+def parse_args(description: str | None, argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line of train_gpt.py, which description explains. Exits where it asks for help or is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="train_gpt.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "quick.toml", help="track (TOML)")
+    parser.add_argument("--optimizer", default="aurora", help="one of the config's [optimizer.NAME] tables")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the record <run_id>.jsonl")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="A.B=V", help="override one config value"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of this run in --out")
+    parser.add_argument("--wandb", choices=("online", "offline", "off"), default="off", help="mirror metrics to wandb")
+    parser.add_argument(
+        "--dump-momentum",
+        nargs=3,
+        metavar=("PATTERN", "FIRST", "LAST"),
+        help="write the momentum of the matrices of that name at those steps to <run_id>.momentum/ beside the record",
+    )
+    parser.add_argument(
+        "--timeout-s", type=float, default=60.0, help="seconds after which a rank that stands still ends the run"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print parameters, data and memory needed, then stop")
+    args = parser.parse_args(argv)
+    if not args.timeout_s > 0:
+        parser.error(f"--timeout-s must be above 0, got {args.timeout_s:g}")
+    if importlib.util.find_spec("torch") is None:
+        message = "this python has no torch; if scripts/quickstart.sh made .venv: source .venv/bin/activate"
+        parser.exit(int(Exit.CONFIG), f"error: {message}\n")
+    return args
+
 
 DTYPES = ("float32", "bfloat16")
 MLPS = ("relu2", "swiglu")
@@ -30,6 +66,7 @@ class ModelConfig:
     attention_scale: float  # of products of queries and keys, which are normed
     logit_softcap: float  # logits stay between minus and plus this
     activation_dtype: str  # of activations; weights are float32
+    bias: bool = True  # of every linear layer, the head's too
     mlp: str = "relu2"  # or swiglu; both are mlp_expansion x model_dim wide
     head_dtype: str = "activation"  # or float8: of what the head's matmuls read, see aurora/fast/float8.py
 
@@ -49,6 +86,10 @@ class TrainConfig:
     compile: str  # auto: on CUDA only
     log_every: int  # steps that a train event of the record covers
     checkpoint_every: int  # steps; 0: only when asked to stop
+
+    def saves_at(self, step: int) -> bool:
+        """Whether the run saves a checkpoint before this step, or after its last."""
+        return self.checkpoint_every > 0 and (step % self.checkpoint_every == 0 or step == self.steps)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,3 +22,8 @@ class HarnessError(Exception):
     def __init__(self, reason: Exit, message: str):
         super().__init__(message)
         self.reason = reason
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    words = ("out of memory", "ALLOC_FAILED", "can't allocate memory")  # of CUDA's libraries, and of the host
+    return type(error).__name__ == "OutOfMemoryError" or any(word in str(error) for word in words)

@@ -1,4 +1,4 @@
-"""Rules of the layout: aurora/ is all that a run executes, scripts/ all that is done offline, results/ holds no code."""
+"""Rules of the layout: aurora/ is all that a run executes, scripts/ all that is done offline."""
 
 import ast
 import re

@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aurora.errors import Exit, HarnessError
 from aurora.fast.functions import parts_of
@@ -29,32 +29,40 @@ def quantised(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return x8, scale
 
 
-class Float8Linear(torch.autograd.Function):
-    """x W^T + b of x (N, D), W (V, D) and b (V,), all in the dtype of the result (N, V)."""
+class Float8Matmul(torch.autograd.Function):
+    """x W^T + b of x (N, D), W (V, D) and b (V,) or None, all in the dtype of the result (N, V)."""
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor) -> Tensor:
+    def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
         x8, x_scale = quantised(x_ND, E4M3)
         weight8, weight_scale = quantised(weight_VD, E4M3)
         ctx.save_for_backward(x_ND, weight8, weight_scale)
+        ctx.has_bias = bias_V is not None
         is_float32 = x_ND.dtype == torch.float32  # for which CUDA's matmul takes no bias
         z_NV = torch._scaled_mm(
             *(x8, weight8.t(), x_scale, weight_scale), bias=None if is_float32 else bias_V, out_dtype=x_ND.dtype
         )
-        return z_NV.add_(bias_V) if is_float32 else z_NV
+        return z_NV.add_(bias_V) if is_float32 and ctx.has_bias else z_NV
 
     @staticmethod
-    def backward(ctx: Any, grad_NV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad_NV: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         x_ND, weight8, weight_scale = ctx.saved_tensors
         grad8, grad_scale = quantised(grad_NV, E5M2)
         columns = weight8.t().contiguous().t()  # which the matmul wants one after the other in memory
         grad_x_ND = torch._scaled_mm(grad8, columns, grad_scale, weight_scale, out_dtype=x_ND.dtype)
-        return grad_x_ND, grad_NV.t() @ x_ND, grad_NV.sum(0)
+        return grad_x_ND, grad_NV.t() @ x_ND, grad_NV.sum(0) if ctx.has_bias else None
 
 
-def float8_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def float8_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """As F.linear: x (..., D), weight (V, D), bias (V,) to (..., V). D and V are multiples of 16."""
-    return Float8Linear.apply(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
+    return Float8Matmul.apply(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
+
+
+class Float8Linear(nn.Linear):
+    """Weights are float32; input and weight are rounded to float8 for the matmul, the output has the input's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return float8_linear(x, self.weight.type_as(x), None if self.bias is None else self.bias.type_as(x))
 
 
 def check_float8(device: torch.device) -> None:

@@ -1,80 +1,11 @@
 """Parts of a model's step that autograd alone would do with more memory or more passes over it."""
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-
-class Held(torch.autograd.Function):
-    """A copy that holds parameters one below the other, in another dtype, in their place; gradients go to them."""
-
-    @staticmethod
-    def forward(ctx: Any, copy: Tensor, *parts: Tensor) -> Tensor:
-        ctx.rows, ctx.dtype = [part.size(0) for part in parts], parts[0].dtype
-        return copy.view_as(copy)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *grad.to(ctx.dtype).split(ctx.rows)
-
-
-class HeldWeights:
-    """Copies, in one dtype, of weights and biases: those of layers that share their input lie one below the other."""
-
-    def __init__(self, packs: Sequence[Sequence[nn.Linear]], dtype: torch.dtype):
-        self.packs = packs
-        self.copies: list[tuple[Tensor, Tensor]] = []
-        self.rooms: list[Tensor] = []  # the copy's part for each of the sources
-        self.sources: list[nn.Parameter] = []
-        for pack in packs:
-            parts = [layer.weight for layer in pack], [layer.bias for layer in pack]
-            self.copies.append(tuple(torch.cat(tensors).detach().to(dtype) for tensors in parts))
-            for copy, tensors in zip(self.copies[-1], parts, strict=True):
-                self.rooms += copy.split([tensor.size(0) for tensor in tensors])
-                self.sources += tensors
-
-    @contextlib.contextmanager
-    def at_rest(self) -> Iterator[None]:
-        """Copy once and leave the copies in `held` of each pack's first layer, as long as no weight changes."""
-        with torch.no_grad():
-            torch._foreach_copy_(self.rooms, self.sources)
-        for (first, *_), copy in zip(self.packs, self.copies, strict=True):
-            first.held = copy
-        try:
-            yield
-        finally:
-            for first, *_ in self.packs:
-                first.held = None
-
-
-class CompiledLinear(torch.autograd.Function):
-    """x W^T + b of x (B, T, D), W (C, D) and b (C,), whose gradient is summed over T first, then over B.
-
-    Where a compiler generates the gradient of the output, as of the squared ReLU's input, it can do the first sum in
-    the same kernel. One sum over all rows has too few columns for that, and takes a pass of its own.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        grad_weight = grad.flatten(0, -2).t() @ x.flatten(0, -2)
-        grad_bias = grad.sum(-2, dtype=torch.float32).flatten(0, -2).sum(0).type_as(weight)
-        return grad @ weight, grad_weight, grad_bias
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """As F.linear, for layers of hundreds or thousands of outputs; for more of them one sum is fused as it is."""
-    return (CompiledLinear.apply if torch.compiler.is_compiling() else F.linear)(x, weight, bias)
+from torch import Tensor
 
 
 class ReluSquared(torch.autograd.Function):
@@ -126,7 +57,7 @@ def rms_norm(x: Tensor, gain: Tensor) -> Tensor:
 
     That one rounds the gain to the dtype of x, this one on a CPU does not.
     """
-    if x.is_cpu and not torch.compiler.is_compiling():
+    if x.is_cpu:
         return FewPassRMSNorm.apply(x, gain)
     return F.rms_norm(x, x.shape[-1:], gain.type_as(x))
 
@@ -142,10 +73,7 @@ class RotatedRMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         wide = x.to(cos.dtype)
         rstd = inverse_rms(wide)
-        # torch.compile of torch 2.11 loses the gradient of what an operation in place returns, or a type_as() that
-        # converts nothing.
-        y = (wide * cos).addcmul_(partners(wide), sin) * rstd
-        y = y if y.dtype == x.dtype else y.type_as(x)
+        y = (wide * cos).addcmul_(partners(wide), sin).mul_(rstd).type_as(x)
         ctx.save_for_backward(y, rstd, cos, sin)
         return y
 
@@ -213,6 +141,6 @@ PART_ELEMENTS = 2**25
 
 
 def parts_of(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """Tensors of N rows, the first (N, V), in the same parts."""
+    """Tensors of N rows, the first (N, V), in the same parts. Compiled code makes no copies and takes them whole."""
     rows = max(1, PART_ELEMENTS // tensors[0].size(1))
     return [tensors] if torch.compiler.is_compiling() else list(zip(*(t.split(rows) for t in tensors), strict=True))

@@ -1,10 +1,8 @@
-"""Triton kernels behind aurora/fast/fused.py, which says what each computes.
+"""Triton kernels behind aurora/fast/hopper.py, which says what each computes.
 
 Compilers have no matmul that ends in what is ours to do, and make several kernels of the others, with float32 between
 them. Rows (tokens) count in multiples of SUM_ROWS; offsets are 64 bits wide, for a batch's logits are over 2^32.
 """
-
-import math
 
 import torch
 import triton
@@ -12,9 +10,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from aurora.fast.fused import EPS, SUM_ROWS
+from .hopper import EPS, SUM_ROWS
 
-LOG2_E = tl.constexpr(math.log2(math.e))
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -180,137 +177,3 @@ def rotated_norm_gradient(
         DTYPES[y.dtype], num_warps=4,
     )  # fmt: skip
     return out, sums
-
-
-# ---- norm of the residual stream ----
-
-NORM_ROWS = 2  # at a time
-
-
-@triton.jit
-def add_norm_kernel(
-    x, branch, bias, gain, out, y, rstd, D, EPS, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, DTYPE: tl.constexpr
-):
-    columns = tl.arange(0, BLOCK_D)[None, :]
-    is_column = columns < D
-    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
-    place = rows.to(tl.int64) * D + columns
-    total = tl.load(x + place, is_column, other=0.0).to(tl.float32)
-    total += tl.load(branch + place, is_column, other=0.0).to(tl.float32)
-    total += tl.load(bias + columns, is_column, other=0.0).to(tl.float32)
-    rounded = total.to(DTYPE)
-    tl.store(out + place, rounded, is_column)
-    total = rounded.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(total * total, 1) / D + EPS)[:, None]
-    tl.store(rstd + rows, scale)
-    tl.store(y + place, (total * scale * tl.load(gain + columns, is_column, other=0.0)).to(DTYPE), is_column)
-
-
-@triton.jit
-def norm_gradient_kernel(
-    grad_x, grad_y, x, rstd, gain, out, sums, D,
-    BLOCK_D: tl.constexpr, SUM_ROWS: tl.constexpr, ROWS: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    columns = tl.arange(0, BLOCK_D)[None, :]
-    is_column = columns < D
-    weight = tl.load(gain + columns, is_column, other=0.0)
-    out_sum, gain_sum = tl.zeros((ROWS, BLOCK_D), tl.float32), tl.zeros((ROWS, BLOCK_D), tl.float32)
-    for first in range(0, SUM_ROWS, ROWS):
-        rows = (tl.program_id(0) * SUM_ROWS + first + tl.arange(0, ROWS))[:, None]
-        place = rows.to(tl.int64) * D + columns
-        scale = tl.load(rstd + rows)
-        normed = tl.load(x + place, is_column, other=0.0).to(tl.float32) * scale
-        grad = tl.load(grad_y + place, is_column, other=0.0).to(tl.float32)
-        beside = tl.load(grad_x + place, is_column, other=0.0).to(tl.float32)
-        gain_sum += grad * normed
-        grad *= weight
-        along = (tl.sum(grad * normed, 1) / D)[:, None]
-        total = beside + (grad - normed * along) * scale
-        out_sum += total
-        tl.store(out + place, total.to(DTYPE), is_column)
-    column = tl.arange(0, BLOCK_D)
-    tl.store(sums + tl.program_id(0) * D + column, tl.sum(out_sum, 0), column < D)
-    tl.store(sums + (tl.num_programs(0) + tl.program_id(0)) * D + column, tl.sum(gain_sum, 0), column < D)
-
-
-def add_norm(x_MD: Tensor, branch_MD: Tensor, bias_D: Tensor, gain_D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    M, D = x_MD.shape
-    out_MD, y_MD, rstd_M = torch.empty_like(x_MD), torch.empty_like(x_MD), x_MD.new_empty(M, dtype=torch.float32)
-    add_norm_kernel[(in_blocks(M, NORM_ROWS),)](
-        x_MD, branch_MD, bias_D, gain_D, out_MD, y_MD, rstd_M, D, EPS,
-        triton.next_power_of_2(D), NORM_ROWS, DTYPES[x_MD.dtype], num_warps=8,
-    )  # fmt: skip
-    return out_MD, y_MD, rstd_M
-
-
-def norm_gradient(
-    grad_x_MD: Tensor, grad_y_MD: Tensor, x_MD: Tensor, rstd_M: Tensor, gain_D: Tensor
-) -> tuple[Tensor, Tensor]:
-    M, D = x_MD.shape
-    out_MD, sums = torch.empty_like(x_MD), x_MD.new_empty(2, M // SUM_ROWS, D, dtype=torch.float32)
-    norm_gradient_kernel[(in_blocks(M, SUM_ROWS),)](
-        grad_x_MD, grad_y_MD, x_MD, rstd_M, gain_D, out_MD, sums, D,
-        triton.next_power_of_2(D), SUM_ROWS, NORM_ROWS, DTYPES[x_MD.dtype], num_warps=8,
-    )  # fmt: skip
-    return out_MD, sums
-
-
-# ---- soft-capped cross-entropy ----
-
-LOSS_COLUMNS, LOSS_ROWS = 1024, 2  # at a time
-
-
-@triton.jit
-def log_sums_kernel(z, bias, log_sums, V, CAP: tl.constexpr, COLUMNS: tl.constexpr):
-    row = z + tl.program_id(0).to(tl.int64) * V
-    total = tl.zeros((COLUMNS,), tl.float32)
-    for first in range(0, V, COLUMNS):
-        columns = first + tl.arange(0, COLUMNS)
-        wide = tl.load(row + columns, columns < V, other=0.0).to(tl.float32)
-        wide += tl.load(bias + columns, columns < V, other=0.0).to(tl.float32)
-        power = tl.exp2(wide * tl.rsqrt(wide * wide + CAP * CAP) * (CAP * LOG2_E))
-        total += tl.where(columns < V, power, 0.0)
-    tl.store(log_sums + tl.program_id(0), tl.log2(tl.sum(total, 0)))
-
-
-@triton.jit
-def loss_gradient_kernel(
-    z, bias, targets, log_sums, scale, out, sums, V, CAP: tl.constexpr,
-    SUM_ROWS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    is_column = columns < V
-    bias_of_columns = tl.load(bias + columns, is_column, other=0.0).to(tl.float32)
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    factor = tl.load(scale)
-    for first in range(0, SUM_ROWS, ROWS):
-        rows = tl.program_id(1) * SUM_ROWS + first + tl.arange(0, ROWS)[:, None]
-        place = rows.to(tl.int64) * V + columns
-        wide = tl.load(z + place, is_column, other=0.0).to(tl.float32) + bias_of_columns
-        slope = tl.rsqrt(wide * wide + CAP * CAP) * CAP
-        error = tl.exp2(slope * wide * LOG2_E - tl.load(log_sums + rows))
-        error = tl.where(columns == tl.load(targets + rows), error - 1, error)
-        grad = error * slope * slope * slope * factor  # slope^3 is the soft-cap's derivative
-        tl.store(out + place, grad.to(DTYPE), is_column)
-        total += grad
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    tl.store(sums + tl.program_id(1).to(tl.int64) * V + column, tl.sum(total, 0), column < V)
-
-
-def log_sums(z_MV: Tensor, bias_V: Tensor, cap: float) -> Tensor:
-    M, V = z_MV.shape
-    log_sums_M = z_MV.new_empty(M, dtype=torch.float32)
-    log_sums_kernel[(M,)](z_MV, bias_V, log_sums_M, V, cap, 2 * LOSS_COLUMNS, num_warps=4)
-    return log_sums_M
-
-
-def loss_gradient(
-    z_MV: Tensor, bias_V: Tensor, targets_M: Tensor, log_sums_M: Tensor, scale: Tensor, cap: float
-) -> tuple[Tensor, Tensor]:
-    M, V = z_MV.shape
-    out_MV, sums = torch.empty_like(z_MV), z_MV.new_empty(M // SUM_ROWS, V, dtype=torch.float32)
-    loss_gradient_kernel[(triton.cdiv(V, LOSS_COLUMNS), in_blocks(M, SUM_ROWS))](
-        z_MV, bias_V, targets_M, log_sums_M, scale, out_MV, sums, V, cap, SUM_ROWS, LOSS_ROWS, LOSS_COLUMNS,
-        DTYPES[z_MV.dtype], num_warps=4,
-    )  # fmt: skip
-    return out_MV, sums

@@ -1,7 +1,12 @@
-"""How the sequences of a global batch are worked off by ranks and micro-steps."""
+"""Batches: how ranks and micro-steps share one, and its way to the device."""
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from aurora.config import Config
 from aurora.errors import Exit, HarnessError
@@ -15,6 +20,10 @@ class BatchPlan(NamedTuple):
     micro_steps: int
     micro_batch: int
     val_sequences: int
+
+    def micro_batches(self, inputs_BT: Tensor, targets_BT: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's batch in micro-batches."""
+        yield from zip(inputs_BT.split(self.micro_batch), targets_BT.split(self.micro_batch), strict=True)
 
     @property
     def val_batch(self) -> int:
@@ -62,3 +71,15 @@ def halvings(plan: BatchPlan) -> list[int]:
     while sizes[-1] > 1:
         sizes.append(max(size for size in range(1, sizes[-1] // 2 + 1) if own_sequences % size == 0))
     return sizes
+
+
+def stage(window: np.ndarray, device: torch.device) -> Tensor:
+    """(B*T + 1,) uint16 tokens as int64, in memory that the device can copy from while the host goes on."""
+    tokens = torch.from_numpy(window.astype(np.int64))
+    return tokens.pin_memory() if device.type == "cuda" else tokens
+
+
+def to_device(staged: Tensor, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Staged (B*T + 1,) tokens to inputs and targets (B, T), copied without waiting where the device can."""
+    tokens = staged.to(device, non_blocking=device.type == "cuda")
+    return tokens[:-1].view(-1, seq_len), tokens[1:].view(-1, seq_len)

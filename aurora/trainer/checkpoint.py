@@ -14,11 +14,11 @@ from typing import Any, BinaryIO
 import torch
 
 from aurora.errors import Exit, HarnessError
-from aurora.trainer.clock import Clock
-from aurora.trainer.faults import point
 from aurora.trainer.process import first_line
 from aurora.trainer.ranks import digest
 from aurora.trainer.record import Progress, RecordError, Validation, read_record
+from aurora.trainer.state import Run
+from aurora.trainer.timeline import timeline
 
 KEPT_CHECKPOINTS = 2
 
@@ -29,16 +29,17 @@ def identity_of(start: dict[str, Any]) -> dict[str, Any]:
     return {key: start[key] for key in ("config", "seed", "code_hash")} | data
 
 
-def save_run(out: Path, start: dict[str, Any], run: Any, progress: Progress, clock: Clock) -> None:
-    """A checkpoint of the whole run below out, on all ranks or none; run: a Training. Collective."""
-    point("checkpoint_gather", progress.step)
-    spent_ns, _ = clock.of_slowest_rank()
+def save_run(run: Run) -> None:
+    """A checkpoint of the whole run beside its record, on all ranks or none. Collective."""
+    start, progress = run.start, run.progress
+    timeline.mark("checkpoint_gather", progress.step)
+    spent_ns, _ = run.clock.of_slowest_rank()
     state = {"training": run.state_dict(), "identity": identity_of(start), "run_id": start["run_id"]}
     state |= {"spent_ns": spent_ns, "world_size": run.ranks.world_size, "micro_batch": run.plan.micro_batch}
-    state |= vars(progress) | {"validations": [tuple(look) for look in progress.validations]}
-    folder = out / f"{start['run_id']}.checkpoints"
-    run.ranks.together(lambda: save_checkpoint(folder, progress.step, state) if run.ranks.is_main else None)
-    point("checkpoint_saved", progress.step)
+    state |= vars(progress) | {"validations": [tuple(validation) for validation in progress.validations]}
+    folder = run.out / f"{start['run_id']}.checkpoints"
+    run.ranks.all_or_none(lambda: save_checkpoint(folder, progress.step, state) if run.ranks.is_main else None)
+    timeline.mark("checkpoint_saved", progress.step)
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
@@ -60,17 +61,17 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
         temporary.mkdir()
         with synced(temporary / "state.pt") as file:
             torch.save(state, file)
-            point("checkpoint_state", step)
+            timeline.mark("checkpoint_state", step)
         content = {"sha256": sha256(temporary / "state.pt"), "bytes": (temporary / "state.pt").stat().st_size}
         with synced(temporary / "manifest.json") as file:
             file.write(json.dumps(content | {"step": step}).encode())
-            point("checkpoint_manifest", step)
+            timeline.mark("checkpoint_manifest", step)
         sync_folder(temporary)
         if final.exists():
             shutil.rmtree(final)
-        point("checkpoint_rename", step)
+        timeline.mark("checkpoint_rename", step)
         os.rename(temporary, final)
-        point("checkpoint_renamed", step)
+        timeline.mark("checkpoint_renamed", step)
         sync_folder(folder)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         shutil.rmtree(temporary, ignore_errors=True)
@@ -79,7 +80,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
     present = list_checkpoints(folder)
     kept = present[: present.index(final) + 1][-KEPT_CHECKPOINTS:]
     for other in [path for path in present if path not in kept]:
-        point("checkpoint_prune", step)
+        timeline.mark("checkpoint_prune", step)
         shutil.rmtree(other, ignore_errors=True)
 
 
@@ -165,7 +166,7 @@ def is_finished(run_folder: Path) -> bool:
         return False
 
 
-def go_on_from(checkpoint: dict[str, Any], run: Any, clock: Clock) -> Progress:
+def take_over(checkpoint: dict[str, Any], run: Run) -> Progress:
     """Take over training state and time spent, all of it or HarnessError; how far the run had come. Collective."""
     state = checkpoint["training"]
     try:
@@ -186,6 +187,6 @@ def go_on_from(checkpoint: dict[str, Any], run: Any, clock: Clock) -> Progress:
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         message = f"--resume: the checkpoint does not fit this run: {first_line(error)}; start over in another --out"
         raise HarnessError(Exit.CHECKPOINT, message) from error
-    clock.add(checkpoint["spent_ns"])
-    looks = [Validation(*look) for look in checkpoint["validations"]]
-    return Progress(checkpoint["step"], looks, checkpoint["segments"] + 1)
+    run.clock.add(checkpoint["spent_ns"])
+    validations = [Validation(*validation) for validation in checkpoint["validations"]]
+    return Progress(checkpoint["step"], validations, checkpoint["segments"] + 1)

@@ -17,12 +17,10 @@ from aurora.config import Config
 from aurora.tokens.loader import PUBLIC_SHARD_TOKENS, RunData, find_shards, steps_in_shard
 from aurora.tokens.shards import ShardError, open_shard
 from aurora.trainer.checkpoint import identity_of
-from aurora.trainer.clock import Clock
 from aurora.trainer.memory import memory_estimate_gib, params_by_role
 from aurora.trainer.ranks import digest, shared_variables
 from aurora.trainer.record import (
     SCHEMA,
-    Progress,
     code_hash,
     describe_git,
     describe_machine,
@@ -30,9 +28,10 @@ from aurora.trainer.record import (
     read_sources,
     task_hash,
 )
+from aurora.trainer.state import Run
 
 
-def run_event(run: Any, config_path: Path, seed: int, data: RunData) -> dict[str, Any]:
+def run_event(run: Run, config_path: Path, seed: int, data: RunData) -> dict[str, Any]:
     """The record's first line: everything needed to judge, group and repeat the run."""
     config, device = run.config, run.ranks.device
     utc, sources, is_cuda = datetime.datetime.now(datetime.UTC), read_sources(config_path), device.type == "cuda"
@@ -69,8 +68,9 @@ def run_event(run: Any, config_path: Path, seed: int, data: RunData) -> dict[str
     }
 
 
-def check_same_start(start: dict[str, Any], run: Any) -> None:
+def check_same_start(run: Run) -> None:
     """Raise HarnessError where ranks differ in task, code, data, software or initial weights. Collective."""
+    start = run.start
     stack = {key: start["env"][key] for key in ("torch", "numpy", "python", "torch_threads")}
     variables, weights = shared_variables(start["env"]), digest(run.model.state_dict())
     run.ranks.check_agree(**identity_of(start), **stack, env=variables, weights=weights)
@@ -83,20 +83,25 @@ def greeting(start: dict[str, Any]) -> str:
     )
 
 
-def resume_event(start: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    changed = ("utc", "world_size", "device", "compiled", "attention", "kernels", "micro_batch", "git", "env")
+def resume_event(run: Run) -> dict[str, Any]:
+    start, progress = run.start, run.progress
+    how = "compiled", "attention", "forward", "kernels", "micro_batch"
+    changed = ("utc", "world_size", "device", *how, "git", "env")
     here = {key: start[key] for key in changed}
     return {"event": "resume", "step": progress.step, "segment": progress.segments} | here
 
 
-def summary(config: Config, seed: int, progress: Progress) -> str:
-    hit, last = first_at_target(progress.validations, config.eval.target), progress.validations[-1]
+def summary(run: Run) -> str:
+    config, validations = run.config, run.progress.validations
+    hit = first_at_target(validations, config.eval.target)
     reached = f"reached at step {hit.step} after {hit.train_time_s:.3f}s" if hit else "not reached"
-    return f"{config.optimizer}, seed {seed}: val_loss {last.val_loss:.5f}, target {config.eval.target} {reached}"
+    found = f"val_loss {validations[-1].val_loss:.5f}, target {config.eval.target} {reached}"
+    return f"{config.optimizer}, seed {run.start['seed']}: {found}"
 
 
-def end_event(status: str, run: Any, progress: Progress, clock: Clock) -> dict[str, Any]:
-    """The record's last line; run: a Training. Collective."""
+def end_event(status: str, run: Run) -> dict[str, Any]:
+    """The record's last line. Collective."""
+    progress, clock = run.progress, run.clock
     hit = first_at_target(progress.validations, run.config.eval.target)
     largest = [peak_memory_mib(run.ranks.device), run.loader.wait_s]
     memory_mib, data_wait_s = run.ranks.all_reduce(

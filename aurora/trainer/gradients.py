@@ -20,17 +20,24 @@ class GradientSum:
     in which a backward pass comes to them. After overlap() a bucket is sent as soon as its last gradient is there, and
     never before the one ahead of it, so that all ranks begin collectives in one order; finish() sends the rest and
     waits. Until then p.grad is what this rank alone has found. With or without overlap() sums are equal bit for bit.
+    With one rank there is nothing to sum.
     """
 
-    def __init__(self, params: Iterable[Tensor], optimizers: Iterable[torch.optim.Optimizer], wire_dtype: torch.dtype):
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        optimizers: Iterable[torch.optim.Optimizer],
+        wire_dtype: torch.dtype,
+        world_size: int,
+    ):
         """params: in the order of the backward pass."""
         self.wire_dtype = wire_dtype
+        params = sorted(params, key=lambda p: p.numel() < SMALL_ELEMENTS) if world_size > 1 else []
         self.owners: dict[Tensor, int] = {}
         for optimizer in optimizers:
-            if isinstance(optimizer, MatrixOptimizer):
+            if isinstance(optimizer, MatrixOptimizer) and world_size > 1:
                 self.owners |= {p: optimizer.owner_of(p) for group in optimizer.param_groups for p in group["params"]}
         self.buckets: list[list[Tensor]] = [[]]
-        params = sorted(params, key=lambda p: p.numel() < SMALL_ELEMENTS)
         for p in params:
             if sum(other.numel() for other in self.buckets[-1]) >= BUCKET_ELEMENTS and p.numel() >= SMALL_ELEMENTS:
                 self.buckets.append([])

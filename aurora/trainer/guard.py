@@ -1,7 +1,6 @@
-"""What ends a run: the check of every step, whether its numbers are finite on all ranks and the run was asked to stop;
-and those of weights and validation losses.
-"""
+"""What ends a run early: numbers that are not finite, ranks whose weights differ, and the wish to stop."""
 
+import contextlib
 import math
 
 import torch
@@ -9,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from aurora.errors import Exit, HarnessError
+from aurora.trainer.process import stop_signals
 from aurora.trainer.ranks import Ranks, digest
 
 
@@ -22,6 +22,7 @@ class Guard:
     """
 
     def __init__(self, model: nn.Module, ranks: Ranks):
+        self.model = model
         self.names, self.params = zip(*model.named_parameters(), strict=True)
         self.ranks = ranks
         self.stop_requested = False  # set by a signal, on some rank
@@ -35,6 +36,15 @@ class Guard:
     def request_stop(self) -> None:
         self.stop_requested = True
 
+    def stop_on_signals(self) -> contextlib.AbstractContextManager[None]:
+        """Within, SIGTERM, SIGUSR1 and Ctrl-C ask the run to stop with a checkpoint."""
+        return stop_signals(self.request_stop)
+
+    def stop_if_asked(self, step: int) -> None:
+        """Raise HarnessError PREEMPTED once all ranks have agreed to stop; the checkpoint must be saved by then."""
+        if self.must_stop:
+            raise HarnessError(Exit.PREEMPTED, f"at step {step}; the same command with --resume goes on")
+
     def first_bad(self) -> Tensor:
         """Code of the first parameter here whose gradient is not finite, or more than any code."""
         norms = iter(torch._foreach_norm([p.grad for p in self.params if p.grad is not None]))
@@ -45,15 +55,16 @@ class Guard:
         """Call after backward, before gradients are summed over ranks: then nothing would tell whose was bad."""
         self.found = [loss.isfinite().long(), *([self.first_bad()] if self.ranks.world_size > 1 else [])]
 
-    def check(self, step: int, bad_update: Tensor | None = None) -> None:
+    def check(self, step: int, rule: torch.optim.Optimizer) -> None:
         """Call after look(), when all is ready for the update.
 
         Args:
-            bad_update: the optimizer's found_non_finite so far, a 0-dim bool.
+            rule: the matrix optimizer, whose found_non_finite tells of the updates so far, if it has one.
 
         Raises:
             HarnessError: NON_FINITE, naming step, parameter and rank; on CUDA one step late.
         """
+        bad_update = getattr(rule, "found_non_finite", None)
         # torch.full fills on the device; torch.tensor would copy from the host and wait for it.
         go_on = torch.full((), not self.stop_requested, device=self.ranks.device, dtype=torch.int64)
         update_is_finite = torch.ones_like(go_on) if bad_update is None else (~bad_update).long()
@@ -89,16 +100,18 @@ class Guard:
             where += "" if update_is_finite else f", the update of step {step} was not finite"
             raise HarnessError(Exit.NON_FINITE, f"step {step + 1}: {loss_text}, {where}; lower the learning rate")
 
+    def check_weights(self, step: int) -> None:
+        """Before weights are validated or saved: are they equal on all ranks, and finite? Collective.
 
-def check_weights(step: int, model: nn.Module, ranks: Ranks) -> None:
-    """Before weights are measured or saved: equal on all ranks, and finite, which the last update was not asked."""
-    if ranks.world_size > 1:
-        ranks.check_agree(weights=digest(model.state_dict()))
-    bad = next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
-    if bad:
-        raise HarnessError(
-            Exit.NON_FINITE, f"step {step}: after the update {bad} is not finite; lower the learning rate"
-        )
+        Raises:
+            HarnessError: RANKS_DISAGREE or NON_FINITE.
+        """
+        if self.ranks.world_size > 1:
+            self.ranks.check_agree(weights=digest(self.model.state_dict()))
+        bad = next((name for name, p in self.model.named_parameters() if not p.isfinite().all()), None)
+        if bad:
+            message = f"step {step}: after the update {bad} is not finite; lower the learning rate"
+            raise HarnessError(Exit.NON_FINITE, message)
 
 
 def check_validation(step: int, val_loss: float, vocab_size: int) -> None:

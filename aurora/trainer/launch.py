@@ -1,25 +1,31 @@
 """One process of a run from its start to its exit code."""
 
+import argparse
 import os
 import signal
+import time
 from collections.abc import Callable
 
 import torch.distributed as dist
 
-from aurora.errors import Exit, HarnessError
+import aurora
+from aurora.errors import Exit, HarnessError, is_out_of_memory
+from aurora.trainer.clock import Clock
 from aurora.trainer.process import die_with_launcher, first_line, report_exit, tell
-from aurora.trainer.ranks import Ranks, is_out_of_memory, is_peer_failure, join_ranks, leave_ranks
+from aurora.trainer.ranks import Ranks, is_peer_failure, join_ranks, leave_ranks
 from aurora.trainer.watch import Watch
 
+IMPORT_NS = time.perf_counter_ns() - aurora.IMPORT_BEGIN_NS  # most of what a run imports
 
-def run_as_rank(task: Callable[[Ranks], None], timeout_s: float) -> int:
-    """Join the ranks, do the task under the watch, leave; says what went wrong and returns the exit code."""
-    rank, watch = os.environ.get("RANK", "0"), None
+
+def main_as_rank(train: Callable[[argparse.Namespace, Ranks, Clock], None], args: argparse.Namespace) -> int:
+    """Join the ranks, train under the watch, leave; says what went wrong and returns the exit code."""
+    begin_ns, rank, watch = time.perf_counter_ns(), os.environ.get("RANK", "0"), None
     try:
         die_with_launcher()
-        ranks = join_ranks(timeout_s)
-        watch = Watch(ranks, timeout_s).started()
-        task(ranks)
+        ranks = join_ranks(args.timeout_s)
+        watch = Watch(ranks, args.timeout_s).started()
+        train(args, ranks, Clock(ranks, begin_ns, IMPORT_NS))
         ranks.align()  # a process that leaves early can break a peer's last collective
         leave_ranks()
         return report_exit(0)

@@ -5,18 +5,18 @@ import gc
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 import aurora
 from aurora.config import Config
-from aurora.errors import Exit, HarnessError
-from aurora.fast.compiled import agreed
+from aurora.errors import Exit, HarnessError, is_out_of_memory
 from aurora.fast.functions import PART_ELEMENTS
+from aurora.trainer.attempt import attempt
 from aurora.trainer.batch import BatchPlan, halvings, plan_batch
-from aurora.trainer.ranks import Ranks, is_out_of_memory
+from aurora.trainer.ranks import Ranks
+from aurora.trainer.state import Run
 
 SPARE_GIB = 0.5  # for fragments, and what else comes and goes
 
@@ -41,20 +41,20 @@ def host_bytes(control_group: Path = Path("/sys/fs/cgroup")) -> int:
     return min(limits)
 
 
-def first_that_fits(sizes: Sequence[int], attempt: Callable[[int], None], ranks: Ranks, taken_gib: float = 0.0) -> int:
-    """The first size whose attempt() no rank runs out of memory with. Collective; attempts themselves may not be.
+def first_that_fits(sizes: Sequence[int], try_size: Callable[[int], None], ranks: Ranks, taken_gib: float = 0.0) -> int:
+    """The first size whose try_size() no rank runs out of memory with. Collective; attempts themselves may not be.
 
     Args:
         sizes: from large to small.
-        attempt: leaves nothing behind but what attempts with all sizes leave alike.
+        try_size: leaves nothing behind but what attempts with all sizes leave alike.
         taken_gib: that later joins what attempts use, and is held meanwhile.
 
     Raises:
         HarnessError: CONFIG, when not even the last fits.
-        CompileFailed: where an attempt fails for that, on any rank.
+        Unusable: where an attempt fails for that, on any rank.
     """
     for size in sizes:
-        does_fit = agreed(ranks, lambda size=size: fits(size, attempt, ranks, taken_gib))
+        does_fit = attempt(ranks, lambda size=size: fits(size, try_size, ranks, taken_gib))
         has_failed = torch.tensor([not does_fit], device=ranks.device, dtype=torch.int64)
         has_failed = ranks.all_reduce(has_failed, dist.ReduceOp.MAX).item()
         gc.collect()
@@ -66,10 +66,10 @@ def first_that_fits(sizes: Sequence[int], attempt: Callable[[int], None], ranks:
     raise HarnessError(Exit.CONFIG, f"out of memory even with a micro-batch of {sizes[-1]}; use a smaller model")
 
 
-def fits(size: int, attempt: Callable[[int], None], ranks: Ranks, taken_gib: float) -> bool:
+def fits(size: int, try_size: Callable[[int], None], ranks: Ranks, taken_gib: float) -> bool:
     try:
         held = torch.empty(int((taken_gib + SPARE_GIB) * 2**30), dtype=torch.uint8, device=ranks.device)
-        attempt(size)
+        try_size(size)
         if ranks.device.type == "cuda":
             torch.cuda.synchronize()
         del held
@@ -80,11 +80,11 @@ def fits(size: int, attempt: Callable[[int], None], ranks: Ranks, taken_gib: flo
     return True
 
 
-def fit_micro_batch(run: Any, try_plan: Callable[[BatchPlan], None]) -> BatchPlan:
-    """Halve the micro-batch of a Training until try_plan() fits into the memory of every rank. Collective."""
+def fit_micro_batch(run: Run, try_plan: Callable[[BatchPlan], None]) -> BatchPlan:
+    """Halve the micro-batch of a run until try_plan() fits into the memory of every rank. Collective."""
     ranks, params = run.ranks, run.model.roles()
 
-    def attempt(size: int) -> None:
+    def try_size(size: int) -> None:
         try_plan(plan_batch(run.config, ranks.world_size, size))
 
     sizes = halvings(run.plan)
@@ -95,7 +95,7 @@ def fit_micro_batch(run: Any, try_plan: Callable[[BatchPlan], None]) -> BatchPla
     sizes = [size for size in sizes if sum(gib[size].values()) < limit_gib] or sizes[-1:]
     # Warm-up keeps a copy of the weights, and gradients on their way to other ranks are copies, too.
     later_gib = gib[1]["optimizer state"] + gib[1]["weights"] * (2 if ranks.world_size > 1 else 1)
-    return plan_batch(run.config, ranks.world_size, first_that_fits(sizes, attempt, ranks, later_gib))
+    return plan_batch(run.config, ranks.world_size, first_that_fits(sizes, try_size, ranks, later_gib))
 
 
 def params_by_role(params: list[aurora.Param]) -> dict[str, int]:

@@ -37,21 +37,33 @@ class Neurons:
     def __init__(
         self, config: Config, looks: Iterable[int], model: nn.Module, rule: torch.optim.Optimizer, ranks: Ranks
     ):
-        """model: a GPT. rule: the optimizer of its matrices."""
+        """looks: the validation steps. rule: the optimizer of the matrices."""
         last, every = config.train.steps, config.eval.every
         is_on = config.eval.telemetry
         self.steps = {step for step in looks if is_on and step > 0 and (step % every == 0 or step == last)}
         self.num_tokens = max(1, min(TOKENS, config.eval.tokens) // config.model.seq_len) * config.model.seq_len
-        self.model, self.rule, self.ranks, self.is_gated = model, rule, ranks, config.model.mlp == "swiglu"
+        self.model, self.rule, self.ranks = model, rule, ranks
         self.groups = {p: group for group in rule.param_groups for p in group["params"]}
+        blocks = enumerate(getattr(model, "blocks", []))
+        mlps = {f"blocks.{i}.mlp": block.mlp for i, block in blocks if hasattr(block, "mlp")}
+        # By name: an edited MLP may lack some, or be made of other layers.
         self.matrices = {
-            f"blocks.{i}.mlp.{name}": getattr(block.mlp, name).weight
-            for i, block in enumerate(model.blocks)
-            for name in (("gate",) if self.is_gated else ()) + ("up", "down")
+            f"{mlp_name}.{name}": layer.weight
+            for mlp_name, mlp in mlps.items()
+            for name in ("gate", "up", "down")
+            if isinstance(layer := getattr(mlp, name, None), nn.Linear) and layer.weight in self.groups
         }
+        # The layers that multiply the neurons' activations, and whether these are gated.
+        self.downs = {
+            mlp.down: getattr(mlp, "gate", None) is not None
+            for mlp in mlps.values()
+            if isinstance(getattr(mlp, "down", None), nn.Linear)
+        }
+        if not self.matrices:
+            self.steps = set()
         self.own = {name: p for i, (name, p) in enumerate(self.matrices.items()) if self._owner(i, p) == ranks.rank}
         self.before: dict[str, Tensor] = {}
-        self.dead_before: list[Tensor] | None = None
+        self.dead_before: dict[nn.Module, Tensor] | None = None
 
     def _owner(self, index: int, p: Tensor) -> int:
         is_sharded = isinstance(self.rule, aurora.MatrixOptimizer)
@@ -63,32 +75,26 @@ class Neurons:
         self.before = {name: p.detach().clone() for name, p in self.own.items()}
 
     @torch.no_grad()
-    def measure(self, step: int, inputs_BT: Tensor) -> dict[str, Any]:
+    def measure(self, step: int, inputs_BT: Tensor, targets_BT: Tensor) -> dict[str, Any]:
         """The event of this step; before_update() must have been called before its update. Collective.
 
-        inputs_BT: the validation tokens to look at, on the main rank.
+        inputs_BT, targets_BT: validation tokens; the main rank runs the model on them.
         """
         own = {name: self._matrix(name, p) for name, p in self.own.items()}
         self.before = {}
-        layers = self._layers(inputs_BT) if self.ranks.is_main else []
+        layers = self._layers(inputs_BT, targets_BT) if self.ranks.is_main else []
         found: dict[str, dict[str, Any]] = {}
         for part in self.ranks.all_gather_object(own):
             found |= part
-        width, rows = self.matrices["blocks.0.mlp.up"].size(0), [v for k, v in found.items() if not k.endswith("down")]
-        count = width * len(self.model.blocks)
-        return {
-            "event": "neurons",
-            "step": step,
-            "tokens": inputs_BT.numel(),
-            "width": width,
-            # Shares of all neurons, and of the rows of up (and gate).
-            "dead": sum(layer["dead"] for layer in layers) / count,
-            "silent": sum(layer["silent"] for layer in layers) / count,
-            "starved": sum(row["starved"] for row in rows) / (width * len(rows)),
-            "starved_momentum": sum(row["starved_momentum"] for row in rows) / (width * len(rows)),
-            "layers": layers,
-            "matrices": {name: found[name] for name in self.matrices},
-        }
+        widths = {name: p.size(int(name.endswith("down"))) for name, p in self.matrices.items()}
+        event = {"event": "neurons", "step": step, "tokens": inputs_BT.numel(), "width": next(iter(widths.values()))}
+        if layers:  # shares of all neurons
+            count = sum(down.in_features for down in self.downs)
+            event |= {key: sum(layer[key] for layer in layers) / count for key in ("dead", "silent")}
+        if rows := [name for name in found if not name.endswith("down")]:  # shares of the rows of up (and gate)
+            count = sum(widths[name] for name in rows)
+            event |= {key: sum(found[name][key] for name in rows) / count for key in ("starved", "starved_momentum")}
+        return event | {"layers": layers, "matrices": {name: found[name] for name in self.matrices}}
 
     def _matrix(self, name: str, p: Tensor) -> dict[str, Any]:
         """Of the applied update, without its decay, and of momentum and weights, with neurons as rows."""
@@ -108,18 +114,28 @@ class Neurons:
             "effective_rank": rounded(effective_rank(weights)),
         }
 
-    def _layers(self, inputs_BT: Tensor) -> list[dict[str, Any]]:
-        layers, dead_now = [], []
-        for i, activations in enumerate(self.model.activations(inputs_BT)):
-            dead = dead_neurons(activations, self.model.blocks[i].mlp.down.weight)
-            dead_now.append(dead)
-            layers.append({
+    def _layers(self, inputs_BT: Tensor, targets_BT: Tensor) -> list[dict[str, Any]]:
+        """Of each MLP, what its down-projection multiplies, seen by a hook while the model itself runs once."""
+        dead_now: dict[nn.Module, Tensor] = {}
+        layers: dict[nn.Module, dict[str, Any]] = {}
+
+        def look(down: nn.Module, args: tuple[Tensor]) -> None:
+            (activations,) = args
+            dead = dead_now[down] = dead_neurons(activations, down.weight)
+            layers[down] = {
                 "dead": int(dead.sum()),
-                "still_dead": int((dead & self.dead_before[i]).sum()) if self.dead_before else None,
-                "silent": int(silent_neurons(activations, self.is_gated).sum()),
-            })  # fmt: skip
+                "still_dead": int((dead & self.dead_before[down]).sum()) if self.dead_before else None,
+                "silent": int(silent_neurons(activations, self.downs[down]).sum()),
+            }
+
+        hooks = [down.register_forward_pre_hook(look) for down in self.downs]
+        try:
+            self.model(inputs_BT, targets_BT)
+        finally:
+            for hook in hooks:
+                hook.remove()
         self.dead_before = dead_now
-        return layers
+        return list(layers.values())
 
 
 def rounded(value: float) -> float:

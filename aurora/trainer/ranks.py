@@ -7,7 +7,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,9 @@ from aurora.trainer.process import tell
 
 # Of a single collective where the watch does not apply: long enough for the slowest rank to compile.
 SETUP_TIMEOUT_S = 600
+
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -41,15 +44,20 @@ class Ranks:
             dist.all_reduce(tensor, op=op)
         return tensor
 
+    def sum(self, value: Tensor) -> float:
+        """The sum of a 0-dim tensor over ranks. Collective."""
+        return self.all_reduce(value.to(self.device if self.world_size > 1 else "cpu")).item()
+
     def all_gather_object(self, value: Any) -> list[Any]:
         values = [value] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(values, value)
         return values
 
-    def together(self, task: Callable[[], Any]) -> Any:
+    def all_or_none(self, task: Callable[[], Result]) -> Result:
         """The result of a task that may fail on any rank; where one fails, all raise its error. Collective."""
-        result, failure = None, None
+        result: Any = None
+        failure = None
         try:
             result = task()
         except HarnessError as error:
@@ -154,11 +162,6 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         if mallopt(-3, 1 << 30):  # M_MMAP_THRESHOLD, refused by old versions
             mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    words = ("out of memory", "ALLOC_FAILED", "can't allocate memory")  # of CUDA's libraries, and of the host
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def is_peer_failure(error: Exception) -> bool:

@@ -39,7 +39,7 @@ class RecordWriter:
             HarnessError: DISK. Lines before are whole; what is left of this one is dropped by readers and by resume.
         """
         if events:
-            self.ranks.together(lambda: self._append(events) if self.ranks.is_main else None)
+            self.ranks.all_or_none(lambda: self._append(events) if self.ranks.is_main else None)
 
     def _append(self, events: Iterable[dict[str, Any]]) -> None:
         try:
@@ -74,8 +74,8 @@ def read_sources(config_path: Path) -> dict[str, str]:
     sources = {}
     for module in list(sys.modules.values()):
         file = getattr(module, "__file__", None)
-        path = Path(file).resolve() if file else ROOT
-        if path.suffix == ".py" and path.is_relative_to(ROOT) and "site-packages" not in path.parts:
+        path = Path(file or "").resolve()
+        if path.suffix == ".py" and path.is_relative_to(ROOT) and "site-packages" not in path.parts and path.is_file():
             name = path.relative_to(ROOT)
             if name.parts[0] not in NOT_OF_A_RUN:
                 sources[name.as_posix()] = path.read_text(encoding="utf-8")
@@ -103,7 +103,7 @@ def task_hash(config: dict[str, Any], stream_id: str) -> str:
     return json_hash(task | {"data": stream_id})
 
 
-LATER_SETTINGS = {"mlp": "relu2", "head_dtype": "activation"}  # the values of records that have none
+LATER_SETTINGS = {"bias": True, "mlp": "relu2", "head_dtype": "activation"}  # the values of records that have none
 
 
 def model_of(config: dict[str, Any]) -> dict[str, Any]:

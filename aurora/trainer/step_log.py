@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aurora.trainer.clock import elapsed_ms
+from aurora.trainer.clock import elapsed_ms, time_mark
 from aurora.trainer.ranks import Ranks
+
+TIMED_PLACES = ("fetch", "sum", "updated")  # begin of a step, begin of the optimizer's part of it, end of both
 
 
 class StepLog:
@@ -17,10 +19,17 @@ class StepLog:
     def __init__(self, every: int, ranks: Ranks):
         self.every, self.ranks = every, ranks
         self.steps: list[tuple[int, Tensor, float, list[Any]]] = []
+        self.marks: list[Any] = []
 
-    def add(self, step: int, loss: Tensor, lr: float, marks: list[Any]) -> None:
-        """marks: begin of the step, begin of the optimizer's part, end of both."""
-        self.steps.append((step, loss, lr, marks))
+    def at(self, name: str, step: int) -> None:
+        """Subscribes to the timeline."""
+        if name in TIMED_PLACES:
+            self.marks.append(time_mark(self.ranks.device))
+
+    def add(self, step: int, loss: Tensor, lr: float) -> None:
+        """After a step (counted from 1) of that loss, on this rank, and lr."""
+        self.steps.append((step, loss, lr, self.marks))
+        self.marks = []
 
     def flush(self) -> list[dict[str, Any]]:
         """A train event for every log_every steps, averaged over them; none where a loss is not finite. Collective."""

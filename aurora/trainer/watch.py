@@ -1,6 +1,6 @@
 """A thread that notices when the run stands still, says which rank is the cause, and ends this process.
 
-Every rank publishes how far it is in the store through which the ranks met: points passed, and collectives begun. A
+Every rank publishes how far it is in the store through which the ranks met: places passed, and collectives begun. A
 rank whose thread is silent was killed or stopped; where all threads answer but no rank moves, the one that has begun
 the fewest collectives keeps the others waiting.
 """
@@ -18,21 +18,21 @@ from typing import NamedTuple, Self
 import torch.distributed as dist
 
 from aurora.errors import Exit
-from aurora.trainer.faults import last_point
 from aurora.trainer.process import report_exit, tell
 from aurora.trainer.ranks import SETUP_TIMEOUT_S, Ranks, connect_store
+from aurora.trainer.timeline import timeline
 
-# Points after which a rank may rightly stand still for long: it compiles, or writes a checkpoint.
-SLOW_POINTS = ("start", "warm_up", "checkpoint_gather", "checkpoint_state", "checkpoint_manifest", "checkpoint_rename")
+# Places after which a rank may rightly stand still for long: it compiles, or writes a checkpoint.
+SLOW_PLACES = ("start", "warm_up", "checkpoint_gather", "checkpoint_state", "checkpoint_manifest", "checkpoint_rename")
 
 
 class State(NamedTuple):
-    """What a rank publishes: beats of its thread, points passed, collectives begun, where it is, which process."""
+    """What a rank publishes: beats of its thread, places passed, collectives begun, where it is, which process."""
 
     beat: int
     passed: int
     collectives: int
-    point: str
+    name: str
     step: int
     pid: int
     host: str
@@ -40,7 +40,7 @@ class State(NamedTuple):
 
     @property
     def place(self) -> str:
-        return f"step {self.step + 1}, {self.point}"
+        return f"step {self.step + 1}, {self.name}"
 
 
 def is_gone(state: State) -> bool:
@@ -95,7 +95,7 @@ class Watch:
         self.beat += 1
         group = dist.group.WORLD  # read once: the main thread may be leaving it
         collectives = group._get_sequence_number_for_group() if group else 0
-        passed, name, step = last_point()
+        passed, name, step = timeline.place
         state = State(
             self.beat, passed, collectives, name, step, os.getpid(), socket.gethostname(), self.leaving.is_set()
         )
@@ -151,7 +151,7 @@ class Watch:
             # NCCL does not tell of a peer that died: who waits for it may wait for good. gloo does, and at once.
             finding = self.silent(self.timeout_s) or self.silent(4 * self.poll_s, is_gone)
             if finding is None:
-                slow = any(state.point in SLOW_POINTS for state in self.states.values())
+                slow = any(state.name in SLOW_PLACES for state in self.states.values())
                 limit_s = max(self.timeout_s, SETUP_TIMEOUT_S) if slow else self.timeout_s
                 still_s = time.monotonic() - moved_s
                 finding = f"no rank has moved for {still_s:.1f} s: {self.behind()}" if still_s > limit_s else None

@@ -1,0 +1,161 @@
+"""From a command line to a run that is ready to be warmed up: checks, data, weights, folder, checkpoint."""
+
+import argparse
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+import aurora
+from aurora.config import Config, ModelConfig, load_config
+from aurora.errors import Exit, HarnessError
+from aurora.fast import hopper
+from aurora.fast.float8 import check_float8
+from aurora.tokens.loader import RunData, TokenLoader, open_run_data
+from aurora.tokens.shards import ShardError
+from aurora.trainer.batch import BatchPlan, plan_batch, stage
+from aurora.trainer.checkpoint import newest_checkpoint, take_over
+from aurora.trainer.clock import Clock
+from aurora.trainer.describe import check_same_start, dry_run_report, greeting, run_event
+from aurora.trainer.momentum import Dump, checked_dump
+from aurora.trainer.optimizers import build_optimizers, checked_hparams, fix_polar_dtype
+from aurora.trainer.process import check_writable, lock_folder
+from aurora.trainer.ranks import Ranks
+from aurora.trainer.state import Run
+
+MakeModel = Callable[[ModelConfig], nn.Module]
+LrScale = Callable[[int, Config], float]
+
+
+class Checked(NamedTuple):
+    """What to run, once it is checked."""
+
+    config: Config
+    plan: BatchPlan
+    dump: Dump | None  # what --dump-momentum asks for
+
+
+def check_run(args: argparse.Namespace, ranks: Ranks, make_model: MakeModel, lr_scale: LrScale) -> Checked:
+    """Check the command line and its config before anything is read or written; prints a dry run's report. Collective.
+
+    Raises:
+        HarnessError: CONFIG.
+    """
+
+    def check() -> Checked:
+        if not 0 <= args.seed < 2**63:
+            raise HarnessError(Exit.CONFIG, f"--seed must be in [0, 2^63), got {args.seed}")
+        config = load_config(args.config, args.optimizer, args.overrides)
+        config, plan, params, optimizers = check_config(config, ranks.world_size, make_model, lr_scale)
+        for override in args.overrides:
+            if override.startswith("optimizer.") and not override.startswith(f"optimizer.{args.optimizer}."):
+                ranks.say(f"--set {override} changes nothing for {args.optimizer}")
+        if config.model.head_dtype == "float8":
+            check_float8(ranks.device)
+        dump = args.dump_momentum and checked_dump(optimizers[-1], *args.dump_momentum, config.train.steps)
+        if args.dry_run:
+            ranks.say(dry_run_report(config, params, optimizers, ranks.world_size, plan.micro_steps, plan.micro_batch))
+        return Checked(config, plan, dump)
+
+    return ranks.all_or_none(check)
+
+
+def check_config(
+    config: Config, world_size: int, make_model: MakeModel, lr_scale: LrScale
+) -> tuple[Config, BatchPlan, list[aurora.Param], list[torch.optim.Optimizer]]:
+    """The config with all hyper-parameters, its batch, parameters and optimizers without memory. Or HarnessError."""
+    config = dataclasses.replace(config, hparams=checked_hparams(config))
+    check_schedule(config, lr_scale)
+    plan = plan_batch(config, world_size)
+    with torch.device("meta"):
+        params = make_model(config.model).roles()
+    return config, plan, params, build_optimizers(config, params)
+
+
+def check_schedule(config: Config, lr_scale: LrScale) -> None:
+    """Raise HarnessError for a learning rate that never gets to its peak."""
+    scales = [lr_scale(step, config) for step in range(config.train.steps)]
+    if not all(0 <= scale <= 1 for scale in scales) or max(scales) < 1:
+        raise HarnessError(
+            Exit.CONFIG,
+            f"the learning rate goes up to {max(scales):.3g} of its peak: optimizer.{config.optimizer}.warmup_steps = "
+            f"{config.warmup_steps} and schedule.cooldown_frac = {config.schedule.cooldown_frac} leave no step for it "
+            f"in train.steps = {config.train.steps}",
+        )
+
+
+@contextlib.contextmanager
+def open_run(
+    args: argparse.Namespace, checked: Checked, ranks: Ranks, clock: Clock, make_model: MakeModel
+) -> Iterator[Run]:
+    """The run, in a folder that no other process uses meanwhile: before its first step, or before it goes on from
+    run.checkpoint. Collective.
+
+    Raises:
+        HarnessError: data, folder or checkpoint cannot be used, or ranks differ.
+    """
+    ranks.all_or_none(lambda: check_writable(args.out))
+    with ranks.all_or_none(lambda: lock_folder(args.out) if ranks.is_main else None) or contextlib.nullcontext():
+        data = ranks.all_or_none(lambda: open_data(checked.config))
+        torch.manual_seed(args.seed)  # nothing draws from it; if ever something does, all ranks and segments agree
+        run = new_run(args, checked, data, ranks, clock, make_model)
+        check_same_start(run)
+        find_checkpoint = lambda: newest_checkpoint(args.out, run.start, ranks.say)  # noqa: E731
+        run.checkpoint = ranks.all_or_none(find_checkpoint) if args.resume else None
+        ranks.check_agree(checkpoint_step=run.checkpoint["step"] if run.checkpoint else None)
+        run.start["run_id"] = ranks.all_gather_object((run.checkpoint or run.start)["run_id"])[0]
+        same = "auto", run.checkpoint["world_size"] if run.checkpoint else None
+        if (run.config.train.micro_batch, ranks.world_size) == same:
+            run.plan = plan_batch(run.config, ranks.world_size, run.checkpoint["micro_batch"])  # which was found before
+        if args.resume and not run.checkpoint:
+            ranks.say(f"resume: no unfinished run with a checkpoint in {args.out}, starting at step 0")
+        ranks.say(greeting(run.start))
+        clock.charge("setup")
+        yield run
+
+
+def open_data(config: Config) -> RunData:
+    data, train = config.data, config.train
+    sizes = train.steps, train.batch_tokens, config.eval.tokens, config.model.vocab_size
+    try:
+        return open_run_data(data.train, data.val, *sizes, data.allow_epochs)
+    except ShardError as error:
+        raise HarnessError(Exit.DATA, str(error)) from error
+
+
+def new_run(
+    args: argparse.Namespace, checked: Checked, data: RunData, ranks: Ranks, clock: Clock, make_model: MakeModel
+) -> Run:
+    """The state before the first step. Collective."""
+    config = checked.config
+    model = make_model(config.model)
+    model.init_weights(args.seed)
+    model.to(ranks.device)
+    optimizers = build_optimizers(config, model.roles())
+    fix_polar_dtype(optimizers, ranks)
+    loader = TokenLoader(
+        data.train_shards,
+        config.train.batch_tokens,
+        ranks.rank,
+        ranks.world_size,
+        prepare=lambda window: stage(window, ranks.device),  # by the loader's thread, while a step runs
+        allow_epochs=config.data.allow_epochs,
+    )
+    run = Run(config, checked.plan, ranks, clock, model, optimizers, loader, data.val_tokens, args.out)
+    if hopper.suits(config, ranks.device):
+        hopper.import_kernels()  # now, so that the run event embeds them
+    run.start = run_event(run, args.config, args.seed, data)
+    return run
+
+
+def resume(run: Run) -> None:
+    """Take over the checkpoint that open_run() found, if any. Collective."""
+    if run.checkpoint:
+        checkpoint, run.checkpoint = run.checkpoint, None
+        run.progress = run.ranks.all_or_none(lambda: take_over(checkpoint, run))
+        run.ranks.say(
+            f"resume: from step {run.progress.step} of {run.start['run_id']}, segment {run.progress.segments}"
+        )

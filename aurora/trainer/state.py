@@ -1,0 +1,81 @@
+"""The state of a run: all that its steps read and write."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from aurora.config import Config
+from aurora.tokens.loader import TokenLoader
+from aurora.trainer.batch import BatchPlan, stage, to_device
+from aurora.trainer.clock import Clock
+from aurora.trainer.gradients import GradientSum
+from aurora.trainer.guard import Guard
+from aurora.trainer.ranks import Ranks
+from aurora.trainer.record import Progress
+from aurora.trainer.timeline import Timeline, timeline
+
+
+@dataclass
+class Run:
+    """One run on this rank."""
+
+    config: Config
+    plan: BatchPlan
+    ranks: Ranks
+    clock: Clock
+    model: nn.Module
+    optimizers: list[torch.optim.Optimizer]  # AdamW for embed, head and vectors; last, the rule for the matrices
+    loader: TokenLoader
+    val_tokens: np.ndarray
+    out: Path  # the folder of its record and checkpoints
+    start: dict[str, Any] = field(default_factory=dict)  # the record's run event
+    checkpoint: dict[str, Any] | None = None  # from which it goes on
+    progress: Progress = field(default_factory=Progress)
+    timeline: Timeline = timeline
+
+    def __post_init__(self) -> None:
+        self.guard = Guard(self.model, self.ranks)
+        params = reversed(list(self.model.parameters()))  # as gradients arrive; with several ranks, they get hooks
+        wire_dtype = getattr(torch, self.config.model.activation_dtype)  # to which a backward pass has rounded anyway
+        self.gradients = GradientSum(params, self.optimizers, wire_dtype, self.ranks.world_size)
+
+    @property
+    def rule(self) -> torch.optim.Optimizer:
+        """The optimizer of the matrices, which --optimizer names."""
+        return self.optimizers[-1]
+
+    def next_batch(self) -> tuple[Tensor, Tensor]:
+        """Inputs and targets (B, T) of this rank's part of the next global batch."""
+        return to_device(self.loader.next_batch(), self.config.model.seq_len, self.ranks.device)
+
+    def validation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs and targets (B, T) of this rank's validation sequences, which do not overlap."""
+        own_tokens = self.plan.val_sequences * self.config.model.seq_len
+        window = self.val_tokens[self.ranks.rank * own_tokens : (self.ranks.rank + 1) * own_tokens + 1]
+        batch = to_device(stage(window, self.ranks.device), self.config.model.seq_len, self.ranks.device)
+        for inputs, targets in zip(*(side.split(self.plan.val_batch) for side in batch), strict=True):
+            self.timeline.mark("validate_batch")
+            yield inputs, targets
+
+    def state_dict(self) -> dict[str, Any]:
+        """The whole state, the same on every rank and for any number of them. Collective: sharded state is gathered."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "loader": self.loader.state_dict(),
+            "rng": torch.get_rng_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of state_dict(). The state is copied, not kept."""
+        self.model.load_state_dict(state["model"])
+        for optimizer, optimizer_state in zip(self.optimizers, copy.deepcopy(state["optimizers"]), strict=True):
+            optimizer.load_state_dict(optimizer_state)
+        self.loader.load_state_dict(state["loader"])
+        torch.set_rng_state(state["rng"])

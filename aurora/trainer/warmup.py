@@ -1,0 +1,240 @@
+"""Which forward pass a run uses, and the warm-up: everything runs once, is checked, and is undone.
+
+The first of these that works: the fast forward with Triton kernels, compiled; the model itself, compiled; the fast
+forward, eager; the model itself. The fast ones only for the model that they were made for (aurora/fast/mirror.py).
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from aurora.errors import Exit, HarnessError, is_out_of_memory
+from aurora.fast import hopper
+from aurora.fast.attention import choose_attention
+from aurora.fast.forward import FastForward
+from aurora.fast.mirror import edits
+from aurora.trainer.attempt import Unusable, WrongNumbers, attempt
+from aurora.trainer.batch import BatchPlan, to_device
+from aurora.trainer.memory import fit_micro_batch
+from aurora.trainer.ranks import digest
+from aurora.trainer.state import Run
+
+WARMUP_STEPS = 2
+Model = Callable[[Tensor, Tensor], Tensor]  # takes inputs and targets (B, T) to the summed loss
+ForwardBackward = Callable[[Run, Model, Tensor, Tensor], Tensor]
+
+
+class Way(NamedTuple):
+    """One way of computing the model."""
+
+    how: str  # for the console
+    make: Callable[[], Model]
+    is_compiled: bool
+    is_fast: bool
+    has_kernels: bool = False
+
+
+def prepare(run: Run, forward_backward: ForwardBackward) -> Model:
+    """What to call in the place of the model: warmed up, equal to the model, and named in the run event. Collective.
+
+    Raises:
+        HarnessError: CONFIG, train.compile = "on" and no compiled way works.
+    """
+    run.timeline.mark("warm_up", 0)
+    changes = edits(run.model)
+    run.start["attention"] = choose_attention(run.config.model, run.ranks.device)
+    run.ranks.check_agree(attention=run.start["attention"], model_edits=changes)
+    name = f"model edited ({'; '.join(changes[:3])}{', ...' * (len(changes) > 3)})" if changes else "model"
+    reason, mode = "", f"train.compile = {run.config.train.compile!r} on {run.ranks.device.type}"
+    for way in ways(run, is_edited=bool(changes)):
+        try:
+            model = warmed_up(way, run, forward_backward)
+        except Unusable as error:
+            reason = str(error)
+            run.ranks.say(f"no {way.how}, for {reason}")
+            continue
+        how = way.how if way.is_compiled or reason else f"{way.how} ({mode})"
+        plan = run.plan
+        run.ranks.say(f"{name}: {how}; micro-batch {plan.micro_batch}, {plan.micro_steps} a step")
+        found = {
+            "compiled": way.is_compiled,
+            "forward": "fast" if way.is_fast else "plain",
+            "kernels": "triton" if way.has_kernels else "torch",
+            "model_edits": changes,
+            "micro_batch": plan.micro_batch,
+        }
+        run.start |= found
+        run.ranks.check_agree(**found)
+        return model
+    raise HarnessError(Exit.CONFIG, f"train.compile = 'on', but {reason}; set it to 'off'")
+
+
+def ways(run: Run, is_edited: bool) -> Iterator[Way]:
+    """From the fastest on."""
+    mode, device, model = run.config.train.compile, run.ranks.device, run.model
+    by_blocks = " block by block" * (run.ranks.world_size > 1)
+    if mode == "on" or (mode == "auto" and device.type == "cuda"):
+        if not is_edited and hopper.suits(run.config, device):
+            how = f"compiled{by_blocks}, fast forward with Triton kernels"
+            yield Way(how, lambda: compiled_fast(hopper.HopperForward(model), run), True, True, has_kernels=True)
+        yield Way(f"compiled{by_blocks}, plain forward", lambda: compiled_plain(model, run), True, False)
+        if mode == "on":
+            return
+    if not is_edited:
+        yield Way("eager, fast forward", lambda: FastForward(model), False, True)
+    yield Way("eager, plain forward", lambda: model, False, False)
+
+
+def compiled_plain(model: nn.Module, run: Run) -> Model:
+    """The model compiled: as one graph, or with several ranks one for each block and one for the loss.
+
+    A graph of the whole model hands its gradients over at its end, all at once. Block by block they arrive early, and
+    their sum over ranks can begin.
+    """
+    if run.ranks.world_size == 1:
+        return torch.compile(model, dynamic=False)
+    tensors = [*model.parameters(), *model.buffers()]
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})  # the model itself stays eager
+    for block in getattr(twin, "blocks", []):
+        block.compile(dynamic=False)
+    if hasattr(twin, "loss"):
+        twin.loss = torch.compile(twin.loss, dynamic=False)
+    return twin
+
+
+def compiled_fast(fast: FastForward, run: Run) -> Model:
+    """As compiled_plain()."""
+    hopper.shorten_compiler_errors()
+    if run.ranks.world_size == 1:
+        return torch.compile(fast.__call__, dynamic=False)
+    fast.block, fast.loss = (torch.compile(part, dynamic=False) for part in (fast.block, fast.loss))
+    return fast
+
+
+def warmed_up(way: Way, run: Run, forward_backward: ForwardBackward) -> Model:
+    """The model made in this way, after all of its shapes ran once and gave the model's own numbers.
+
+    Raises:
+        Unusable: this way does not work, on some rank; the run is as it was.
+    """
+    try:
+        model = way.make()
+        if run.config.train.micro_batch == "auto":
+            run.plan = fit_micro_batch(run, lambda plan: try_passes(model, plan, run))
+        elif way.is_compiled:
+            attempt(run.ranks, lambda: try_passes(model, run.plan, run))
+        warm_up(model, run, forward_backward, way.is_compiled)
+    except Unusable:
+        if way.is_compiled:
+            torch._dynamo.reset()
+        raise
+    return model
+
+
+def made_up_batch(sequences: int, run: Run) -> tuple[Tensor, Tensor]:
+    """Inputs and targets of random tokens, always the same."""
+    seq_len, generator = run.config.model.seq_len, torch.Generator().manual_seed(0)
+    tokens = torch.randint(run.config.model.vocab_size, (sequences * seq_len + 1,), generator=generator)
+    return to_device(tokens, seq_len, run.ranks.device)
+
+
+def try_passes(model: Model, plan: BatchPlan, run: Run) -> None:
+    """Passes of every shape on made-up tokens, without a collective: a rank may fail here alone."""
+    try:
+        for _ in range(min(2, plan.micro_steps)):  # the second meets the gradients of the first
+            model(*made_up_batch(plan.micro_batch, run)).backward()
+        with torch.no_grad():
+            for sequences in plan.val_batches:
+                model(*made_up_batch(sequences, run))
+    finally:
+        run.model.zero_grad()
+
+
+def warm_up(model: Model, run: Run, forward_backward: ForwardBackward, is_compiled: bool = False) -> None:
+    """Run every shape once on made-up tokens (compilers, allocators, first collectives), then undo it all."""
+    before, plan = copy.deepcopy(run.state_dict()), run.plan
+    try:
+        if model is not run.model:
+            # Compiled code is made for each shape anew; an eager forward pass is the same for all.
+            sizes = (plan.micro_batch, plan.val_batches) if is_compiled else (min(2, plan.micro_batch), ())
+            attempt(run.ranks, lambda: check_numbers(model, run, *sizes))
+        for _ in range(WARMUP_STEPS):
+            forward_backward(run, model, *made_up_batch(plan.micro_steps * plan.micro_batch, run))
+            run.gradients.finish()
+            for optimizer in run.optimizers:
+                optimizer.step()
+            run.model.zero_grad()
+        run.timeline.mark("warm_up", 0)  # compiling for validation may take as long again
+        with torch.no_grad():
+            for sequences in plan.val_batches:
+                model(*made_up_batch(sequences, run))
+    finally:
+        run.model.zero_grad()
+        run.load_state_dict(before)
+    if digest(run.state_dict()) != digest(before):
+        raise RuntimeError("warm-up left a trace in weights, optimizer state, RNG or loader")
+
+
+# By how much, relatively, rounding may make a parameter's two gradients differ, and the two losses; by the activations'
+# dtype. In bfloat16 rounding makes some per cent at random weights, and more where these or attention logits are large.
+MAX_GRADIENT_ERROR = {"float32": 0.01, "bfloat16": 0.25}
+MAX_LOSS_ERROR = {"float32": 1e-4, "bfloat16": 0.01}
+# What is added to weights for it. Biases are zero before training, and small ones could be forgotten unnoticed.
+RANDOM_STD, RANDOM_STD_OF_VECTORS = 0.01, 0.5
+
+
+def check_numbers(model: Model, run: Run, micro_batch: int, val_batches: Iterable[int]) -> None:
+    """Raise WrongNumbers where what is called for the model gives other losses or gradients than the model.
+
+    torch 2.11's compiler, for one, lost the gradient of queries and keys without a word. Makes all weights random, for
+    those that are zero would hide the gradients of others, and leaves them so. The model itself takes a batch in
+    eighths, since it keeps more for its backward pass; where even so it runs out of memory, nothing is checked.
+    """
+    generator = torch.Generator(run.ranks.device).manual_seed(0)
+    with torch.no_grad():
+        for p in run.model.parameters():
+            std = RANDOM_STD if p.ndim > 1 else RANDOM_STD_OF_VECTORS
+            p.add_(torch.randn(p.shape, generator=generator, device=p.device), alpha=std)
+    try:
+        compare(model, run, micro_batch, val_batches)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    finally:
+        run.model.zero_grad()
+
+
+def compare(model: Model, run: Run, micro_batch: int, val_batches: Iterable[int]) -> None:
+    """check_numbers() at the weights that the model has. Leaves gradients behind."""
+    params, dtype = dict(run.model.named_parameters()), run.config.model.activation_dtype
+    inputs, targets = made_up_batch(micro_batch, run)
+    loss = model(inputs, targets)
+    loss.backward()
+    for p in params.values():
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    norms = torch.stack(torch._foreach_norm([p.grad for p in params.values()]))
+    expected = torch.zeros_like(loss)
+    part = max(1, len(inputs) // 8)
+    for some_inputs, some_targets in zip(inputs.split(part), targets.split(part), strict=True):
+        some = run.model(some_inputs, some_targets)
+        (-some).backward()  # what is left is the difference
+        expected += some.detach()
+    check_loss(loss, expected, dtype)
+    differences = torch.stack(torch._foreach_norm([p.grad for p in params.values()]))
+    errors = (differences / norms.clamp(min=torch.finfo(norms.dtype).tiny)).nan_to_num(nan=torch.inf)
+    worst = errors.argmax().item()
+    if not errors[worst] <= MAX_GRADIENT_ERROR[dtype]:
+        raise WrongNumbers(f"it gives another gradient of {list(params)[worst]} than the model itself")
+    with torch.no_grad():
+        for sequences in val_batches:
+            inputs, targets = made_up_batch(sequences, run)
+            parts = zip(inputs.split(part), targets.split(part), strict=True)
+            check_loss(model(inputs, targets), sum(run.model(*some) for some in parts), dtype)
+
+
+def check_loss(found: Tensor, expected: Tensor, dtype: str) -> None:
+    if not (found - expected).abs() <= MAX_LOSS_ERROR[dtype] * expected.abs():
+        raise WrongNumbers(f"it has a loss of {found.item():g}, the model itself of {expected.item():g}")
