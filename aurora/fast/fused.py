@@ -8,9 +8,7 @@ in the dtype of x. Gradients of biases and gains come as float32 sums over block
 """
 
 import contextlib
-import functools
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,7 +17,6 @@ from torch import Tensor
 
 from aurora.config import Config
 from aurora.fast.functions import LOG2_E, soft_cap
-from aurora.optim import passes
 from aurora.trainer.ranks import is_out_of_memory
 
 is_on = False  # for all models of this process; see choose_kernels()
@@ -311,10 +308,17 @@ def takes(x_BTD: Tensor) -> bool:
     return is_on and x_BTD.shape[:-1].numel() % SUM_ROWS == 0
 
 
-turned_off = functools.partial(passes.turned_off, sys.modules[__name__])
+@contextlib.contextmanager
+def turned_off() -> Iterator[None]:
+    """The model of torch alone, in all threads."""
+    global is_on
+    before, is_on = is_on, False
+    try:
+        yield
+    finally:
+        is_on = before
 
 
 def kernels_of(device: torch.device) -> str:
-    """Whose kernels the model has, and an optimizer's step where it has others, for the record."""
-    model, optimizer = "triton" if is_on else "torch", passes.kernels_of(device)
-    return model if model == optimizer else f"{model}, optimizer {optimizer}"
+    """Whose kernels the model has, for the record."""
+    return "triton" if is_on else "torch"
