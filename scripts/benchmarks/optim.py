@@ -43,7 +43,7 @@ def make_contenders(args: argparse.Namespace, shapes: list[torch.Size]) -> dict[
     ours = dict(lr=1e-4, weight_decay=0.01, polar_dtype=args.polar_dtype)
     theirs = dict(lr=1e-4, weight_decay=0.01)
     contenders: dict[str, torch.optim.Optimizer] = {
-        label: aurora.RULES[rule](params, polar_schedule=args.schedule, **hparams, **ours)
+        label: aurora.find_rule(rule)(params, polar_schedule=args.schedule, **hparams, **ours)
         for label, (rule, hparams) in CONTENDERS.items()
         if label in args.rules
     }
@@ -180,7 +180,7 @@ def replay(label: str, streams: dict[str, list[torch.Tensor]], args: argparse.Na
     found: list[dict[str, float]] = []
     for stream in streams.values():
         p = torch.nn.Parameter(torch.zeros(stream[0].shape))
-        optimizer = aurora.RULES[rule](
+        optimizer = aurora.find_rule(rule)(
             [p], lr=1.0, polar_schedule=args.schedule, polar_dtype=args.polar_dtype, **hparams
         )
         (group,) = optimizer.param_groups
