@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from aurora.optim import *  # noqa: F403
     from aurora.optim.polar import polar as polar
 
-__all__ = [*optim.__all__, "polar"]
+__all__ = ["polar", *optim.__all__]
 
 
 def __getattr__(name: str) -> Any:

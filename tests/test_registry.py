@@ -53,6 +53,15 @@ def test_hparam_types_name_what_the_constructor_takes(name):
     assert ("balance_steps" in types) == (name == "aurora")
 
 
+def test_a_constructor_must_state_types(copied):
+    package, folder = copied
+    (folder / "untyped.py").write_text(
+        "from .muon import Muon\nclass Untyped(Muon):\n    def __init__(self, params, lr, beta=0.9): pass\n"
+    )
+    with pytest.raises(ValueError, match="Untyped.__init__ must say which type lr has"):
+        package.hparam_types("untyped")
+
+
 def test_build_refuses_unknown_names_and_roles():
     with pytest.raises(ValueError, match="there is no aurora/optim/sgd.py"):
         aurora.build("sgd", params(), HPARAMS)
@@ -213,8 +222,8 @@ def test_importing_aurora_imports_no_torch_and_naming_a_rule_no_other_rule():
 def test_public_names_are_there_and_type_checkers_see_them():
     tree = ast.parse((ROOT / "aurora" / "optim" / "__init__.py").read_text())
     (block,) = (node for node in tree.body if isinstance(node, ast.If))
-    seen = {alias.asname: node.module for node in block.body for alias in node.names}
-    assert seen == aurora.optim._MODULE_OF
+    seen = {alias.name: node.module for node in block.body for alias in node.names}
+    assert seen == aurora.optim._MODULE_OF and aurora.optim.__all__ == sorted(seen)
     for package in (aurora, aurora.optim):
         assert all(hasattr(package, name) for name in package.__all__)
         with pytest.raises(AttributeError, match=f"module '{package.__name__}' has no attribute 'Muom'"):

@@ -10,25 +10,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .adamw import AdamW as AdamW
-    from .aurora import VARIANTS as VARIANTS
-    from .aurora import Aurora as Aurora
-    from .base import MatrixOptimizer as MatrixOptimizer
-    from .muon import Muon as Muon
-    from .normuon import NorMuon as NorMuon
-    from .params import Param as Param
-    from .params import Role as Role
-    from .params import check_exact_cover as check_exact_cover
-    from .polar import SCHEDULES as SCHEDULES
-    from .polar import PolarSchedule as PolarSchedule
-    from .polar import compute_dtype as compute_dtype
-    from .registry import REQUIRED_HPARAMS as REQUIRED_HPARAMS
-    from .registry import build as build
-    from .registry import find_rule as find_rule
-    from .registry import hparam_types as hparam_types
-    from .riemannian_aurora import RiemannianAurora as RiemannianAurora
-    from .unormuon import UNorMuon as UNorMuon
+    from .adamw import AdamW
+    from .aurora import VARIANTS, Aurora
+    from .base import MatrixOptimizer
+    from .muon import Muon
+    from .normuon import NorMuon
+    from .params import Param, Role, check_exact_cover
+    from .polar import SCHEDULES, PolarSchedule, compute_dtype
+    from .registry import REQUIRED_HPARAMS, build, find_rule, hparam_types
+    from .riemannian_aurora import RiemannianAurora
+    from .unormuon import UNorMuon
 
+__all__ = [
+    "AdamW", "Aurora", "MatrixOptimizer", "Muon", "NorMuon", "Param", "PolarSchedule", "REQUIRED_HPARAMS",
+    "RiemannianAurora", "Role", "SCHEDULES", "UNorMuon", "VARIANTS", "build", "check_exact_cover", "compute_dtype",
+    "find_rule", "hparam_types",
+]  # fmt: skip
 _MODULE_OF = {
     "AdamW": "adamw",
     "Aurora": "aurora",
@@ -49,7 +46,6 @@ _MODULE_OF = {
     "find_rule": "registry",
     "hparam_types": "registry",
 }
-__all__ = [*_MODULE_OF]
 
 
 def __getattr__(name: str) -> Any:

@@ -41,8 +41,8 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
         momentum: decay of the exponential average of gradients, in [0, 1).
         nesterov: look ahead by mixing the gradient into the buffer once more.
         aspect_scale: multiply tall updates by sqrt(M/N).
-        polar_schedule: a name in aurora.SCHEDULES.
-        polar_dtype: "auto", "float32" or "bfloat16"; see compute_dtype() in aurora/optim/polar.py.
+        polar_schedule: a name in SCHEDULES.
+        polar_dtype: "auto", "float32" or "bfloat16"; see compute_dtype().
         rule_hparams: for subclasses: the hyper-parameters that the rule adds.
 
     Raises:

@@ -105,7 +105,11 @@ def build(name: str, params: Sequence[Param], hparams: dict[str, Any]) -> list[t
 
 def hparam_types(name: str) -> dict[str, Any]:
     """Name and type of every hyper-parameter that build() takes for this rule: AuxHparams' first, all of them needed,
-    then the rule's own, of which only lr is."""
+    then the rule's own, of which only lr is.
+
+    Raises:
+        ValueError: no such rule, or its constructor has an argument without a type.
+    """
     constructors = [cls.__init__ for cls in find_rule(name).__mro__ if "__init__" in vars(cls)]
     types: dict[str, Any] = get_type_hints(AuxHparams)
     for constructor in constructors:
@@ -113,6 +117,8 @@ def hparam_types(name: str) -> dict[str, Any]:
         hints = get_type_hints(constructor)
         for parameter in parameters:
             if parameter.name not in ("self", "params", "rule_hparams") and parameter.kind != parameter.VAR_KEYWORD:
+                if parameter.name not in hints:
+                    raise ValueError(f"{constructor.__qualname__} must say which type {parameter.name} has")
                 types.setdefault(parameter.name, hints[parameter.name])
         if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters):
             break

@@ -14,10 +14,9 @@ def checked_hparams(config: Config) -> dict[str, Any]:
     """The optimizer's table, with keys and types checked against its signature."""
     name = config.optimizer
     try:
-        aurora.find_rule(name)
+        types = aurora.hparam_types(name)
     except ValueError as error:
         raise HarnessError(Exit.CONFIG, f"[optimizer.{name}]: {error}") from error
-    types = aurora.hparam_types(name)
     optional = set(types) - set(aurora.REQUIRED_HPARAMS)
     return typed_table(config.hparams, types, f"optimizer.{name}", optional)
 
