@@ -10,8 +10,6 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 
 from aurora.fast import fused, kernels
-from aurora.optim import kernels as optimizer_kernels
-from aurora.optim import passes
 
 T, H, K, D, C, V, CAP = 128, 2, 32, 128, 384, 1100, 15.0
 
@@ -49,7 +47,3 @@ for dtype, B in ((torch.float32, 2), (torch.bfloat16, 1)):  # the latter for rou
     z, bias, targets = random(M, V, dtype=dtype), random(V, dtype=dtype), torch.arange(M) % V
     check("log_sums", z, bias, CAP)
     check("loss_gradient", z, bias, targets, random(M) + 12, torch.tensor(0.37), CAP)
-
-optimizer_kernels.on_device = lambda device, addresses: torch.tensor(addresses)
-passes.check(optimizer_kernels, torch.device("cpu"), half)
-print("optimizer ok")

@@ -84,7 +84,7 @@ def test_table_of_a_rule_that_does_not_exist_is_refused(tiny_track, tmp_path, ca
     config = tmp_path / "c.toml"
     config.write_text(tiny_track.read_text().replace("[optimizer.muon]", "[optimizer.moon]"))
     assert train_here(config, tmp_path, "--optimizer", "moon") == Exit.CONFIG
-    assert "[optimizer.moon]: no such rule" in capsys.readouterr().err
+    assert "[optimizer.moon]: there is no aurora/optim/moon.py" in capsys.readouterr().err
 
 
 def test_a_setting_of_another_rule_is_said_to_change_nothing(tiny_track, tmp_path, capsys):

@@ -101,3 +101,16 @@ def test_polar_leaves_its_input_alone():
     before = X.clone()
     polar(X, SCHEDULES["polar_express5"])
     assert torch.equal(X, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["polar_express5", "quintic12"])
+def test_a_matrix_that_lies_turned_in_memory_is_worked_on_as_it_lies(name, dtype):
+    X = torch.randn(2, 128, 384, generator=torch.Generator().manual_seed(0))
+    scale = torch.rand(2, 1, 384) / 300
+    keep = lambda V: V * 0.9  # noqa: E731
+    for options in ({}, {"row_scale_KM1": scale.mT, "interlude": keep}):
+        found = polar(X.mT, SCHEDULES[name], dtype, **options)
+        assert found.mT.is_contiguous() and not found.is_contiguous()
+        expected = polar(X.mT.contiguous(), SCHEDULES[name], dtype, **options)
+        assert (found - expected).float().norm() <= 4 * torch.finfo(dtype).eps ** 0.75 * expected.float().norm()

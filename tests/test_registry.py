@@ -1,13 +1,18 @@
 """One flag, one table, every parameter in exactly one group."""
 
+import ast
+import importlib
 import re
+import shutil
+import sys
 
 import pytest
 import torch
 
 import aurora
 from aurora import Param
-from tests.conftest import OPTIMIZERS, ROOT, losses, tiny_table, train_here
+from aurora.errors import Exit
+from tests.conftest import OPTIMIZERS, ROOT, events, losses, start_process, tiny_table, train_here
 
 HPARAMS = dict(
     lr=0.02, embed_lr=0.3, head_lr=0.004, vector_lr=0.01, aux_betas=(0.8, 0.95), aux_eps=1e-10, aux_weight_decay=0.1
@@ -19,8 +24,10 @@ def params():
     return [Param(f"{role}.weight", torch.nn.Parameter(torch.ones(shape)), role) for role, shape in shapes.items()]
 
 
-def test_the_test_optimizers_are_all_rules():
-    assert list(aurora.RULES) == OPTIMIZERS
+def test_the_rules_of_the_tests_are_all_that_have_a_public_name():
+    public = (getattr(aurora, name) for name in aurora.__all__)
+    classes = {value for value in public if isinstance(value, type) and issubclass(value, torch.optim.Optimizer)}
+    assert {aurora.find_rule(name) for name in OPTIMIZERS} == classes - {aurora.MatrixOptimizer}
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -46,8 +53,17 @@ def test_hparam_types_name_what_the_constructor_takes(name):
     assert ("balance_steps" in types) == (name == "aurora")
 
 
+def test_a_constructor_must_state_types(copied):
+    package, folder = copied
+    (folder / "untyped.py").write_text(
+        "from .muon import Muon\nclass Untyped(Muon):\n    def __init__(self, params, lr, beta=0.9): pass\n"
+    )
+    with pytest.raises(ValueError, match="Untyped.__init__ must say which type lr has"):
+        package.hparam_types("untyped")
+
+
 def test_build_refuses_unknown_names_and_roles():
-    with pytest.raises(ValueError, match="unknown optimizer 'sgd'.*adamw, muon"):
+    with pytest.raises(ValueError, match="there is no aurora/optim/sgd.py"):
         aurora.build("sgd", params(), HPARAMS)
     with pytest.raises(ValueError, match="gate.weight has role 'gate'"):
         aurora.build("muon", [*params(), Param("gate.weight", torch.nn.Parameter(torch.ones(2)), "gate")], HPARAMS)
@@ -67,13 +83,148 @@ def test_exact_cover_names_missing_and_doubled_parameters():
         aurora.check_exact_cover(everything[1:], optimizers)
 
 
-def test_rule_of_the_readme_trains(tiny_track, tmp_path, monkeypatch):
-    code = re.search(r"```python\n(# aurora/signum.py\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
-    names = {}
-    exec(code, names)
-    monkeypatch.setitem(aurora.RULES, "signum", names["Signum"])
-    config = tmp_path / "mine.toml"
+def rule_of(document):
+    return re.search(r"```python\n(# aurora/optim/signum.py\n.*?)```", (ROOT / document).read_text(), re.DOTALL)[1]
+
+
+def test_rule_of_the_readme_trains_once_it_is_in_its_place(tiny_track, tmp_path):
+    shutil.copy(ROOT / "train_gpt.py", tmp_path)
+    shutil.copytree(ROOT / "aurora", tmp_path / "aurora")
+    (tmp_path / "aurora" / "optim" / "signum.py").write_text(rule_of("README.md"))
+    config, out = tmp_path / "mine.toml", tmp_path / "out"
     config.write_text(tiny_track.read_text() + tiny_table("signum"))
-    assert train_here(config, tmp_path, "--optimizer", "signum", "--set", "optimizer.signum.lr=0.001") == 0
-    (_, first), *_, (_, last) = losses(tmp_path)
+    arguments = ["--config", config, "--optimizer", "signum", "--set", "optimizer.signum.lr=0.001", "--out", out]
+    process = start_process("train_gpt.py", *arguments, cwd=tmp_path, env={"PYTHONPATH": ""})
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    (_, first), *_, (_, last) = losses(out)
     assert last < first - 0.1
+    sources = events(out)[0]["sources"]
+    assert sources["aurora/optim/signum.py"] == rule_of("README.md") == rule_of("aurora/optim/README.md")
+    assert "aurora/optim/muon.py" not in sources
+
+
+@pytest.fixture
+def copied(tmp_path, monkeypatch):
+    """The package under another name, and its folder."""
+    shutil.copytree(ROOT / "aurora" / "optim", tmp_path / "optim_copy")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module("optim_copy"), tmp_path / "optim_copy"
+    for name in [name for name in sys.modules if name.split(".")[0] == "optim_copy"]:
+        del sys.modules[name]
+
+
+TWO_RULES = """
+from .muon import Muon
+from .base import MatrixOptimizer
+class A(Muon): pass
+class Unfinished(MatrixOptimizer): pass
+class B(Muon): pass
+"""
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("nonsense", "there is no optim_copy/nonsense.py; a rule is a file there that defines one torch.optim"),
+        ("mouon", "there is no optim_copy/mouon.py; did you mean muon?"),
+        ("Muon", "there is no optim_copy/Muon.py; did you mean muon?"),
+        ("../muon", "there is no optim_copy/../muon.py"),
+        ("__init__", "there is no optim_copy/__init__.py"),
+        ("base", "optim_copy/base.py must define one torch.optim.Optimizer, but defines none"),
+        ("two", "optim_copy/two.py must define one torch.optim.Optimizer, but defines A, B"),
+    ],
+)
+def test_what_is_no_rule_is_refused_by_name(name, message, copied):
+    package, folder = copied
+    (folder / "two.py").write_text(TWO_RULES)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        package.find_rule(name)
+
+
+def test_a_table_without_a_rule_ends_with_one_line(tiny_track, tmp_path, capsys):
+    config = tmp_path / "mine.toml"
+    config.write_text(tiny_track.read_text() + tiny_table("mouon"))
+    assert train_here(config, tmp_path, "--optimizer", "mouon") == Exit.CONFIG
+    message = "[optimizer.mouon]: there is no aurora/optim/mouon.py; did you mean muon?\n"
+    assert capsys.readouterr().err.endswith(message)
+
+
+OTHER_NAME = """
+import sys
+import torch
+from aurora_optim import Aurora, build, find_rule, hparam_types
+layer = torch.nn.Linear(4, 8, bias=False)
+x, y = torch.randn(64, 4), torch.randn(64, 8)
+optimizer, losses = Aurora(layer.parameters(), lr=0.02), []
+for _ in range(20):
+    loss = (layer(x) - y).square().mean()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    losses.append(loss.item())
+assert losses[-1] < losses[0], losses
+assert find_rule("aurora") is Aurora and hparam_types("aurora")["variant"] is str
+assert "aurora" not in sys.modules
+"""
+
+
+def run_code(code, folder):
+    process = start_process("-c", code, cwd=folder, env={"PYTHONPATH": str(folder)})
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 0, error
+
+
+def test_the_folder_trains_under_another_name(tmp_path):
+    shutil.copytree(ROOT / "aurora" / "optim", tmp_path / "aurora_optim")
+    run_code(OTHER_NAME, tmp_path)
+
+
+LAZY = """
+import importlib, sys
+
+def forget():
+    for name in [name for name in sys.modules if name.split(".")[0] == "aurora"]:
+        del sys.modules[name]
+
+import aurora, aurora.optim
+assert "torch" not in sys.modules
+assert {"Aurora", "polar", "find_rule"} <= set(dir(aurora))
+
+finds = {"registry", "params"}
+matrix = finds | {"base", "polar", "sharding"}
+needed = {"adamw": finds, "muon": matrix, "normuon": matrix | {"rows"}, "unormuon": matrix | {"rows", "normuon"},
+          "aurora": matrix | {"rows"}, "riemannian_aurora": matrix | {"rows"}}
+for rule, modules in needed.items():
+    forget()
+    import aurora
+    aurora.find_rule(rule)
+    loaded = {name.split(".")[2] for name in sys.modules if name.startswith("aurora.optim.")}
+    assert loaded == modules | {rule}, (rule, loaded)
+
+for first in ("optim", "optim.aurora", "optim.polar", "optim.riemannian_aurora", "optim.registry"):
+    forget()
+    importlib.import_module(f"aurora.{first}")
+    import aurora
+    for _ in range(2):
+        from aurora import Aurora, polar
+        from aurora.optim import Aurora as same
+        assert Aurora is same is aurora.Aurora is aurora.optim.Aurora is sys.modules["aurora.optim.aurora"].Aurora
+        assert polar is aurora.polar is sys.modules["aurora.optim.polar"].polar
+        assert aurora.optim.polar is sys.modules["aurora.optim.polar"]
+"""
+
+
+def test_importing_aurora_imports_no_torch_and_naming_a_rule_no_other_rule():
+    run_code(LAZY, ROOT)
+
+
+def test_public_names_are_there_and_type_checkers_see_them():
+    tree = ast.parse((ROOT / "aurora" / "optim" / "__init__.py").read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {alias.name: node.module for node in block.body for alias in node.names}
+    assert seen == aurora.optim._MODULE_OF and aurora.optim.__all__ == sorted(seen)
+    for package in (aurora, aurora.optim):
+        assert all(hasattr(package, name) for name in package.__all__)
+        with pytest.raises(AttributeError, match=f"module '{package.__name__}' has no attribute 'Muom'"):
+            package.Muom  # noqa: B018

@@ -11,7 +11,7 @@ from aurora.optim.polar import FINISH, FINISH_ERROR, INTERLUDE_GROWTH, SCHEDULES
 from tests import reference
 
 RULES = {
-    **{name: (aurora.RULES[name], {}) for name in ("muon", "normuon", "unormuon")},
+    **{name: (aurora.find_rule(name), {}) for name in ("muon", "normuon", "unormuon")},
     **{f"aurora {variant}": (aurora.Aurora, {"variant": variant}) for variant in aurora.VARIANTS},
     # Enough conjugate gradient steps to solve for the multipliers.
     "riemannian_aurora": (aurora.RiemannianAurora, {"cg_steps": 60}),

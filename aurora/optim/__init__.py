@@ -1,0 +1,58 @@
+"""AdamW, Muon, NorMuon, U-NorMuon and Aurora behind one vocabulary. Needs torch and nothing else.
+
+A name's module is imported when the name is asked for, so that importing this package is cheap and imports no torch.
+The function polar() is in the module polar: here that name means the module.
+
+Shape legend of this package: K stacked matrices, M rows (fan-out), N columns (fan-in).
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .adamw import AdamW
+    from .aurora import VARIANTS, Aurora
+    from .base import MatrixOptimizer
+    from .muon import Muon
+    from .normuon import NorMuon
+    from .params import Param, Role, check_exact_cover
+    from .polar import SCHEDULES, PolarSchedule, compute_dtype
+    from .registry import REQUIRED_HPARAMS, build, find_rule, hparam_types
+    from .riemannian_aurora import RiemannianAurora
+    from .unormuon import UNorMuon
+
+__all__ = [
+    "AdamW", "Aurora", "MatrixOptimizer", "Muon", "NorMuon", "Param", "PolarSchedule", "REQUIRED_HPARAMS",
+    "RiemannianAurora", "Role", "SCHEDULES", "UNorMuon", "VARIANTS", "build", "check_exact_cover", "compute_dtype",
+    "find_rule", "hparam_types",
+]  # fmt: skip
+_MODULE_OF = {
+    "AdamW": "adamw",
+    "Aurora": "aurora",
+    "MatrixOptimizer": "base",
+    "Muon": "muon",
+    "NorMuon": "normuon",
+    "Param": "params",
+    "PolarSchedule": "polar",
+    "REQUIRED_HPARAMS": "registry",
+    "RiemannianAurora": "riemannian_aurora",
+    "Role": "params",
+    "SCHEDULES": "polar",
+    "UNorMuon": "unormuon",
+    "VARIANTS": "aurora",
+    "build": "registry",
+    "check_exact_cover": "params",
+    "compute_dtype": "polar",
+    "find_rule": "registry",
+    "hparam_types": "registry",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -6,20 +6,23 @@ from typing import Any
 import torch
 
 
-def adamw(
-    params: Iterable[Any],
-    lr: float,
-    weight_decay: float = 0.0,
-    betas: tuple[float, float] = (0.9, 0.95),
-    eps: float = 1e-8,
-) -> torch.optim.AdamW:
+class AdamW(torch.optim.AdamW):
     """torch.optim.AdamW, fused on CUDA and CPU. lr is about the RMS of a step's change per weight.
 
     eps is compared with the gradient's size, so it depends on the loss: for a mean over T tokens use 1/T of the value
     that suits a sum.
     """
-    params = list(params)
-    tensors = [p for entry in params for p in (entry["params"] if isinstance(entry, dict) else [entry])]
-    tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in tensors]
-    is_fused = all(p.device.type in ("cuda", "cpu") and p.is_floating_point() for p in tensors)
-    return torch.optim.AdamW(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=is_fused)
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+    ):
+        params = list(params)
+        tensors = [p for entry in params for p in (entry["params"] if isinstance(entry, dict) else [entry])]
+        tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in tensors]
+        is_fused = all(p.device.type in ("cuda", "cpu") and p.is_floating_point() for p in tensors)
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=is_fused)

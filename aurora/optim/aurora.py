@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aurora.optim.base import MatrixOptimizer, check_hparam
-from aurora.optim.passes import MIN_ROW_NORM, evening_factors, row_norms
-from aurora.optim.polar import INTERLUDE_GROWTH, REFINEMENT, SCHEDULES, TINY_NORM, quintic_step, rounding
+from .base import MatrixOptimizer, check_hparam
+from .polar import INTERLUDE_GROWTH, REFINEMENT, SCHEDULES, TINY_NORM, quintic_step, rounding
+from .rows import MIN_ROW_NORM, evening_factors, row_norms
 
 VARIANTS = ("folded", "warm", "refined", "iterated")
 
@@ -89,7 +89,7 @@ class Aurora(MatrixOptimizer):
         corrections = []
 
         def correction(V_KMN: Tensor, max_growth: float = math.inf, max_scale_error: float = 0.0) -> Tensor:
-            corrections.append(row_correction(V_KMN, max_scale_error).clamp(max=max_growth))
+            corrections.append(evening_factors(V_KMN, max_scale_error).clamp(max=max_growth))
             return corrections[-1]
 
         def balance(V_KMN: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class Aurora(MatrixOptimizer):
         weight_KM1 = torch.ones_like(X_KMN[..., :1])
         U_KMN = self._polar_of_rows(X_KMN, weight_KM1, group)
         for _ in range(group["balance_steps"] - 1):
-            weight_KM1 = weight_KM1 * row_correction(U_KMN) ** (2 * group["balance_power"])
+            weight_KM1 = weight_KM1 * evening_factors(U_KMN) ** (2 * group["balance_power"])
             U_KMN = self._polar_of_rows(X_KMN, weight_KM1, group)
         return U_KMN
 
@@ -126,8 +126,3 @@ class Aurora(MatrixOptimizer):
         total_K11 = torch.linalg.vector_norm(scale_KM1 * norm_KM1, dim=-2, keepdim=True)
         scale_KM1 = scale_KM1 / total_K11.clamp(min=MIN_ROW_NORM)
         return self.polar(X_KMN, group, row_scale_KM1=scale_KM1, interlude=interlude)
-
-
-def row_correction(U_KMN: Tensor, max_scale_error: float = 0.0) -> Tensor:
-    """(K, M, 1) float32 factors that give the rows of almost orthogonal (K, M, N) matrices, M >= N, one norm."""
-    return evening_factors(row_norms(U_KMN), U_KMN.size(-1), max_scale_error)

@@ -9,6 +9,7 @@ A rule is a subclass that overrides direction(), and new_state() if it remembers
 polar(X) has spectral norm 1, so lr is in units of spectral norm per step for the polar rules.
 """
 
+import abc
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -17,15 +18,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aurora.optim import passes
-from aurora.optim.polar import COMPUTE_DTYPES, SCHEDULES, compute_dtype, polar
-from aurora.optim.sharding import assign_owners, complete, gather_from_owners, polar_cost, sum_to_owners
+from .polar import COMPUTE_DTYPES, SCHEDULES, compute_dtype, polar
+from .sharding import assign_owners, complete, gather_from_owners, polar_cost, sum_to_owners
 
 # On a CPU a stack larger than the caches is slower than its parts one by one.
 CPU_STACK_ELEMENTS = 2**21
 
 
-class MatrixOptimizer(torch.optim.Optimizer):
+class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
     """Base of the rules that update whole matrices. Works alone, under DDP, or sharding its work over a process group.
 
     If torch.distributed is initialised when the optimizer is built, every matrix gets one owner rank. step() reads
@@ -41,8 +41,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         momentum: decay of the exponential average of gradients, in [0, 1).
         nesterov: look ahead by mixing the gradient into the buffer once more.
         aspect_scale: multiply tall updates by sqrt(M/N).
-        polar_schedule: a name in aurora.SCHEDULES.
-        polar_dtype: "auto", "float32" or "bfloat16"; see compute_dtype() in aurora/optim/polar.py.
+        polar_schedule: a name in SCHEDULES.
+        polar_dtype: "auto", "float32" or "bfloat16"; see compute_dtype().
         rule_hparams: for subclasses: the hyper-parameters that the rule adds.
 
     Raises:
@@ -80,6 +80,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     # ---- what a rule overrides ----
 
+    @abc.abstractmethod
     def direction(self, X_KMN: Tensor, states: list[dict[str, Any]], group: dict[str, Any]) -> Tensor:
         """The update direction of a stack of same-shape matrices, before scale and lr.
 
@@ -91,7 +92,6 @@ class MatrixOptimizer(torch.optim.Optimizer):
         Returns:
             (K, M, N), float32 or the dtype of the polar factor.
         """
-        raise NotImplementedError(f"{type(self).__name__} must override direction()")
 
     def new_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """The state of a matrix before its first step. A rule that keeps more extends this."""
@@ -120,7 +120,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """Update every matrix that has a gradient. No host sync, but where the first tries kernels out.
+        """Update every matrix that has a gradient. No host sync.
 
         A non-finite gradient makes its matrix non-finite and sets found_non_finite, a 0-dim tensor on the device that
         stays set. To keep weights whole, check gradients before the step (the trainer does).
@@ -149,25 +149,30 @@ class MatrixOptimizer(torch.optim.Optimizer):
             if not state:
                 state.update(self.new_state(p, group))
         buffers = [state["momentum_buffer"] for state in states]
-        X_KMN = passes.advance(buffers, [p.grad for p in stack], group["momentum"], group["nesterov"])
+        torch._foreach_lerp_(buffers, [p.grad.float() for p in stack], _weights(1 - group["momentum"], stack))
+        X_KMN = torch.stack(self.lookahead(stack, group))
         O_KMN = self.direction(X_KMN, states, group)
 
         is_bad = ~torch.linalg.vector_norm(O_KMN).isfinite()
         self.found_non_finite.logical_or_(is_bad)  # in place: torch.compile before 2.13 lets a step set no attribute
         rows, columns = stack[0].shape
         step_size = group["lr"] * (math.sqrt(max(1.0, rows / columns)) if group["aspect_scale"] else 1.0)
-        decay = group["lr"] * group["weight_decay"] if group["weight_decay"] else 0.0
-        passes.subtract(stack, O_KMN, step_size, decay)
+        if group["weight_decay"]:
+            torch._foreach_mul_(stack, 1 - group["lr"] * group["weight_decay"])
+        if isinstance(step_size, Tensor):  # which alpha may not be
+            O_KMN, step_size = O_KMN.float() * step_size, 1
+        O_KMN = O_KMN.to(torch.promote_types(O_KMN.dtype, stack[0].dtype))  # of one dtype it is one launch on CUDA
+        torch._foreach_sub_(stack, list(O_KMN.unbind()), alpha=step_size)
 
     def lookahead(self, stack: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
         """What direction() sees of these parameters of one group: (M, N) float32 each, not to be changed.
 
-        Between step() and the next zero_grad() it gives what the step has used, up to a kernel's rounding.
+        Between step() and the next zero_grad() it gives what the step has used.
         """
         buffers = [self.state[p]["momentum_buffer"] for p in stack]
         if not group["nesterov"]:
             return buffers
-        return passes.lookahead(buffers, [p.grad for p in stack], group["momentum"])
+        return torch._foreach_lerp([p.grad.float() for p in stack], buffers, _weights(group["momentum"], stack))
 
     # ---- sharding over ranks ----
 
@@ -305,6 +310,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
             if self._owners[p] == self._rank:
                 self.state[p] = {key: value.to(p.device, copy=True) for key, value in state.items()}
         self.found_non_finite.zero_()
+
+
+def _weights(weight: float | Tensor, stack: list[Tensor]) -> float | list[Tensor]:
+    """The weight as foreach_lerp takes it for this stack."""
+    return [weight] * len(stack) if isinstance(weight, Tensor) else weight
 
 
 def group_by(params: Iterable[Tensor], key: Callable[[Tensor], Any]) -> list[list[Tensor]]:

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from aurora.optim.base import MatrixOptimizer
+from .base import MatrixOptimizer
 
 
 class Muon(MatrixOptimizer):

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aurora.optim.base import MatrixOptimizer, check_hparam
-from aurora.optim.passes import row_norms
+from .base import MatrixOptimizer, check_hparam
+from .rows import row_norms
 
 
 class NorMuon(MatrixOptimizer):

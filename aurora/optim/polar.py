@@ -13,8 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from aurora.optim.passes import gram, symmetric_product
-
 # Below this Frobenius norm a matrix counts as zero: its polar factor fades to zero instead of dividing by nothing.
 TINY_NORM = 1e-20
 
@@ -203,6 +201,12 @@ def _scaled(X: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(X, scale, out=X.new_empty(X.shape, dtype=dtype))  # one pass
 
 
+def _gram(X: Tensor) -> Tensor:
+    """The Gram matrices of the short side."""
+    X = X.mT if X.size(-2) > X.size(-1) else X
+    return torch.bmm(X, X.mT)
+
+
 def _apply(X: Tensor, steps: Sequence[tuple[float, float, float]]) -> Tensor:
     is_oblong = max(X.shape[-2:]) >= MIN_GRAM_ASPECT * min(X.shape[-2:])
     num_paired = len(steps) // 2 * 2 if is_oblong else 0
@@ -218,8 +222,8 @@ def quintic_step(X: Tensor, coefficients: tuple[float, float, float]) -> Tensor:
     if is_turned(X):
         return quintic_step(X.mT, coefficients).mT
     a, b, c = coefficients
-    R = gram(X)
-    quartic = symmetric_product(R, R, c, plus=R, beta=b)
+    R = _gram(X)
+    quartic = torch.baddbmm(R, R, R, beta=b, alpha=c)
     return torch.baddbmm(X, X, quartic, beta=a) if X.size(-2) > X.size(-1) else torch.baddbmm(X, quartic, X, beta=a)
 
 
@@ -228,19 +232,24 @@ def _two_steps(X: Tensor, first: tuple[float, float, float], second: tuple[float
 
     The idea of https://dao-lab.ai/blog/2026/gram-newton-schulz, which goes on so for up to three steps. After two the
     Gram matrix is taken anew, since in bfloat16 small singular values drown in its rounding: with three steps
-    heavy-tailed spectra came out with singular values up to 2, with four far above. Q P is taken in full: with
-    one half for both they leave the bound that polar() states.
+    heavy-tailed spectra came out with singular values up to 2, with four far above.
     """
-    R = gram(X)
+    R = _gram(X)
     P = _factor(R, first)
-    Q = _factor(symmetric_product(symmetric_product(P, R), P), second)
+    Q = _factor(torch.bmm(torch.bmm(P, R), P), second)
     return _times(X, torch.bmm(Q, P))
 
 
 def _factor(R: Tensor, coefficients: tuple[float, float, float]) -> Tensor:
     """a I + b R + c R^2, by which a step multiplies X."""
     a, b, c = coefficients
-    return symmetric_product(R, R, c, plus=R, beta=b, diagonal=a)
+    return torch.baddbmm(_add_to_diagonal(b * R, a), R, R, alpha=c)
+
+
+def _add_to_diagonal(R: Tensor, value: float) -> Tensor:
+    """R + value I, in place."""
+    R.diagonal(dim1=-2, dim2=-1).add_(value)
+    return R
 
 
 def _times(X: Tensor, factor: Tensor) -> Tensor:
@@ -256,11 +265,10 @@ def _times(X: Tensor, factor: Tensor) -> Tensor:
 def _finish(X: Tensor) -> Tensor:
     """The polynomial FINISH: X (c1 I + c3 R + R^2 (c5 I + c7 R + c9 R^2)) with R the Gram matrix of X."""
     c1, c3, c5, c7, c9 = FINISH
-    R = gram(X)
-    R_sq = symmetric_product(R, R)
-    inner = torch.add(c7 * R, R_sq, alpha=c9)
-    inner.diagonal(dim1=-2, dim2=-1).add_(c5)
-    return _times(X, symmetric_product(R_sq, inner, plus=R, beta=c3, diagonal=c1))
+    R = _gram(X)
+    R_sq = torch.bmm(R, R)
+    inner = _add_to_diagonal(torch.add(c7 * R, R_sq, alpha=c9), c5)
+    return _times(X, torch.baddbmm(_add_to_diagonal(c3 * R, c1), R_sq, inner))
 
 
 def _polar_svd(X_KMN: Tensor, min_singular_value: float) -> Tensor:

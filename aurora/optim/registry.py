@@ -1,28 +1,48 @@
-"""The one place where an optimizer's name is resolved: rule for the matrices, AdamW for everything else."""
+"""From the name of a rule to its class, and to the optimizers of a run: the rule, and AdamW for all but the matrices.
 
+A rule is one file of this folder that defines one optimizer. It is imported when it is named, not before.
+"""
+
+import difflib
+import importlib
 import inspect
-from collections.abc import Callable, Sequence
+import pkgutil
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
 
-from aurora.optim.adamw import adamw
-from aurora.optim.aurora import Aurora
-from aurora.optim.muon import Muon
-from aurora.optim.normuon import NorMuon
-from aurora.optim.params import ROLES, Param, check_exact_cover
-from aurora.optim.riemannian_aurora import RiemannianAurora
-from aurora.optim.unormuon import UNorMuon
+from .params import ROLES, Param, check_exact_cover
 
-RULES: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adamw": adamw,
-    "muon": Muon,
-    "normuon": NorMuon,
-    "unormuon": UNorMuon,
-    "aurora": Aurora,
-    "riemannian_aurora": RiemannianAurora,
-}
+
+def find_rule(name: str) -> type[torch.optim.Optimizer]:
+    """The optimizer class that NAME.py of this folder defines.
+
+    Raises:
+        ValueError: there is no such file, or it does not define exactly one torch.optim.Optimizer. Abstract classes,
+            as MatrixOptimizer is one, do not count.
+    """
+    file = f"{__package__.replace('.', '/')}/{name}.py"
+    names = [module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)])]
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {close[0]}?" if close else "a rule is a file there that defines one torch.optim.Optimizer"
+        raise ValueError(f"there is no {file}; {hint}")
+    module = importlib.import_module(f".{name}", __package__)
+    rules = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type)
+        and issubclass(value, torch.optim.Optimizer)
+        and value.__module__ == module.__name__
+        and not inspect.isabstract(value)
+    ]
+    if len(rules) != 1:
+        found = ", ".join(rule.__name__ for rule in rules) or "none"
+        raise ValueError(f"{file} must define one torch.optim.Optimizer, but defines {found}")
+    return rules[0]
 
 
 @dataclass(frozen=True)
@@ -44,7 +64,7 @@ def build(name: str, params: Sequence[Param], hparams: dict[str, Any]) -> list[t
     """The optimizers of a run: AdamW over embed, head and vector, and the named rule over the matrices.
 
     Args:
-        name: a key of RULES.
+        name: of the rule, see find_rule().
         params: every trainable parameter of the model, once, with its role.
         hparams: the fields of AuxHparams, all of them, and arguments of the rule's constructor; see hparam_types().
 
@@ -52,11 +72,10 @@ def build(name: str, params: Sequence[Param], hparams: dict[str, Any]) -> list[t
         [AdamW, rule]. Each group carries its role under "role" and its lr at full scale under "peak_lr".
 
     Raises:
-        ValueError: unknown name, value out of range, or a parameter not covered exactly once.
+        ValueError: no such rule, a value out of range, or a parameter not covered exactly once.
         KeyError, TypeError: a hyper-parameter that is missing or unknown.
     """
-    if name not in RULES:
-        raise ValueError(f"unknown optimizer {name!r}; known: {', '.join(RULES)}")
+    rule, adamw = find_rule(name), find_rule("adamw")
     rule_hparams = dict(hparams)
     aux = AuxHparams(**{field.name: rule_hparams.pop(field.name) for field in fields(AuxHparams)})
     by_role: dict[str, list[tuple[str, torch.nn.Parameter]]] = {role: [] for role in ROLES}
@@ -76,7 +95,7 @@ def build(name: str, params: Sequence[Param], hparams: dict[str, Any]) -> list[t
             adamw(aux_groups, lr=0.0, weight_decay=aux.aux_weight_decay, betas=aux.aux_betas, eps=aux.aux_eps)
         )
     if by_role["matrix"]:
-        optimizers.append(RULES[name]([dict(params=by_role["matrix"], role="matrix")], **rule_hparams))
+        optimizers.append(rule([dict(params=by_role["matrix"], role="matrix")], **rule_hparams))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
@@ -86,15 +105,20 @@ def build(name: str, params: Sequence[Param], hparams: dict[str, Any]) -> list[t
 
 def hparam_types(name: str) -> dict[str, Any]:
     """Name and type of every hyper-parameter that build() takes for this rule: AuxHparams' first, all of them needed,
-    then the rule's own, of which only lr is."""
-    rule = RULES[name]
-    constructors = [c.__init__ for c in rule.__mro__ if "__init__" in vars(c)] if inspect.isclass(rule) else [rule]
+    then the rule's own, of which only lr is.
+
+    Raises:
+        ValueError: no such rule, or its constructor has an argument without a type.
+    """
+    constructors = [cls.__init__ for cls in find_rule(name).__mro__ if "__init__" in vars(cls)]
     types: dict[str, Any] = get_type_hints(AuxHparams)
     for constructor in constructors:
         parameters = inspect.signature(constructor).parameters.values()
         hints = get_type_hints(constructor)
         for parameter in parameters:
             if parameter.name not in ("self", "params", "rule_hparams") and parameter.kind != parameter.VAR_KEYWORD:
+                if parameter.name not in hints:
+                    raise ValueError(f"{constructor.__qualname__} must say which type {parameter.name} has")
                 types.setdefault(parameter.name, hints[parameter.name])
         if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters):
             break

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aurora.optim.aurora import MIN_ROW_NORM, row_correction
-from aurora.optim.base import MatrixOptimizer, check_hparam
+from .base import MatrixOptimizer, check_hparam
+from .rows import MIN_ROW_NORM, evening_factors
 
 TINY = 1e-30
 # Where conjugate gradients in float32 end: the share of the residual that is left.
@@ -76,7 +76,7 @@ class RiemannianAurora(MatrixOptimizer):
         for _ in range(group["ascent_steps"]):
             U_KMN = U_KMN + group["ascent_lr"] * tangent_projection(X_KMN, U_KMN, group["cg_steps"])
             for _ in range(group["retraction_steps"]):
-                U_KMN = self.polar(row_correction(U_KMN) * U_KMN, group).float()
+                U_KMN = self.polar(evening_factors(U_KMN) * U_KMN, group).float()
         return U_KMN
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from aurora.optim.normuon import NorMuon
+from .normuon import NorMuon
 
 
 class UNorMuon(NorMuon):

@@ -13,9 +13,10 @@ from aurora.trainer.ranks import Ranks
 def checked_hparams(config: Config) -> dict[str, Any]:
     """The optimizer's table, with keys and types checked against its signature."""
     name = config.optimizer
-    if name not in aurora.RULES:
-        raise HarnessError(Exit.CONFIG, f"[optimizer.{name}]: no such rule; known: {', '.join(aurora.RULES)}")
-    types = aurora.hparam_types(name)
+    try:
+        types = aurora.hparam_types(name)
+    except ValueError as error:
+        raise HarnessError(Exit.CONFIG, f"[optimizer.{name}]: {error}") from error
     optional = set(types) - set(aurora.REQUIRED_HPARAMS)
     return typed_table(config.hparams, types, f"optimizer.{name}", optional)
 

@@ -15,7 +15,6 @@ import aurora
 import train_gpt
 from aurora.config import load_config
 from aurora.errors import Exit, HarnessError
-from aurora.optim import passes
 from aurora.trainer.clock import elapsed_ms, time_mark
 from aurora.trainer.ranks import keep_freed_memory
 from aurora.trainer.record import describe_machine
@@ -35,14 +34,6 @@ def track_shapes(path: Path) -> list[torch.Size]:
     return [param.tensor.shape for param in model.roles() if param.role == "matrix"]
 
 
-class MuonWithoutKernels(aurora.Muon):
-    """Muon by torch's formulas alone."""
-
-    def step(self) -> None:
-        with passes.turned_off():
-            super().step()
-
-
 def make_contenders(args: argparse.Namespace, shapes: list[torch.Size]) -> dict[str, torch.optim.Optimizer]:
     """Every rule, and torch's own AdamW and Muon, over the same parameters and gradients, each with its own state."""
     generator = torch.Generator().manual_seed(0)
@@ -52,12 +43,10 @@ def make_contenders(args: argparse.Namespace, shapes: list[torch.Size]) -> dict[
     ours = dict(lr=1e-4, weight_decay=0.01, polar_dtype=args.polar_dtype)
     theirs = dict(lr=1e-4, weight_decay=0.01)
     contenders: dict[str, torch.optim.Optimizer] = {
-        label: aurora.RULES[rule](params, polar_schedule=args.schedule, **hparams, **ours)
+        label: aurora.find_rule(rule)(params, polar_schedule=args.schedule, **hparams, **ours)
         for label, (rule, hparams) in CONTENDERS.items()
         if label in args.rules
     }
-    if args.device == "cuda":
-        contenders["muon without Triton kernels"] = MuonWithoutKernels(params, polar_schedule=args.schedule, **ours)
     # torch's Muon repeats one polynomial, in bfloat16.
     contenders["muon, ns5_jordan in bfloat16"] = aurora.Muon(
         params, polar_schedule="ns5_jordan", **ours | {"polar_dtype": "bfloat16"}
@@ -84,11 +73,11 @@ def time_ms(step: Callable[[], object], device: str) -> float:
 def time_contenders(
     contenders: dict[str, torch.optim.Optimizer], rounds: int, device: str
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Milliseconds of each whole step, round by round, in alternating order; and its full products' FLOPs."""
+    """Milliseconds of each whole step, round by round, in alternating order; and the FLOPs of its matmuls."""
     flops, times = {}, {label: [] for label in contenders}
     for label, optimizer in contenders.items():  # the untimed round
         optimizer.step()
-        with FlopCounterMode(display=False) as counter, passes.turned_off():  # it does not know Triton's
+        with FlopCounterMode(display=False) as counter:
             optimizer.step()
         flops[label] = counter.get_total_flops()
     for number in range(rounds):
@@ -99,14 +88,14 @@ def time_contenders(
 
 
 def polar_rates(args: argparse.Namespace, shapes: list[torch.Size]) -> list[dict]:
-    """Milliseconds and matmul TFLOP/s, of full products, of one polar factor of all matrices of each shape, stacked."""
+    """Milliseconds and matmul TFLOP/s of one polar factor of all matrices of each shape, stacked."""
     dtype = aurora.compute_dtype(args.polar_dtype, torch.device(args.device))
     rows = []
     for shape in sorted(set(shapes)):
         X_KMN = torch.randn(shapes.count(shape), *shape, device=args.device)
         schedule = aurora.SCHEDULES[args.schedule]
         aurora.polar(X_KMN, schedule, dtype)
-        with FlopCounterMode(display=False) as counter, passes.turned_off():
+        with FlopCounterMode(display=False) as counter:
             aurora.polar(X_KMN, schedule, dtype)
         ms = statistics.median(
             time_ms(lambda X=X_KMN, s=schedule: aurora.polar(X, s, dtype), args.device) for _ in range(args.rounds)
@@ -191,7 +180,7 @@ def replay(label: str, streams: dict[str, list[torch.Tensor]], args: argparse.Na
     found: list[dict[str, float]] = []
     for stream in streams.values():
         p = torch.nn.Parameter(torch.zeros(stream[0].shape))
-        optimizer = aurora.RULES[rule](
+        optimizer = aurora.find_rule(rule)(
             [p], lr=1.0, polar_schedule=args.schedule, polar_dtype=args.polar_dtype, **hparams
         )
         (group,) = optimizer.param_groups
@@ -255,7 +244,6 @@ def optim(args: argparse.Namespace) -> str:
         "muon_to_torch_muon": statistics.median(ratios := [a / b for a, b in zip(ours, theirs, strict=True)]),
         "muon_to_torch_muon_range": [min(ratios), max(ratios)],
         "polar": polar_rates(args, shapes),
-        "kernels": passes.kernels_of(torch.device(args.device)),
         "syncs": waits,
         "quality": qualities,
     }
@@ -273,7 +261,7 @@ def optim_table(result: dict) -> str:
         f"{result['config']}: {counts}; {result['schedule']}, {result['polar_dtype'].removeprefix('torch.')}",
         "",
         f"{result['device']}, {result['machine']['threads']} threads, torch {result['machine']['torch']}; "
-        f"medians of {rounds} interleaved rounds; kernels: {result['kernels']}",
+        f"medians of {rounds} interleaved rounds",
         "",
         f"    {result['command']}",
         "",
