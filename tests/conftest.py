@@ -1,5 +1,6 @@
 """A tiny track that trains in seconds, and helpers to run the trainer in this process or in one of its own."""
 
+import argparse
 import importlib.util
 import json
 import os
@@ -7,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import unittest.mock
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +24,12 @@ import torch
 import data.encode
 import train_gpt
 from aurora.config import load_config
+from aurora.fast.forward import FastForward
 from aurora.tokens.shards import MAGIC, ShardError, write_shard
+from aurora.trainer.batch import plan_batch
+from aurora.trainer.clock import Clock
+from aurora.trainer.ranks import Ranks
+from aurora.trainer.setup import Checked, new_run, open_data
 
 # A shell that runs the tests in its background lets them ignore Ctrl-C, and the processes that they start would, too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -135,8 +142,9 @@ def train_here(config: Path, out: Path, *args: str) -> int:
 
 
 def start_process(*command: str, **options) -> subprocess.Popen:
-    """Start a Python command of this project in a process of its own."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | options.pop("env", {})
+    """Start a Python command of this project in a process of its own, which fails as tests/faults.py says."""
+    paths = ROOT / "tests" / "faulty", ROOT
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))} | options.pop("env", {})
     defaults = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([sys.executable, *command], env=environment, text=True, **defaults | options)
 
@@ -157,7 +165,7 @@ class Launcher:
     def __call__(
         self, *argv: str, world_size: int = 1, fault: str = "", patch: str = "", env=None, timeout_s: float = 120
     ) -> Outcome:
-        """fault: for SPEEDRUN_FAULT; patch: code that every rank runs before, with its rank."""
+        """fault: see tests/faults.py; patch: code that every rank runs before, with its rank."""
         env = {"SPEEDRUN_FAULT": fault} | (env or {})
         job = {"argv": list(map(str, argv)), "world_size": world_size, "env": env, "patch": patch}
         job |= {"timeout_s": timeout_s, "logs": str(self.folder)}
@@ -225,14 +233,16 @@ def trained(tiny_track, tmp_path_factory):
 
 
 def make_run(tiny_track, optimizer, *overrides):
-    config = load_config(tiny_track, optimizer, overrides)
-    data, ranks = train_gpt.open_data(config), train_gpt.Ranks(0, 1, torch.device("cpu"))
-    return train_gpt.new_training(config, train_gpt.plan_batch(config, 1), data, 0, ranks), data
+    """A run before its first step, in this process, and its data."""
+    config, ranks = load_config(tiny_track, optimizer, overrides), Ranks(0, 1, torch.device("cpu"))
+    args, checked = argparse.Namespace(seed=0, out=Path()), Checked(config, plan_batch(config, 1), None)
+    data = open_data(config)
+    return new_run(args, checked, data, ranks, Clock(ranks, time.perf_counter_ns()), train_gpt.GPT), data
 
 
-def step(run):
-    batch = train_gpt.to_device(run.loader.next_batch(), run.config.model.seq_len, run.ranks.device)
-    loss = train_gpt.forward_backward(run.model, batch, run)
+def step(run, model=None):
+    """One step without a clock; by the fast forward pass, if no other model is given."""
+    loss = train_gpt.forward_backward(run, model or FastForward(run.model), *run.next_batch())
     for optimizer in run.optimizers:
         optimizer.step()
     run.model.zero_grad()

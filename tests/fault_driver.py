@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 import train_gpt
-from aurora.trainer import faults
+from tests import faults
 
 
 def store_port() -> int:
@@ -35,7 +35,8 @@ def be_rank(job: dict, rank: int) -> None:
     os.environ.update(job["env"])
     if job["world_size"] > 1:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(job["world_size"]), TORCHELASTIC_RESTART_COUNT=str(job["id"]))
-    faults.points = faults.Points(rank)
+    faults.subscribe(rank)
+    faults.corrupt_numbers(rank, train_gpt)
     code = 99
     try:
         exec(job["patch"], {"rank": rank, "train_gpt": train_gpt, "torch": torch, "os": os})

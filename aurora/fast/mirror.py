@@ -67,7 +67,7 @@ def edited(definitions: dict[str, ast.stmt]) -> list[str]:
 
 
 def definitions_of(source: str) -> dict[str, ast.stmt]:
-    """What the model is made of: definitions and imports of its file that its class names, and those that these name."""
+    """What the model is made of: the definitions and imports that its class names, and those that these name."""
     by_name: dict[str, ast.stmt] = {}
     for node in ast.parse(source).body:
         for name, statement in named(node):

@@ -102,6 +102,9 @@ def open_run(
         data = ranks.all_or_none(lambda: open_data(checked.config))
         torch.manual_seed(args.seed)  # nothing draws from it; if ever something does, all ranks and segments agree
         run = new_run(args, checked, data, ranks, clock, make_model)
+        if hopper.suits(run.config, ranks.device):
+            hopper.import_kernels()  # now, so that the run event embeds them
+        run.start = run_event(run, args.config, args.seed, data)
         check_same_start(run)
         find_checkpoint = lambda: newest_checkpoint(args.out, run.start, ranks.say)  # noqa: E731
         run.checkpoint = ranks.all_or_none(find_checkpoint) if args.resume else None
@@ -144,11 +147,7 @@ def new_run(
         prepare=lambda window: stage(window, ranks.device),  # by the loader's thread, while a step runs
         allow_epochs=config.data.allow_epochs,
     )
-    run = Run(config, checked.plan, ranks, clock, model, optimizers, loader, data.val_tokens, args.out)
-    if hopper.suits(config, ranks.device):
-        hopper.import_kernels()  # now, so that the run event embeds them
-    run.start = run_event(run, args.config, args.seed, data)
-    return run
+    return Run(config, checked.plan, ranks, clock, model, optimizers, loader, data.val_tokens, args.out)
 
 
 def resume(run: Run) -> None:
