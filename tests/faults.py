@@ -1,4 +1,4 @@
-"""Makes a run fail at a place of its timeline, from outside. SPEEDRUN_FAULT="KIND:PLACE:STEP[:RANK]" says how and where.
+"""Makes a run fail at a place of its timeline, from outside: SPEEDRUN_FAULT="KIND:PLACE:STEP[:RANK]".
 
     kill, stop, term   SIGKILL, SIGSTOP or SIGTERM to the process of that rank (0 if not named)
     hang, sleep        wait for ever, or half a second

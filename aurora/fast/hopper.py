@@ -166,7 +166,8 @@ def on_cuda(name: str) -> Callable[..., Any]:
     return call
 
 
-for operation in (up_relu_squared, up_gradient, rotated_norm, rotated_norm_gradient):
+OPERATIONS = (up_relu_squared, up_gradient, rotated_norm, rotated_norm_gradient)
+for operation in OPERATIONS:
     operation.register_kernel("cuda")(on_cuda(operation._name))
 
 

@@ -82,7 +82,7 @@ class Journal:
         """
         run = self.run
         validation = Validation(step, val_loss, run.clock.slowest_train_s())
-        check_validation(step, val_loss, run.config.model.vocab_size)
+        check_validation(step, val_loss, run.config.model.vocab_size, is_edited=bool(run.start["model_edits"]))
         run.progress.validations.append(validation)
         self.console.show(*validation)
         events: list[dict[str, Any]] = [{"event": "val", "tokens": step * run.config.train.batch_tokens}]

@@ -1,0 +1,205 @@
+"""What is edited in the model is what trains: no second body of a formula wins in silence."""
+
+import contextlib
+import importlib.util
+import io
+import sys
+
+import pytest
+import torch
+
+import train_gpt
+from aurora.fast import mirror
+from tests.conftest import ROOT, events
+
+SOURCE = (ROOT / "train_gpt.py").read_text()
+# Heads of 128, where a GPU of the Hopper kind would use kernels.
+SIZES = ["model.num_layers=2", "model.model_dim=128", "model.num_heads=1", "train.steps=6", "train.log_every=1"]
+EDITS = {
+    "activation": ("up.relu().square()", "F.leaky_relu(up, 0.1).square()"),
+    "query and key scale": ("self.rotary(F.rms_norm(x_BTHK, (self.head_dim,)))", "self.rotary(1.1 * F.rms_norm(x_BTHK, (self.head_dim,)))"),
+    "soft cap": ("self.softcap * z_BTV * (z_BTV.square() + self.softcap**2).rsqrt()", "self.softcap * (z_BTV / self.softcap).tanh()"),
+    "z-loss": ('targets_BT.flatten(), reduction="sum")', 'targets_BT.flatten(), reduction="sum") + 1e-2 * self.capped_logits(x_BTD).logsumexp(-1).square().sum()'),
+    "norm after the branch": ("x_BTD + self.attention(self.attention_norm(x_BTD))", "x_BTD + self.attention_norm(self.attention(x_BTD))"),
+    "residual to the embedding": ("            x_BTD = block(x_BTD)\n", "            x_BTD = block(x_BTD) + 0.1 * self.embed(inputs_BT).type_as(x_BTD)\n"),
+    "no bias in the MLP": ("Linear(C, D, bias=config.bias)", "Linear(C, D, bias=False)"),
+    "rotary base": ("config.seq_len, config.rope_base)", "config.seq_len, 10 * config.rope_base)"),
+    "attention scale": ("config.model_dim // config.num_heads, config.attention_scale", "config.model_dim // config.num_heads, 0.5 * config.attention_scale"),
+    "init": ("math.sqrt(0.33 / layer.in_features)", "math.sqrt(0.5 / layer.in_features)"),
+    "head tied to the embedding": ("bias=config.bias)\n\n    def trunk", "bias=config.bias)\n        self.head.weight = self.embed.weight\n\n    def trunk"),
+    "MLP width": ("config.mlp_expansion * config.model_dim", "3 * config.model_dim"),
+    "gated by another function": ("F.silu(self.gate(x_BTD)) * up", "F.gelu(self.gate(x_BTD)) * up"),
+    "a helper of the model's": ("\n\nclass RMSNorm(nn.Module):", "\n\ndef half(x):\n    return x / 2\n\n\nclass RMSNorm(nn.Module):"),
+    "an import of another module under a known name": ("import torch.nn.functional as F\n", "import tests.other_functional as F\n"),
+}  # fmt: skip
+
+
+def load(tmp_path, name, source):
+    """A train_gpt.py of that text, as a module."""
+    path = tmp_path / f"{name}.py"
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def train(module, tiny_track, out, *overrides):
+    """Training losses, run event and console of a run."""
+    argv = ["--config", str(tiny_track), "--optimizer", "muon", "--out", str(out)]
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert module.main([*argv, *(word for value in (*SIZES, *overrides) for word in ("--set", value))]) == 0
+    record = events(out)
+    return [event["train_loss"] for event in record if event["event"] == "train"], record[0], said.getvalue()
+
+
+def train_plainly(module, *args):
+    """By the model itself, whatever prepare() chooses."""
+    prepare = module.prepare
+    module.prepare = lambda run, forward_backward: (prepare(run, forward_backward), run.model)[1]
+    try:
+        return train(module, *args)[0]
+    finally:
+        module.prepare = prepare
+
+
+def assert_is_edited(start, said):
+    assert start["forward"] == "plain" and start["model_edits"] and not start["compiled"]
+    assert f"model edited ({start['model_edits'][0]}" in said and "plain forward" in said
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def dtype(request):
+    return f"model.activation_dtype={request.param}"
+
+
+@pytest.fixture(scope="module")
+def unedited(dtype, tiny_track, tmp_path_factory):
+    """Losses of the unedited model, with a plain and a gated MLP."""
+    torch.set_num_threads(1)
+    found = {}
+    for mlp in ("relu2", "swiglu"):
+        out = tmp_path_factory.mktemp(mlp)
+        found[mlp], start, said = train(train_gpt, tiny_track, out, dtype, f"model.mlp={mlp}")
+        assert start["forward"] == "fast" and start["model_edits"] == [] and "model edited" not in said
+    return found
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edited_model_is_trained_as_edited(unedited, dtype, tiny_track, tmp_path, edit):
+    old, new = EDITS[edit]
+    assert SOURCE.count(old) == 1
+    module = load(tmp_path, "edited", SOURCE.replace(old, new))
+    mlp = "swiglu" if edit.startswith("gated") else "relu2"
+    options = dtype, f"model.mlp={mlp}"
+    losses, start, said = train(module, tiny_track, tmp_path / "run", *options)
+    assert_is_edited(start, said)
+    assert losses == train_plainly(module, tiny_track, tmp_path / "plain", *options)
+    assert len(losses) == 6 and losses[-1] != unedited[mlp][-1]
+
+
+def test_the_plain_model_is_what_the_unedited_run_trains_up_to_rounding(unedited, dtype, tiny_track, tmp_path):
+    tolerance = 1e-5 if "float32" in dtype else 2e-3
+    plain = train_plainly(train_gpt, tiny_track, tmp_path, dtype)
+    assert plain == pytest.approx(unedited["relu2"], rel=tolerance)
+
+
+def leaky(self, x):
+    return self.down(torch.nn.functional.leaky_relu(self.up(x), 0.1).square())
+
+
+class OtherLinear(torch.nn.Linear):
+    pass
+
+
+PATCHES = {
+    "forward of one module": lambda model: setattr(model.blocks[0].mlp, "forward", leaky.__get__(model.blocks[0].mlp)),
+    "another method of the model": lambda model: setattr(model, "loss", model.loss),
+    "forward hook": lambda model: model.blocks[1].mlp.register_forward_hook(lambda module, args, out: 1.5 * out),
+    "forward pre-hook": lambda model: model.head.register_forward_pre_hook(lambda module, args: (args[0] * 1.5,)),
+    "gradient hook": lambda model: model.blocks[0].register_full_backward_hook(lambda module, below, above: None),
+    "submodule of another class": lambda model: setattr(model.blocks[0].mlp, "up", OtherLinear(128, 512)),
+    "torch's own linear layer": lambda model: setattr(model.blocks[0].mlp, "down", torch.nn.Linear(512, 128)),
+    "module that was not there": lambda model: setattr(model.blocks[0], "dropout", torch.nn.Dropout(0.1)),
+    "parametrized weight": lambda model: torch.nn.utils.parametrizations.weight_norm(model.blocks[0].mlp.up),
+}
+
+
+@pytest.mark.parametrize("patch", PATCHES)
+def test_a_patched_or_hooked_model_is_edited(tiny_track, patch):
+    model = train_gpt.GPT(train_gpt_config(tiny_track))
+    assert mirror.edits(model) == []
+    PATCHES[patch](model)
+    (finding,) = mirror.edits(model)
+    assert any(word in finding for word in ("patched", "hook", " is a "))
+
+
+def train_gpt_config(tiny_track):
+    from aurora.config import load_config
+
+    return load_config(tiny_track, "muon", SIZES).model
+
+
+def test_a_hook_on_all_modules_is_an_edit(tiny_track):
+    model = train_gpt.GPT(train_gpt_config(tiny_track))
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda module, args, out: None)
+    assert mirror.edits(model) == ["a hook is on all modules"]
+    hook.remove()
+    assert mirror.edits(model) == []
+
+
+@pytest.mark.parametrize("name", ["MLP.forward", "GPT.loss", "Rotary.__init__"])
+def test_a_patched_class_is_edited(tiny_track, monkeypatch, name):
+    cls, method = name.split(".")
+    model = train_gpt.GPT(train_gpt_config(tiny_track))
+    monkeypatch.setattr(getattr(train_gpt, cls), method, leaky)
+    assert mirror.edits(model) == [f"{cls} is not what its file says"]
+
+
+def test_a_monkeypatched_forward_trains(unedited, dtype, tiny_track, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_gpt.MLP, "forward", leaky)
+    losses, start, said = train(train_gpt, tiny_track, tmp_path / "run", dtype)
+    assert_is_edited(start, said)
+    assert losses == train_plainly(train_gpt, tiny_track, tmp_path / "plain", dtype) != unedited["relu2"]
+
+
+def test_a_subclass_of_the_model_is_edited(tiny_track):
+    class Other(train_gpt.GPT):
+        pass
+
+    assert mirror.edits(Other(train_gpt_config(tiny_track)))
+
+
+def reformatted(source):
+    """The same tokens, with comments and docstrings rewritten, other line breaks within brackets, and blank lines."""
+    source = source.replace(
+        '"""Weights are float32; the matmul runs in the dtype of its input."""', '"""Other words.\n\n    And more."""'
+    )
+    source = source.replace(
+        "        z_BTV = self.head(x_BTD).float()\n",
+        "\n        # a comment\n        z_BTV = self.head(\n            x_BTD\n        ).float()  # another\n\n",
+    )
+    return "# first line\n" + source.replace(
+        "    def forward(self, x: Tensor) -> Tensor:\n",
+        "    def forward(\n        self,\n        x: Tensor,\n    ) -> Tensor:\n",
+    )
+
+
+def test_a_reformatted_and_recommented_model_is_not_edited(unedited, dtype, tiny_track, tmp_path):
+    text = reformatted(SOURCE)
+    assert text != SOURCE and text.count("And more") == text.count("# another") == 1
+    losses, start, said = train(load(tmp_path, "reformatted", text), tiny_track, tmp_path / "run", dtype)
+    assert start["forward"] == "fast" and start["model_edits"] == [] and "model edited" not in said
+    assert losses == unedited["relu2"]
+
+
+def test_code_around_the_model_may_change(tiny_track, tmp_path):
+    old = "return scale * min(1.0, (step + 1) / max(1, config.warmup_steps))"
+    assert SOURCE.count(old) == 1
+    module = load(tmp_path, "other_schedule", SOURCE.replace(old, "return scale"))
+    assert mirror.edits(module.GPT(train_gpt_config(tiny_track))) == []
+
+
+def test_the_mirrored_model_is_the_one_in_train_gpt():
+    """If this fails because the model was changed for everybody: see the top of aurora/fast/mirror.py."""
+    assert mirror.hashes(mirror.definitions_of(SOURCE)) == mirror.MIRRORED
