@@ -1,4 +1,4 @@
-"""Rules of the layout: aurora/ is all that a run executes, scripts/ all that is done offline, results/ holds no code."""
+"""Rules of the layout: a run executes aurora/ alone, scripts/ is for offline work, results/ holds no code."""
 
 import ast
 import re

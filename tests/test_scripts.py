@@ -15,7 +15,7 @@ from scipy import stats
 
 from aurora.errors import HarnessError
 from aurora.trainer.process import lock_folder
-from aurora.trainer.record import RecordError, Validation, read_folder, read_record, read_sources
+from aurora.trainer.record import RecordError, Validation, read_folder, read_record
 from scripts import compare, plot, runs
 from scripts.analysis import report, verdict
 from scripts.analysis.statistics import runs_needed
@@ -422,7 +422,19 @@ def test_what_no_run_could_start_with_is_said_once_before_the_first(
     assert message in said.err and said.err.count("\n") == 1 and not said.out
 
 
-ARGV, SOURCES = ["--config", "c", "--optimizer", "muon", "--seed", "0"], {"train_gpt.py": "code"}
+ARGV = ["--config", "a.toml", "--optimizer", "muon", "--seed", "0"]
+SOURCES = {"train_gpt.py": "code", "aurora/optim/polar.py": "of it", "a.toml": "track"}
+
+
+@pytest.fixture
+def checkout(tmp_path_factory, monkeypatch):
+    """A folder with SOURCES in the place of the project's, and a file that no run has imported."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name, text in (SOURCES | {"aurora/optim/new.py": "new"}).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    monkeypatch.setattr(runs, "ROOT", folder)
+    return folder
 
 
 def write_stopped(folder, name="old", status="interrupted", sources=SOURCES, has_checkpoint=True):
@@ -436,11 +448,43 @@ def write_stopped(folder, name="old", status="interrupted", sources=SOURCES, has
 
 
 def train(jobs, out):
-    return runs.Workers(jobs, out).train(ARGV, 1, SOURCES, sys.stdout, "")
+    return runs.Workers(jobs, out).train(ARGV, 1, sys.stdout, "")
+
+
+@pytest.mark.parametrize(
+    "name, text, is_other",
+    [
+        ("train_gpt.py", "edited", True),
+        ("aurora/optim/polar.py", "edited", True),
+        ("aurora/optim/polar.py", None, True),
+        ("a.toml", "edited", True),
+        ("aurora/optim/new.py", "edited", False),
+        ("aurora/optim/other.py", "new", False),
+    ],
+)
+def test_a_run_is_current_as_long_as_the_files_it_imported_and_its_track_are_unchanged(
+    checkout, tmp_path, name, text, is_other
+):
+    write_stopped(tmp_path, status="done")
+    ((run,), _) = read_folder(tmp_path)
+    assert runs.is_current(run, checkout / "a.toml") and runs.finished_run([run], ARGV, 1) is run
+    (checkout / name).unlink(missing_ok=True)
+    if text:
+        (checkout / name).write_text(text)
+    assert runs.is_current(run, checkout / "a.toml") != is_other
+    assert runs.finished_run([run], ARGV, 1) is (None if is_other else run)
+    assert runs.is_current(run) != (is_other and name != "a.toml"), "the code alone"
+
+
+def test_a_run_without_code_or_with_sources_that_are_no_files_is_not_current(checkout, tmp_path):
+    for sources in ({}, {"a.toml": "track"}, SOURCES | {"\0.py": ""}, SOURCES | {"aurora.py": 1}):
+        write_stopped(tmp_path, sources=sources)
+        assert not runs.is_current(read_record(tmp_path / "old.jsonl"), checkout / "a.toml")
+        shutil.rmtree(tmp_path / "old.checkpoints")
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_a_failure_after_a_stop_is_a_failure(tmp_path, monkeypatch, jobs):
+def test_a_failure_after_a_stop_is_a_failure(checkout, tmp_path, monkeypatch, jobs):
     """Its record is the old one, as data are missing or memory ran out before there was a new one."""
     write_stopped(tmp_path, has_checkpoint=False)
     monkeypatch.setattr(runs.Workers, "run_one", lambda *args, **how: 3)
@@ -451,7 +495,7 @@ def test_a_failure_after_a_stop_is_a_failure(tmp_path, monkeypatch, jobs):
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_a_stopped_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch, jobs):
+def test_a_stopped_run_goes_on_from_its_checkpoint(checkout, tmp_path, monkeypatch, jobs):
     write_stopped(tmp_path)
     write_stopped(tmp_path, "other", sources={"train_gpt.py": "changed"})
     write_stopped(tmp_path, "without", has_checkpoint=False)
@@ -466,14 +510,14 @@ def test_a_stopped_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch, jobs):
     assert (tmp_path / "old.checkpoints").is_dir() and not list(tmp_path.glob(".run-*"))
 
 
-def test_a_run_whose_process_was_killed_in_its_own_folder_is_taken_from_there(tmp_path, monkeypatch):
+def test_a_run_whose_process_was_killed_in_its_own_folder_is_taken_from_there(checkout, tmp_path, monkeypatch):
     write_stopped(tmp_path / ".run-before")
     monkeypatch.setattr(runs.Workers, "run_one", lambda self, argv, folder, *args, go_on: 0)
     assert train(1, tmp_path).run.path == tmp_path / "old.jsonl"
     assert (tmp_path / "old.checkpoints").is_dir() and not list(tmp_path.glob(".run-*"))
 
 
-def test_runs_of_other_folders_below_out_are_not_moved(tmp_path, monkeypatch):
+def test_runs_of_other_folders_below_out_are_not_moved(checkout, tmp_path, monkeypatch):
     write_stopped(tmp_path / "mine")
     write_stopped(tmp_path / "mine", "beside", sources={})
     started = []
@@ -482,7 +526,7 @@ def test_runs_of_other_folders_below_out_are_not_moved(tmp_path, monkeypatch):
     assert started == [False] and len(list((tmp_path / "mine").glob("*.jsonl"))) == 2
 
 
-def test_a_run_that_goes_on_in_another_process_is_left_alone(tmp_path, monkeypatch):
+def test_a_run_that_goes_on_in_another_process_is_left_alone(checkout, tmp_path, monkeypatch):
     """As after a kill of compare.py alone: its runs live on."""
     write_stopped(tmp_path / ".run-before")
     monkeypatch.setattr(runs.Workers, "run_one", lambda *args, **how: pytest.fail("it was started a second time"))
@@ -491,7 +535,7 @@ def test_a_run_that_goes_on_in_another_process_is_left_alone(tmp_path, monkeypat
     assert (tmp_path / ".run-before" / "old.jsonl").is_file() and len(list(tmp_path.glob(".run-*"))) == 1
 
 
-def test_a_run_that_cannot_go_on_starts_anew(tmp_path, monkeypatch, capsys):
+def test_a_run_that_cannot_go_on_starts_anew(checkout, tmp_path, monkeypatch, capsys):
     """As with checkpoints that are all damaged."""
     write_stopped(tmp_path)
 
@@ -511,7 +555,7 @@ def test_a_run_that_cannot_go_on_starts_anew(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "change", [{"status": "done"}, {"status": "diverged"}, {"sources": {}}, {"has_checkpoint": False}]
 )
-def test_any_other_run_starts_anew(tmp_path, monkeypatch, change):
+def test_any_other_run_starts_anew(checkout, tmp_path, monkeypatch, change):
     write_stopped(tmp_path, **change)
     started = []
     monkeypatch.setattr(runs.Workers, "run_one", lambda self, argv, *args: started.append(argv) or 0)
@@ -529,7 +573,7 @@ def test_a_run_that_was_killed_goes_on_where_its_checkpoint_is(tiny_track, tmp_p
     write(path, [line for line in lines if json.loads(line).get("step", 0) <= 10])
     shutil.rmtree(path.with_suffix(".checkpoints") / "step-000020")
     capsys.readouterr()
-    again = runs.Workers(1, tmp_path).train(argv, 1, read_sources(tiny_track), sys.stdout, "")
+    again = runs.Workers(1, tmp_path).train(argv, 1, sys.stdout, "")
     assert again.exit_code == 0 and "resume: from step 10" in capsys.readouterr().out
     assert again.run.path == path and again.run.is_done and again.run.end["segments"] == 2
 
@@ -566,19 +610,15 @@ def test_an_error_of_the_plot_does_not_cost_the_table(tiny_track, tmp_path, monk
     assert "| muon" in said.out and "no curves: no space left" in said.err
 
 
-def test_finished_run_must_match_arguments_sources_and_world_size(tmp_path):
-    write(tmp_path / "a.jsonl", record_lines())
+def test_finished_run_must_match_arguments_and_world_size(checkout, tmp_path):
+    write_stopped(tmp_path, status="done")
     found, _ = read_folder(tmp_path)
-    start = found[0].start
-    start["argv"] = ["train_gpt.py", "--optimizer", "muon", "--out", "anywhere", "--set", "train.steps=10"]
-    start["sources"] = {"train_gpt.py": "code"}
-    argv, sources = ["--optimizer", "muon", "--set", "train.steps=10"], {"train_gpt.py": "code"}
-    assert compare.finished_run(found, argv, 1, sources) is found[0]
-    assert compare.finished_run(found, argv[:2], 1, sources) is None
-    assert compare.finished_run(found, argv, 2, sources) is None
-    assert compare.finished_run(found, argv, 1, {"train_gpt.py": "changed"}) is None
+    assert compare.finished_run(found, ARGV, 1) is found[0]
+    assert compare.finished_run(found, [*ARGV, "--set", "train.steps=10"], 1) is None
+    assert compare.finished_run(found, ARGV[:4], 1) is None
+    assert compare.finished_run(found, ARGV, 2) is None
     found[0].end["status"] = "diverged"
-    assert compare.finished_run(found, argv, 1, sources) is None
+    assert compare.finished_run(found, ARGV, 1) is None
 
 
 def test_compare_names_a_config_that_cannot_be_read(tmp_path):

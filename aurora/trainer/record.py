@@ -74,7 +74,7 @@ def read_sources(config_path: Path) -> dict[str, str]:
     sources = {}
     for module in list(sys.modules.values()):
         file = getattr(module, "__file__", None)
-        path = Path(file).resolve() if file else ROOT
+        path = Path(file).resolve() if file and os.path.isabs(file) else ROOT  # torch.ops calls itself _ops.py
         if path.suffix == ".py" and path.is_relative_to(ROOT) and "site-packages" not in path.parts:
             name = path.relative_to(ROOT)
             if name.parts[0] not in NOT_OF_A_RUN:
