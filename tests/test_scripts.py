@@ -19,7 +19,7 @@ from aurora.trainer.record import RecordError, Validation, read_folder, read_rec
 from scripts import compare, plot, runs
 from scripts.analysis import report, verdict
 from scripts.analysis.statistics import runs_needed
-from tests.conftest import ROOT, start_process, train_here
+from tests.conftest import ROOT, start_process
 
 
 def straight(*points, every=2):
@@ -563,16 +563,14 @@ def test_any_other_run_starts_anew(checkout, tmp_path, monkeypatch, change):
     assert started == [ARGV]
 
 
-def test_a_run_that_was_killed_goes_on_where_its_checkpoint_is(tiny_track, tmp_path, capsys):
+def test_a_run_that_was_killed_goes_on_where_its_checkpoint_is(tiny_track, launch, tmp_path, capsys):
     argv = ["--config", str(tiny_track), "--optimizer", "muon", "--seed", "0"]
     argv += ["--set", "train.steps=20", "--set", "train.checkpoint_every=10"]
-
-    assert train_here(tiny_track, tmp_path, *argv[2:]) == 0
+    launch(*argv, "--out", tmp_path)
     (path,) = tmp_path.glob("*.jsonl")
     lines = path.read_text().splitlines()
     write(path, [line for line in lines if json.loads(line).get("step", 0) <= 10])
     shutil.rmtree(path.with_suffix(".checkpoints") / "step-000020")
-    capsys.readouterr()
     again = runs.Workers(1, tmp_path).train(argv, 1, sys.stdout, "")
     assert again.exit_code == 0 and "resume: from step 10" in capsys.readouterr().out
     assert again.run.path == path and again.run.is_done and again.run.end["segments"] == 2

@@ -2,7 +2,7 @@
 
 from pathlib import Path, PurePosixPath
 
-from aurora.trainer.record import ROOT, RecordError, Run, read_record
+from aurora.trainer.record import RecordError, Run, read_record
 from scripts.analysis.text import plain
 
 SEPARATOR = "=" * 100
@@ -22,8 +22,7 @@ with tempfile.TemporaryDirectory() as folder:
     code = subprocess.run([*command, *ARGUMENTS, *sys.argv[1:]]).returncode
 sys.exit(code)
 """
-# Imported by the trainer without deciding what it computes; records of earlier versions do not embed them.
-ACCESSORIES = ("results/momentum.py", "results/tracking.py")
+ACCESSORIES = Path(__file__).parent / "accessories"  # <module>.txt: what some old records import and do not embed
 
 
 def export_record(path: Path, out: Path) -> None:
@@ -56,20 +55,21 @@ def export_record(path: Path, out: Path) -> None:
 
 
 def whole_sources(run: Run) -> dict[str, str]:
-    """The embedded sources by name, in full.
+    """The embedded sources by name, and the old modules that they import and lack.
 
     Raises:
         RecordError: they are not all there, or a name leads out of the folder.
     """
     sources = run.start["sources"]
-    if strange := [name for name in sources if not is_inside(name)]:
-        raise RecordError(
-            f"{run.path} embeds a source by the name {plain(strange[0])!r}, which leads out of its folder"
-        )
+    if strange := [name for name, text in sources.items() if not is_inside(name) or not isinstance(text, str)]:
+        raise RecordError(f"{run.path}: its source {plain(strange[0])!r} leads out of its folder or is no text")
     if "train_gpt.py" not in sources or sum(name.endswith(".toml") for name in sources) != 1:
         raise RecordError(f"{run.path} does not embed the sources and the config of its run")
-    missing = {name: (ROOT / name).read_text(encoding="utf-8") for name in ACCESSORIES if name not in sources}
-    return sources | missing
+    whole = dict(sources)
+    for path in ACCESSORIES.glob("*.txt"):
+        if f"from {path.stem} import" in sources["train_gpt.py"]:
+            whole.setdefault(path.stem.replace(".", "/") + ".py", path.read_text(encoding="utf-8"))
+    return whole
 
 
 def is_inside(name: str) -> bool:

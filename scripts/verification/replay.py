@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 from aurora.trainer.record import ROOT, RecordError, read_folder, read_record
-from scripts.verification.checks import OTHER_STACK_TOLERANCE, Verification
+from scripts.verification.checks import Verification
+from scripts.verification.events import OTHER_STACK_TOLERANCE
 from scripts.verification.export import is_inside, whole_sources
 
 TIMEOUT_S = 3600
@@ -74,7 +75,7 @@ def replay(verdict: Verification, num_looks: int) -> Verification:
                 f"(tolerance {tolerance:g})"
             )
     if added := whole.keys() - start["sources"].keys():
-        verdict.notes.append(f"the record does not embed, and the replay took from here: {', '.join(sorted(added))}")
+        verdict.notes.append(f"the record does not embed, so the replay added: {', '.join(sorted(added))}")
     steps = start["config"]["train"]["steps"]
     extent = "" if len(found) == len(run.validations) else f" to step {found[-1].step} of {steps}"
     verdict.word_if_good = f"replayed{extent}" + (f" within {tolerance:g} on another stack" if tolerance else "")
