@@ -9,17 +9,20 @@ SEPARATOR = "=" * 100
 # Unpacks the sources into a folder and trains as the record did; data is looked for where the command is given.
 LAUNCHER = """\
 # Trains one run again: python THIS_FILE [more arguments of train_gpt.py, such as --out DIR]
-import os, pathlib, subprocess, sys, tempfile
+import json, os, pathlib, subprocess, sys, tempfile
 
 SOURCES = {sources!r}
-CONFIG, ARGUMENTS = {config!r}, {arguments!r}
+CONFIG, ARGUMENTS, DATA = {config!r}, {arguments!r}, {data!r}
 with tempfile.TemporaryDirectory() as folder:
     for name, text in SOURCES.items():
         path = pathlib.Path(folder, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
-    command = [sys.executable, os.path.join(folder, "train_gpt.py"), "--config", os.path.join(folder, CONFIG)]
-    code = subprocess.run([*command, *ARGUMENTS, *sys.argv[1:]]).returncode
+    script, track = (os.path.join(folder, name) for name in ("train_gpt.py", CONFIG))
+    command = [sys.executable, script, "--config", track, *ARGUMENTS]
+    for name, files in DATA.items():
+        command += ["--set", f"data.{{name}}={{json.dumps(os.path.abspath(files))}}"]
+    code = subprocess.run([*command, *sys.argv[1:]]).returncode
 sys.exit(code)
 """
 ACCESSORIES = Path(__file__).parent / "accessories"  # <module>.txt: what some old records import and do not embed
@@ -41,6 +44,7 @@ def export_record(path: Path, out: Path) -> None:
         sources=sources,
         config=next(name for name in sources if name.endswith(".toml")),
         arguments=["--optimizer", start["optimizer"], "--seed", str(start["seed"]), *overrides(start["argv"])],
+        data={name: str(start["config"]["data"][name]) for name in ("train", "val")},
     )
     steps = start["config"]["train"]["steps"]
     lines = [source, SEPARATOR, f"torch {start['env']['torch']} on {start['env']['device_name']}", SEPARATOR]
