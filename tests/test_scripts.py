@@ -332,20 +332,13 @@ def test_plan_alternates_optimizers_and_multiplies_grids():
     assert compare.grid_values("optimizer.aux_betas=[0.8,0.9],[0.9,0.95]")[1][1] == "[0.9,0.95]"
 
 
-def test_report_of_the_committed_runs_as_json():
-    process = start_process("scripts/compare.py", "--report", "results/quick", "--json")
-    output, err = process.communicate(timeout=60)
-    (task,) = json.loads(output)["tasks"].values()
-    assert process.returncode == 0 and err == ""
-    assert {group["optimizer"] for group in task["groups"]} == {"adamw", "muon", "unormuon", "aurora"}
-    process = start_process("scripts/compare.py", "--report", "configs")
-    assert "no record in configs" in process.communicate(timeout=60)[1] and process.returncode == 2
-
-
-def compare_command(tiny_track, out, *args):
-    process = start_process("scripts/compare.py", "--config", str(tiny_track), "--out", str(out), *args)
-    output, err = process.communicate(timeout=240)
-    return process.returncode, output, err
+def test_report_of_the_committed_runs_as_json(monkeypatch, capsys):
+    assert run_compare(monkeypatch, "--report", ROOT / "results" / "quick", "--json") == 0
+    said = capsys.readouterr()
+    (task,) = json.loads(said.out)["tasks"].values()
+    assert {group["optimizer"] for group in task["groups"]} == {"adamw", "muon", "unormuon", "aurora"} and not said.err
+    assert run_compare(monkeypatch, "--report", ROOT / "configs") == 2
+    assert "no record in" in capsys.readouterr().err
 
 
 def test_compare_runs_skips_what_is_finished_and_goes_on_after_a_failure(tiny_track, tmp_path, monkeypatch, capsys):
@@ -367,10 +360,10 @@ def test_compare_runs_skips_what_is_finished_and_goes_on_after_a_failure(tiny_tr
 
 
 def test_jobs_run_side_by_side_on_cores_of_their_own(tiny_track, tmp_path):
-    code, out, err = compare_command(
-        *(tiny_track, tmp_path, "--optimizers", "muon", "--seeds", "0", "1", "--jobs", "2", "--set", "train.steps=10")
-    )
-    assert (code, err) == (0, "") and "    [2/2] muon, seed 1: val_loss" in out
+    arguments = ["--config", tiny_track, "--out", tmp_path, "--optimizers", "muon", "--seeds", "0", "1", "--jobs", "2"]
+    process = start_process("scripts/compare.py", *map(str, arguments), "--set", "train.steps=10")
+    out, err = process.communicate(timeout=240)
+    assert (process.returncode, err) == (0, "") and "    [2/2] muon, seed 1: val_loss" in out
     assert f"record {os.path.relpath(tmp_path, ROOT)}/tiny-muon-s1-" in out, "where it lies in the end"
     runs, _ = read_folder(tmp_path)
     assert len(runs) == len(list(tmp_path.glob("*.jsonl"))) == 2
@@ -378,8 +371,6 @@ def test_jobs_run_side_by_side_on_cores_of_their_own(tiny_track, tmp_path):
         assert run.start["env"]["variables"]["SPEEDRUN_JOBS"] == "2"
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         assert run.start["env"]["torch_threads"] == max(1, cores // 2)
-    code, _, err = compare_command(tiny_track, tmp_path, "--jobs", "2", "--nproc", "2")
-    assert code == 2 and "--jobs must be at least 1, and 1 with --nproc above 1" in err
 
 
 @pytest.mark.parametrize(
@@ -388,6 +379,7 @@ def test_jobs_run_side_by_side_on_cores_of_their_own(tiny_track, tmp_path):
         (["--seeds", "0", "1", "0"], "--seeds has 0 more than once"),
         (["--optimizers", "muon", "muon"], "--optimizers has muon more than once"),
         (["--nproc", "0"], "--nproc must be at least 1, got 0"),
+        (["--jobs", "2", "--nproc", "2"], "--jobs must be at least 1, and 1 with --nproc above 1"),
     ],
 )
 def test_usage_that_makes_no_sense_is_refused(arguments, message, capsys):
@@ -619,18 +611,22 @@ def test_finished_run_must_match_arguments_and_world_size(checkout, tmp_path):
     assert compare.finished_run(found, ARGV, 1) is None
 
 
-def test_compare_names_a_config_that_cannot_be_read(tmp_path):
-    code, _, err = compare_command(tmp_path / "gone.toml", tmp_path)
-    assert code == 2 and err.count("\n") == 1 and "gone.toml cannot be read" in err
+def test_compare_names_a_config_that_cannot_be_read(tmp_path, monkeypatch, capsys):
+    assert run_compare(monkeypatch, "--config", tmp_path / "gone.toml", "--out", tmp_path) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "gone.toml cannot be read" in err
 
 
-def test_plot_of_the_committed_runs_and_of_what_cannot_be_written(tmp_path):
+def test_plot_of_the_committed_runs_and_of_what_cannot_be_written(tmp_path, monkeypatch, capsys):
     process = start_process("scripts/plot.py", "results/quick", "--out", str(tmp_path / "new" / "curves.svg"))
     assert process.communicate(timeout=60)[1] == "" and process.returncode == 0
     assert "<svg" in (tmp_path / "new" / "curves.svg").read_text()
-    process = start_process("scripts/plot.py", "results/quick", "--out", str(tmp_path / "curves.nonsense"))
-    err = process.communicate(timeout=60)[1]
-    assert process.returncode == 2 and err.startswith("error: ") and err.count("\n") == 1
+    monkeypatch.setattr(
+        "sys.argv", ["plot.py", str(ROOT / "results/quick"), "--out", str(tmp_path / "curves.nonsense")]
+    )
+    assert plot.main() == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1
 
 
 def test_every_group_has_a_style_and_as_few_as_can_be_share_one(tmp_path):
