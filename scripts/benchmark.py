@@ -18,57 +18,76 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch
-
 from aurora.errors import HarnessError
-from aurora.optim.polar import COMPUTE_DTYPES, SCHEDULES
-from scripts.benchmarks.harness import guards, harness, telemetry
-from scripts.benchmarks.memory import memory
-from scripts.benchmarks.optim import CONTENDERS, optim
-from scripts.benchmarks.peer import against_peer
-from scripts.benchmarks.runs import runs
-from scripts.benchmarks.train import train
-from scripts.benchmarks.turns import turns
+
+# Each function below adds the arguments of one benchmark and imports it, and with it torch, which takes seconds.
 
 
-def add_track_command(commands: argparse._SubParsersAction, name: str, text: str) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=text)
-    command.add_argument("--config", type=Path, default=ROOT / "configs" / "quick.toml", help="track (TOML)")
-    command.add_argument("--optimizers", nargs="+", default=["muon", "aurora", "adamw"], metavar="NAME")
-    command.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="A.B=V", help="as train_gpt.py"
-    )
+def add_output(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", type=Path, required=True, help="OUT.md and OUT.json are written")
-    return command
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("harness", help="the trainer's step against bare loops, on CPU")
+def add_config(command: argparse.ArgumentParser, name: str = "quick") -> None:
+    command.add_argument("--config", type=Path, default=ROOT / "configs" / f"{name}.toml", help="track (TOML)")
+
+
+def add_overrides(command: argparse.ArgumentParser, text: str = "as train_gpt.py") -> None:
+    command.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=V", help=text)
+
+
+def add_track(command: argparse.ArgumentParser) -> None:
+    add_config(command)
+    command.add_argument("--optimizers", nargs="+", default=["muon", "aurora", "adamw"], metavar="NAME")
+    add_overrides(command)
+    add_output(command)
+
+
+def add_harness(command: argparse.ArgumentParser) -> None:
+    from scripts.benchmarks.harness import harness
+
     command.add_argument("--rounds", type=int, default=60)
     command.add_argument(
         "--nanogpt", type=Path, metavar="FOLDER", help="a checkout of karpathy/nanoGPT, as a third peer"
     )
     command.set_defaults(run=lambda args: harness(args.rounds, args.nanogpt))
-    command = commands.add_parser("guards", help="the trainer's step with and without its guards, on CPU")
+
+
+def add_guards(command: argparse.ArgumentParser) -> None:
+    from scripts.benchmarks.harness import guards
+
     command.add_argument("--rounds", type=int, default=60)
     command.set_defaults(run=lambda args: guards(args.rounds))
-    command = commands.add_parser("telemetry", help="looks at neurons beside steps and validations, on CPU")
+
+
+def add_telemetry(command: argparse.ArgumentParser) -> None:
+    from scripts.benchmarks.harness import telemetry
+
     command.add_argument("--rounds", type=int, default=20)
     command.set_defaults(run=lambda args: telemetry(args.rounds))
-    command = commands.add_parser("optim", help="optimizer steps on a track's shapes, and the quality of the updates")
-    command.add_argument("--config", type=Path, default=ROOT / "configs" / "quick.toml", help="track (TOML)")
+
+
+def add_optim(command: argparse.ArgumentParser) -> None:
+    import torch
+
+    from aurora.optim.polar import COMPUTE_DTYPES, SCHEDULES
+    from scripts.benchmarks.optim import CONTENDERS, optim
+
+    add_config(command)
     command.add_argument("--rules", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="RULE")
     command.add_argument("--schedule", choices=SCHEDULES, default="polar_express5")
     command.add_argument("--polar-dtype", choices=COMPUTE_DTYPES, default="auto")
     command.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     command.add_argument("--rounds", type=int, default=9)
     command.add_argument("--momentum", type=Path, help="folder <run_id>.momentum of a run with --dump-momentum")
-    command.add_argument("--out", type=Path, required=True, help="OUT.md and OUT.json are written")
+    add_output(command)
     command.set_defaults(run=optim)
 
-    command = add_track_command(commands, "train", "whole training steps, split into their parts; also under torchrun")
+
+def add_train(command: argparse.ArgumentParser) -> None:
+    from scripts.benchmarks.peer import against_peer
+    from scripts.benchmarks.train import train
+
+    add_track(command)
     command.add_argument("--steps", type=int, default=10, help="timed steps of each optimizer in a round")
     command.add_argument("--rounds", type=int, default=3)
     command.add_argument("--profile", action="store_true", help="also write OUT.trace.json, of two steps")
@@ -76,13 +95,27 @@ def main() -> int:
     command.add_argument("--peer-limit-s", type=float, default=180.0, help="after which a process is ended")
     command.add_argument("--peer-samples", type=int, default=20, help="step times after which the peer is ended")
     command.set_defaults(run=lambda args: against_peer(args) if args.peer else train(args))
-    command = add_track_command(commands, "memory", "memory by micro-batch, of the first optimizer")
+
+
+def add_memory(command: argparse.ArgumentParser) -> None:
+    from scripts.benchmarks.memory import memory
+
+    add_track(command)
     command.add_argument("--sizes", type=int, nargs="+", default=[1, 4, 16, 64], help="micro-batches")
     command.set_defaults(run=memory)
-    command = add_track_command(commands, "runs", "whole runs; OUT is the folder of their records")
+
+
+def add_runs(command: argparse.ArgumentParser) -> None:
+    from scripts.benchmarks.runs import runs
+
+    add_track(command)
     command.add_argument("--seeds", type=int, nargs="+", default=[0])
     command.set_defaults(run=runs)
-    command = commands.add_parser("turns", help="the public script and ours on the same tokens, in turns")
+
+
+def add_turns(command: argparse.ArgumentParser) -> None:
+    from scripts.benchmarks.turns import turns
+
     command.add_argument("--peer", type=Path, required=True, metavar="SCRIPT", help="train_gpt_simple.py")
     command.add_argument("--train", type=Path, required=True, help="shard of train tokens for both")
     command.add_argument("--val", type=Path, required=True, help="shard of validation tokens for both")
@@ -90,17 +123,31 @@ def main() -> int:
     command.add_argument("--steps", type=int, default=100, help="of each")
     command.add_argument("--every", type=int, default=50, help="steps of a turn, which ends with a validation")
     command.add_argument("--limit-s", type=float, default=500.0, help="after which both are ended")
-    command.add_argument("--config", type=Path, default=ROOT / "configs" / "gpt2_small.toml", help="track (TOML)")
-    command.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="A.B=V",
-        help="for ours, whose micro-batch is 64",
-    )
-    command.add_argument("--out", type=Path, required=True, help="OUT.md and OUT.json are written")
+    add_config(command, "gpt2_small")
+    add_overrides(command, "for ours, whose micro-batch is 64")
+    add_output(command)
     command.set_defaults(run=turns)
+
+
+COMMANDS = {
+    "harness": ("the trainer's step against bare loops, on CPU", add_harness),
+    "guards": ("the trainer's step with and without its guards, on CPU", add_guards),
+    "telemetry": ("looks at neurons beside steps and validations, on CPU", add_telemetry),
+    "optim": ("optimizer steps on a track's shapes, and the quality of the updates", add_optim),
+    "train": ("whole training steps, split into their parts; also under torchrun", add_train),
+    "memory": ("memory by micro-batch, of the first optimizer", add_memory),
+    "runs": ("whole runs; OUT is the folder of their records", add_runs),
+    "turns": ("the public script and ours on the same tokens, in turns", add_turns),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    for name, (text, add_arguments) in COMMANDS.items():
+        command = commands.add_parser(name, help=text)
+        if name in sys.argv[1:2]:
+            add_arguments(command)
     args = parser.parse_args()
     try:
         print(args.run(args), end="\n" if int(os.environ.get("RANK", 0)) == 0 else "")

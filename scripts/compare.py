@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from aurora.errors import HarnessError
-from aurora.trainer.record import Run, read_folder, read_sources
+from aurora.trainer.record import Run, read_folder
 from scripts.analysis.text import cell, plain
 from scripts.runs import PREEMPTED, Outcome, Workers, check_settings, finished_run
 
@@ -109,9 +109,7 @@ def plan_runs(args: argparse.Namespace) -> list[Planned]:
     return plan
 
 
-def run_all(
-    args: argparse.Namespace, plan: Sequence[Planned], sources: dict[str, str], progress: TextIO
-) -> list[Outcome]:
+def run_all(args: argparse.Namespace, plan: Sequence[Planned], progress: TextIO) -> list[Outcome]:
     """The planned runs, --jobs at a time, in the order of the plan. None starts after one was stopped on request."""
     workers, durations_s, is_stopped = Workers(args.jobs, args.out), [], threading.Event()
     signal.signal(signal.SIGTERM, workers.end)
@@ -120,7 +118,7 @@ def run_all(
         if is_stopped.is_set():
             return Outcome(None, PREEMPTED)
         place = f"[{number}/{len(plan)}]"
-        if found := finished_run(workers.records(), argv, args.nproc, sources):
+        if found := finished_run(workers.records(), argv, args.nproc):
             say(f"{place} {title}: finished before, {found.path}")
             return Outcome(found, 0)
         left_s = statistics.mean(durations_s) * (len(plan) - number + 1) / args.jobs if durations_s else None
@@ -128,7 +126,7 @@ def run_all(
         begin_s = time.monotonic()
         prefix = f"    {place} " if args.jobs > 1 else "    "
         try:
-            outcome = workers.train(argv, args.nproc, sources, progress, prefix)
+            outcome = workers.train(argv, args.nproc, progress, prefix)
         except HarnessError as error:
             say(f"{prefix}error: {error}")
             return Outcome(None, int(error.reason))
@@ -201,11 +199,10 @@ def main() -> int:
     plan = plan_runs(args)
     try:
         check_settings((planned.argv for planned in plan), args.nproc)
-        sources = read_sources(ROOT / args.config)
-    except (HarnessError, OSError) as error:
+    except HarnessError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    outcomes = run_all(args, plan, sources, progress)
+    outcomes = run_all(args, plan, progress)
     if any(outcome.exit_code == PREEMPTED for outcome in outcomes):
         print("stopped; the same command goes on with the runs that are left", file=sys.stderr)
         return PREEMPTED

@@ -4,8 +4,8 @@
     python scripts/findings.py --check      exit 1 if it is not what the records give
 
 results/findings.toml names the evidence: the settings in which claims 1 to 4a are tested, one folder of records each,
-and what claims 4b and 5 rest on. Every number on the page is computed from records by scripts/analysis/findings.py; a claim
-without sufficient records is "not testable", never skipped.
+and what claims 4b and 5 rest on. Every number on the page is computed from records by scripts/analysis/findings.py; a
+claim without sufficient records is "not testable", never skipped.
 """
 
 import argparse

@@ -6,8 +6,8 @@
     python scripts/logs.py FOLDER_A --against FOLDER_B --steps 3250           whose loss is lower? (or who is earlier)
     python scripts/logs.py --export runs/quick/RUN.jsonl --out log.txt        one of our records as such a log
 
-A FOLDER of --claims is rowNN beside claims.json. Formats: see scripts/analysis/foreign.py. Exit code 0, 1 when a claim does not
-follow, 2 when there is nothing to read.
+A FOLDER of --claims is rowNN beside claims.json. Formats: see scripts/analysis/foreign.py. Exit code 0, 1 when a claim
+does not follow, 2 when there is nothing to read.
 """
 
 import argparse

@@ -64,18 +64,18 @@ class Workers:
         for child in list(self.children):
             child.terminate()
 
-    def train(self, argv: list[str], nproc: int, sources: dict[str, str], progress: TextIO, prefix: str) -> Outcome:
+    def train(self, argv: list[str], nproc: int, progress: TextIO, prefix: str) -> Outcome:
         """Train in a child process as soon as a place is free. The record ends up in out.
 
-        A run with these arguments and sources that was stopped with a checkpoint goes on from there, or starts anew
-        where it cannot. Raises HarnessError where that run is not stopped but goes on in another process.
+        A run with these arguments and the current code that was stopped with a checkpoint goes on from there, or starts
+        anew where it cannot. Raises HarnessError where that run is not stopped but goes on in another process.
         """
         with self._place() as cores:
             self.out.mkdir(parents=True, exist_ok=True)
             folder = Path(tempfile.mkdtemp(prefix=PRIVATE, dir=self.out))
             try:
                 child = argv, folder, nproc, progress, prefix, cores
-                stopped, code = self._take_stopped(argv, nproc, sources, folder), None
+                stopped, code = self._take_stopped(argv, nproc, folder), None
                 if stopped:
                     size = stopped.stat().st_size
                     code = self.run_one(*child, go_on=True)
@@ -92,7 +92,7 @@ class Workers:
         is_stopped = run is not None and run.end is not None and run.end["status"] == "interrupted"
         return Outcome(run, PREEMPTED if is_stopped else code)
 
-    def _take_stopped(self, argv: list[str], nproc: int, sources: dict[str, str], folder: Path) -> Path | None:
+    def _take_stopped(self, argv: list[str], nproc: int, folder: Path) -> Path | None:
         """Move a stopped run's record and checkpoints to the folder; the record there."""
         from aurora.trainer.process import lock_folder  # see check_settings()
 
@@ -100,7 +100,7 @@ class Workers:
             # Other folders below out are not ours to move from.
             places = {self.out, *self.out.glob(f"{PRIVATE}*")}
             found = [run for run in read_folder(self.out)[0] if run.path.parent in places]
-            run = stopped_run(found, argv, nproc, sources)
+            run = stopped_run(found, argv, nproc)
             if run is None:
                 return None
             with lock_folder(run.path.parent):  # which its process has as long as it trains
@@ -175,15 +175,15 @@ def remove_empty(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def finished_run(runs: Sequence[Run], argv: list[str], nproc: int, sources: dict[str, str]) -> Run | None:
-    """The newest finished run with these arguments that embeds these sources."""
-    return next((run for run in reversed(runs) if run.is_done and is_same(run, argv, nproc, sources)), None)
+def finished_run(runs: Sequence[Run], argv: list[str], nproc: int) -> Run | None:
+    """The newest finished run with these arguments and the current code."""
+    return next((run for run in reversed(runs) if run.is_done and is_same(run, argv, nproc)), None)
 
 
-def stopped_run(runs: Sequence[Run], argv: list[str], nproc: int, sources: dict[str, str]) -> Run | None:
+def stopped_run(runs: Sequence[Run], argv: list[str], nproc: int) -> Run | None:
     """The newest such run that neither finished nor diverged and has a checkpoint."""
     unfinished = [run for run in runs if run.end is None or run.end["status"] == "interrupted"]
-    same = [run for run in reversed(unfinished) if is_same(run, argv, nproc, sources)]
+    same = [run for run in reversed(unfinished) if is_same(run, argv, nproc)]
     return next((run for run in same if any(checkpoints_of(run).glob("step-*"))), None)
 
 
@@ -191,8 +191,22 @@ def checkpoints_of(run: Run) -> Path:
     return run.path.with_suffix(".checkpoints")
 
 
-def is_same(run: Run, argv: list[str], nproc: int, sources: dict[str, str]) -> bool:
-    return arguments_of(run) == argv and run.start["world_size"] == nproc and run.start["sources"] == sources
+def is_same(run: Run, argv: list[str], nproc: int) -> bool:
+    return arguments_of(run) == argv and run.start["world_size"] == nproc and is_current(run, ROOT / argv[1])
+
+
+def is_current(run: Run, config_path: Path | None = None) -> bool:
+    """Whether the Python files that the record embeds are equal to those here, and its track to config_path if given.
+
+    A record embeds what its run had imported. A file that is new here therefore changes nothing.
+    """
+    sources = run.start["sources"]
+    paths = {name: ROOT / name if name.endswith(".py") else config_path for name in sources}
+    try:
+        same = (sources[name] == path.read_text(encoding="utf-8") for name, path in paths.items() if path)
+        return "train_gpt.py" in sources and all(same)
+    except (OSError, ValueError):  # the file does not exist here, or is no text
+        return False
 
 
 def arguments_of(run: Run) -> list[str]:

@@ -4,10 +4,10 @@
     python scripts/compare.py tune --trials 20 --jobs 2 --out runs/quick_tuning --write
     python scripts/compare.py tune --set model.mlp=swiglu --out runs/quick_swiglu_tuning
 
-The search and its space are declared in advance: scripts/analysis/tuning.py and --space. Each trial is an ordinary run with a
-record in --out. A trial that diverged counts, at an infinite loss. Stopped, the same command goes on: a trial whose
-arguments, config and code have a record is not run again. Writes ledger.json (one trial a line) and tuning.md to --out,
-where optimizers that are not searched this time keep their lines.
+The search and its space are declared in advance: scripts/analysis/tuning.py and --space. Each trial is an ordinary run
+with a record in --out. A trial that diverged counts, at an infinite loss. Stopped, the same command goes on: a trial
+whose arguments, config and code have a record is not run again. Writes ledger.json (one trial a line) and tuning.md to
+--out, where optimizers that are not searched this time keep their lines.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from typing import Any, TextIO
 
 from aurora.config import load_config
 from aurora.errors import Exit, HarnessError
-from aurora.trainer.record import ROOT, Run, code_hash, read_sources
+from aurora.trainer.record import ROOT, Run
 from scripts.analysis.text import markdown_table
 from scripts.analysis.tuning import (
     Search,
@@ -36,7 +36,7 @@ from scripts.analysis.tuning import (
     read_space,
     write_setting,
 )
-from scripts.runs import PREEMPTED, Workers, arguments_of, check_settings
+from scripts.runs import PREEMPTED, Workers, arguments_of, check_settings, is_current
 
 LEDGER, PAGE = "ledger.json", "tuning.md"
 
@@ -106,7 +106,6 @@ class Tuner:
         self.args, self.space, self.ledger, self.progress = args, space, ledger, progress
         self.workers = Workers(args.jobs, args.out)
         signal.signal(signal.SIGTERM, self.workers.end)
-        self.sources = read_sources(ROOT / args.config)
         self.is_stopped = threading.Event()
 
     def search(self, optimizer: str) -> Search:
@@ -144,19 +143,19 @@ class Tuner:
     def train(self, argv: list[str], place: str) -> Run:
         if self.is_stopped.is_set():
             raise Stopped(PREEMPTED)
-        outcome = self.workers.train(argv, 1, self.sources, self.progress, f"    {place} ")
+        outcome = self.workers.train(argv, 1, self.progress, f"    {place} ")
         if outcome.run is None or not is_over(outcome.run):
             self.is_stopped.set()
             raise Stopped(outcome.exit_code or 1)
         return outcome.run
 
     def find(self, argv: list[str]) -> Run | None:
-        """The newest run with these arguments, this code and this config that finished or diverged."""
+        """The newest run with these arguments, this config and the current code that finished or diverged."""
         config = load_config(ROOT / self.args.config, argv[3], argv[argv.index("--set") + 1 :: 2])
         wanted = as_read(dataclasses.asdict(config))
         for run in reversed(self.workers.records()):
-            is_same = arguments_of(run) == argv and run.start["code_hash"] == code_hash(self.sources)
-            if is_over(run) and is_same and as_read(run.start["config"]) == wanted:
+            is_same = arguments_of(run) == argv and as_read(run.start["config"]) == wanted
+            if is_over(run) and is_same and is_current(run):
                 return run
         return None
 

@@ -15,11 +15,11 @@ from scipy import stats
 
 from aurora.errors import HarnessError
 from aurora.trainer.process import lock_folder
-from aurora.trainer.record import RecordError, Validation, read_folder, read_record, read_sources
+from aurora.trainer.record import RecordError, Validation, read_folder, read_record
 from scripts import compare, plot, runs
 from scripts.analysis import report, verdict
 from scripts.analysis.statistics import runs_needed
-from tests.conftest import ROOT, start_process, train_here
+from tests.conftest import ROOT, start_process
 
 
 def straight(*points, every=2):
@@ -332,20 +332,13 @@ def test_plan_alternates_optimizers_and_multiplies_grids():
     assert compare.grid_values("optimizer.aux_betas=[0.8,0.9],[0.9,0.95]")[1][1] == "[0.9,0.95]"
 
 
-def test_report_of_the_committed_runs_as_json():
-    process = start_process("scripts/compare.py", "--report", "results/quick", "--json")
-    output, err = process.communicate(timeout=60)
-    (task,) = json.loads(output)["tasks"].values()
-    assert process.returncode == 0 and err == ""
-    assert {group["optimizer"] for group in task["groups"]} == {"adamw", "muon", "unormuon", "aurora"}
-    process = start_process("scripts/compare.py", "--report", "configs")
-    assert "no record in configs" in process.communicate(timeout=60)[1] and process.returncode == 2
-
-
-def compare_command(tiny_track, out, *args):
-    process = start_process("scripts/compare.py", "--config", str(tiny_track), "--out", str(out), *args)
-    output, err = process.communicate(timeout=240)
-    return process.returncode, output, err
+def test_report_of_the_committed_runs_as_json(monkeypatch, capsys):
+    assert run_compare(monkeypatch, "--report", ROOT / "results" / "quick", "--json") == 0
+    said = capsys.readouterr()
+    (task,) = json.loads(said.out)["tasks"].values()
+    assert {group["optimizer"] for group in task["groups"]} == {"adamw", "muon", "unormuon", "aurora"} and not said.err
+    assert run_compare(monkeypatch, "--report", ROOT / "configs") == 2
+    assert "no record in" in capsys.readouterr().err
 
 
 def test_compare_runs_skips_what_is_finished_and_goes_on_after_a_failure(tiny_track, tmp_path, monkeypatch, capsys):
@@ -367,10 +360,10 @@ def test_compare_runs_skips_what_is_finished_and_goes_on_after_a_failure(tiny_tr
 
 
 def test_jobs_run_side_by_side_on_cores_of_their_own(tiny_track, tmp_path):
-    code, out, err = compare_command(
-        *(tiny_track, tmp_path, "--optimizers", "muon", "--seeds", "0", "1", "--jobs", "2", "--set", "train.steps=10")
-    )
-    assert (code, err) == (0, "") and "    [2/2] muon, seed 1: val_loss" in out
+    arguments = ["--config", tiny_track, "--out", tmp_path, "--optimizers", "muon", "--seeds", "0", "1", "--jobs", "2"]
+    process = start_process("scripts/compare.py", *map(str, arguments), "--set", "train.steps=10")
+    out, err = process.communicate(timeout=240)
+    assert (process.returncode, err) == (0, "") and "    [2/2] muon, seed 1: val_loss" in out
     assert f"record {os.path.relpath(tmp_path, ROOT)}/tiny-muon-s1-" in out, "where it lies in the end"
     runs, _ = read_folder(tmp_path)
     assert len(runs) == len(list(tmp_path.glob("*.jsonl"))) == 2
@@ -378,8 +371,6 @@ def test_jobs_run_side_by_side_on_cores_of_their_own(tiny_track, tmp_path):
         assert run.start["env"]["variables"]["SPEEDRUN_JOBS"] == "2"
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         assert run.start["env"]["torch_threads"] == max(1, cores // 2)
-    code, _, err = compare_command(tiny_track, tmp_path, "--jobs", "2", "--nproc", "2")
-    assert code == 2 and "--jobs must be at least 1, and 1 with --nproc above 1" in err
 
 
 @pytest.mark.parametrize(
@@ -388,6 +379,7 @@ def test_jobs_run_side_by_side_on_cores_of_their_own(tiny_track, tmp_path):
         (["--seeds", "0", "1", "0"], "--seeds has 0 more than once"),
         (["--optimizers", "muon", "muon"], "--optimizers has muon more than once"),
         (["--nproc", "0"], "--nproc must be at least 1, got 0"),
+        (["--jobs", "2", "--nproc", "2"], "--jobs must be at least 1, and 1 with --nproc above 1"),
     ],
 )
 def test_usage_that_makes_no_sense_is_refused(arguments, message, capsys):
@@ -422,7 +414,19 @@ def test_what_no_run_could_start_with_is_said_once_before_the_first(
     assert message in said.err and said.err.count("\n") == 1 and not said.out
 
 
-ARGV, SOURCES = ["--config", "c", "--optimizer", "muon", "--seed", "0"], {"train_gpt.py": "code"}
+ARGV = ["--config", "a.toml", "--optimizer", "muon", "--seed", "0"]
+SOURCES = {"train_gpt.py": "code", "aurora/optim/polar.py": "of it", "a.toml": "track"}
+
+
+@pytest.fixture
+def checkout(tmp_path_factory, monkeypatch):
+    """A folder with SOURCES in the place of the project's, and a file that no run has imported."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name, text in (SOURCES | {"aurora/optim/new.py": "new"}).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    monkeypatch.setattr(runs, "ROOT", folder)
+    return folder
 
 
 def write_stopped(folder, name="old", status="interrupted", sources=SOURCES, has_checkpoint=True):
@@ -436,11 +440,43 @@ def write_stopped(folder, name="old", status="interrupted", sources=SOURCES, has
 
 
 def train(jobs, out):
-    return runs.Workers(jobs, out).train(ARGV, 1, SOURCES, sys.stdout, "")
+    return runs.Workers(jobs, out).train(ARGV, 1, sys.stdout, "")
+
+
+@pytest.mark.parametrize(
+    "name, text, is_other",
+    [
+        ("train_gpt.py", "edited", True),
+        ("aurora/optim/polar.py", "edited", True),
+        ("aurora/optim/polar.py", None, True),
+        ("a.toml", "edited", True),
+        ("aurora/optim/new.py", "edited", False),
+        ("aurora/optim/other.py", "new", False),
+    ],
+)
+def test_a_run_is_current_as_long_as_the_files_it_imported_and_its_track_are_unchanged(
+    checkout, tmp_path, name, text, is_other
+):
+    write_stopped(tmp_path, status="done")
+    ((run,), _) = read_folder(tmp_path)
+    assert runs.is_current(run, checkout / "a.toml") and runs.finished_run([run], ARGV, 1) is run
+    (checkout / name).unlink(missing_ok=True)
+    if text:
+        (checkout / name).write_text(text)
+    assert runs.is_current(run, checkout / "a.toml") != is_other
+    assert runs.finished_run([run], ARGV, 1) is (None if is_other else run)
+    assert runs.is_current(run) != (is_other and name != "a.toml"), "the code alone"
+
+
+def test_a_run_without_code_or_with_sources_that_are_no_files_is_not_current(checkout, tmp_path):
+    for sources in ({}, {"a.toml": "track"}, SOURCES | {"\0.py": ""}, SOURCES | {"aurora.py": 1}):
+        write_stopped(tmp_path, sources=sources)
+        assert not runs.is_current(read_record(tmp_path / "old.jsonl"), checkout / "a.toml")
+        shutil.rmtree(tmp_path / "old.checkpoints")
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_a_failure_after_a_stop_is_a_failure(tmp_path, monkeypatch, jobs):
+def test_a_failure_after_a_stop_is_a_failure(checkout, tmp_path, monkeypatch, jobs):
     """Its record is the old one, as data are missing or memory ran out before there was a new one."""
     write_stopped(tmp_path, has_checkpoint=False)
     monkeypatch.setattr(runs.Workers, "run_one", lambda *args, **how: 3)
@@ -451,7 +487,7 @@ def test_a_failure_after_a_stop_is_a_failure(tmp_path, monkeypatch, jobs):
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_a_stopped_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch, jobs):
+def test_a_stopped_run_goes_on_from_its_checkpoint(checkout, tmp_path, monkeypatch, jobs):
     write_stopped(tmp_path)
     write_stopped(tmp_path, "other", sources={"train_gpt.py": "changed"})
     write_stopped(tmp_path, "without", has_checkpoint=False)
@@ -466,14 +502,14 @@ def test_a_stopped_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch, jobs):
     assert (tmp_path / "old.checkpoints").is_dir() and not list(tmp_path.glob(".run-*"))
 
 
-def test_a_run_whose_process_was_killed_in_its_own_folder_is_taken_from_there(tmp_path, monkeypatch):
+def test_a_run_whose_process_was_killed_in_its_own_folder_is_taken_from_there(checkout, tmp_path, monkeypatch):
     write_stopped(tmp_path / ".run-before")
     monkeypatch.setattr(runs.Workers, "run_one", lambda self, argv, folder, *args, go_on: 0)
     assert train(1, tmp_path).run.path == tmp_path / "old.jsonl"
     assert (tmp_path / "old.checkpoints").is_dir() and not list(tmp_path.glob(".run-*"))
 
 
-def test_runs_of_other_folders_below_out_are_not_moved(tmp_path, monkeypatch):
+def test_runs_of_other_folders_below_out_are_not_moved(checkout, tmp_path, monkeypatch):
     write_stopped(tmp_path / "mine")
     write_stopped(tmp_path / "mine", "beside", sources={})
     started = []
@@ -482,7 +518,7 @@ def test_runs_of_other_folders_below_out_are_not_moved(tmp_path, monkeypatch):
     assert started == [False] and len(list((tmp_path / "mine").glob("*.jsonl"))) == 2
 
 
-def test_a_run_that_goes_on_in_another_process_is_left_alone(tmp_path, monkeypatch):
+def test_a_run_that_goes_on_in_another_process_is_left_alone(checkout, tmp_path, monkeypatch):
     """As after a kill of compare.py alone: its runs live on."""
     write_stopped(tmp_path / ".run-before")
     monkeypatch.setattr(runs.Workers, "run_one", lambda *args, **how: pytest.fail("it was started a second time"))
@@ -491,7 +527,7 @@ def test_a_run_that_goes_on_in_another_process_is_left_alone(tmp_path, monkeypat
     assert (tmp_path / ".run-before" / "old.jsonl").is_file() and len(list(tmp_path.glob(".run-*"))) == 1
 
 
-def test_a_run_that_cannot_go_on_starts_anew(tmp_path, monkeypatch, capsys):
+def test_a_run_that_cannot_go_on_starts_anew(checkout, tmp_path, monkeypatch, capsys):
     """As with checkpoints that are all damaged."""
     write_stopped(tmp_path)
 
@@ -511,7 +547,7 @@ def test_a_run_that_cannot_go_on_starts_anew(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "change", [{"status": "done"}, {"status": "diverged"}, {"sources": {}}, {"has_checkpoint": False}]
 )
-def test_any_other_run_starts_anew(tmp_path, monkeypatch, change):
+def test_any_other_run_starts_anew(checkout, tmp_path, monkeypatch, change):
     write_stopped(tmp_path, **change)
     started = []
     monkeypatch.setattr(runs.Workers, "run_one", lambda self, argv, *args: started.append(argv) or 0)
@@ -519,17 +555,15 @@ def test_any_other_run_starts_anew(tmp_path, monkeypatch, change):
     assert started == [ARGV]
 
 
-def test_a_run_that_was_killed_goes_on_where_its_checkpoint_is(tiny_track, tmp_path, capsys):
+def test_a_run_that_was_killed_goes_on_where_its_checkpoint_is(tiny_track, launch, tmp_path, capsys):
     argv = ["--config", str(tiny_track), "--optimizer", "muon", "--seed", "0"]
     argv += ["--set", "train.steps=20", "--set", "train.checkpoint_every=10"]
-
-    assert train_here(tiny_track, tmp_path, *argv[2:]) == 0
+    launch(*argv, "--out", tmp_path)
     (path,) = tmp_path.glob("*.jsonl")
     lines = path.read_text().splitlines()
     write(path, [line for line in lines if json.loads(line).get("step", 0) <= 10])
     shutil.rmtree(path.with_suffix(".checkpoints") / "step-000020")
-    capsys.readouterr()
-    again = runs.Workers(1, tmp_path).train(argv, 1, read_sources(tiny_track), sys.stdout, "")
+    again = runs.Workers(1, tmp_path).train(argv, 1, sys.stdout, "")
     assert again.exit_code == 0 and "resume: from step 10" in capsys.readouterr().out
     assert again.run.path == path and again.run.is_done and again.run.end["segments"] == 2
 
@@ -566,33 +600,33 @@ def test_an_error_of_the_plot_does_not_cost_the_table(tiny_track, tmp_path, monk
     assert "| muon" in said.out and "no curves: no space left" in said.err
 
 
-def test_finished_run_must_match_arguments_sources_and_world_size(tmp_path):
-    write(tmp_path / "a.jsonl", record_lines())
+def test_finished_run_must_match_arguments_and_world_size(checkout, tmp_path):
+    write_stopped(tmp_path, status="done")
     found, _ = read_folder(tmp_path)
-    start = found[0].start
-    start["argv"] = ["train_gpt.py", "--optimizer", "muon", "--out", "anywhere", "--set", "train.steps=10"]
-    start["sources"] = {"train_gpt.py": "code"}
-    argv, sources = ["--optimizer", "muon", "--set", "train.steps=10"], {"train_gpt.py": "code"}
-    assert compare.finished_run(found, argv, 1, sources) is found[0]
-    assert compare.finished_run(found, argv[:2], 1, sources) is None
-    assert compare.finished_run(found, argv, 2, sources) is None
-    assert compare.finished_run(found, argv, 1, {"train_gpt.py": "changed"}) is None
+    assert compare.finished_run(found, ARGV, 1) is found[0]
+    assert compare.finished_run(found, [*ARGV, "--set", "train.steps=10"], 1) is None
+    assert compare.finished_run(found, ARGV[:4], 1) is None
+    assert compare.finished_run(found, ARGV, 2) is None
     found[0].end["status"] = "diverged"
-    assert compare.finished_run(found, argv, 1, sources) is None
+    assert compare.finished_run(found, ARGV, 1) is None
 
 
-def test_compare_names_a_config_that_cannot_be_read(tmp_path):
-    code, _, err = compare_command(tmp_path / "gone.toml", tmp_path)
-    assert code == 2 and err.count("\n") == 1 and "gone.toml cannot be read" in err
+def test_compare_names_a_config_that_cannot_be_read(tmp_path, monkeypatch, capsys):
+    assert run_compare(monkeypatch, "--config", tmp_path / "gone.toml", "--out", tmp_path) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "gone.toml cannot be read" in err
 
 
-def test_plot_of_the_committed_runs_and_of_what_cannot_be_written(tmp_path):
+def test_plot_of_the_committed_runs_and_of_what_cannot_be_written(tmp_path, monkeypatch, capsys):
     process = start_process("scripts/plot.py", "results/quick", "--out", str(tmp_path / "new" / "curves.svg"))
     assert process.communicate(timeout=60)[1] == "" and process.returncode == 0
     assert "<svg" in (tmp_path / "new" / "curves.svg").read_text()
-    process = start_process("scripts/plot.py", "results/quick", "--out", str(tmp_path / "curves.nonsense"))
-    err = process.communicate(timeout=60)[1]
-    assert process.returncode == 2 and err.startswith("error: ") and err.count("\n") == 1
+    monkeypatch.setattr(
+        "sys.argv", ["plot.py", str(ROOT / "results/quick"), "--out", str(tmp_path / "curves.nonsense")]
+    )
+    assert plot.main() == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1
 
 
 def test_every_group_has_a_style_and_as_few_as_can_be_share_one(tmp_path):

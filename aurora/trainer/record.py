@@ -66,7 +66,7 @@ class RecordWriter:
 
 
 # A run executes nothing below these; what is imported from there belongs to a test or a benchmark around it.
-NOT_OF_A_RUN = ("tests", "scripts")
+NOT_OF_A_RUN = ("data", "scripts", "tests")
 
 
 def read_sources(config_path: Path) -> dict[str, str]:
@@ -74,8 +74,8 @@ def read_sources(config_path: Path) -> dict[str, str]:
     sources = {}
     for module in list(sys.modules.values()):
         file = getattr(module, "__file__", None)
-        path = Path(file or "").resolve()
-        if path.suffix == ".py" and path.is_relative_to(ROOT) and "site-packages" not in path.parts and path.is_file():
+        path = Path(file).resolve() if file and os.path.isabs(file) else ROOT  # torch.ops calls itself _ops.py
+        if path.suffix == ".py" and path.is_relative_to(ROOT) and "site-packages" not in path.parts:
             name = path.relative_to(ROOT)
             if name.parts[0] not in NOT_OF_A_RUN:
                 sources[name.as_posix()] = path.read_text(encoding="utf-8")

@@ -2,28 +2,30 @@
 
 from pathlib import Path, PurePosixPath
 
-from aurora.trainer.record import ROOT, RecordError, Run, read_record
+from aurora.trainer.record import RecordError, Run, read_record
 from scripts.analysis.text import plain
 
 SEPARATOR = "=" * 100
 # Unpacks the sources into a folder and trains as the record did; data is looked for where the command is given.
 LAUNCHER = """\
 # Trains one run again: python THIS_FILE [more arguments of train_gpt.py, such as --out DIR]
-import os, pathlib, subprocess, sys, tempfile
+import json, os, pathlib, subprocess, sys, tempfile
 
 SOURCES = {sources!r}
-CONFIG, ARGUMENTS = {config!r}, {arguments!r}
+CONFIG, ARGUMENTS, DATA = {config!r}, {arguments!r}, {data!r}
 with tempfile.TemporaryDirectory() as folder:
     for name, text in SOURCES.items():
         path = pathlib.Path(folder, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
-    command = [sys.executable, os.path.join(folder, "train_gpt.py"), "--config", os.path.join(folder, CONFIG)]
-    code = subprocess.run([*command, *ARGUMENTS, *sys.argv[1:]]).returncode
+    script, track = (os.path.join(folder, name) for name in ("train_gpt.py", CONFIG))
+    command = [sys.executable, script, "--config", track, *ARGUMENTS]
+    for name, files in DATA.items():
+        command += ["--set", f"data.{{name}}={{json.dumps(os.path.abspath(files))}}"]
+    code = subprocess.run([*command, *sys.argv[1:]]).returncode
 sys.exit(code)
 """
-# Imported by the trainer without deciding what it computes; records of earlier versions do not embed them.
-ACCESSORIES = ("results/momentum.py", "results/tracking.py")
+ACCESSORIES = Path(__file__).parent / "accessories"  # <module>.txt: what some old records import and do not embed
 
 
 def export_record(path: Path, out: Path) -> None:
@@ -42,6 +44,7 @@ def export_record(path: Path, out: Path) -> None:
         sources=sources,
         config=next(name for name in sources if name.endswith(".toml")),
         arguments=["--optimizer", start["optimizer"], "--seed", str(start["seed"]), *overrides(start["argv"])],
+        data={name: str(start["config"]["data"][name]) for name in ("train", "val")},
     )
     steps = start["config"]["train"]["steps"]
     lines = [source, SEPARATOR, f"torch {start['env']['torch']} on {start['env']['device_name']}", SEPARATOR]
@@ -56,20 +59,21 @@ def export_record(path: Path, out: Path) -> None:
 
 
 def whole_sources(run: Run) -> dict[str, str]:
-    """The embedded sources by name, in full.
+    """The embedded sources by name, and the old modules that they import and lack.
 
     Raises:
         RecordError: they are not all there, or a name leads out of the folder.
     """
     sources = run.start["sources"]
-    if strange := [name for name in sources if not is_inside(name)]:
-        raise RecordError(
-            f"{run.path} embeds a source by the name {plain(strange[0])!r}, which leads out of its folder"
-        )
+    if strange := [name for name, text in sources.items() if not is_inside(name) or not isinstance(text, str)]:
+        raise RecordError(f"{run.path}: its source {plain(strange[0])!r} leads out of its folder or is no text")
     if "train_gpt.py" not in sources or sum(name.endswith(".toml") for name in sources) != 1:
         raise RecordError(f"{run.path} does not embed the sources and the config of its run")
-    missing = {name: (ROOT / name).read_text(encoding="utf-8") for name in ACCESSORIES if name not in sources}
-    return sources | missing
+    whole = dict(sources)
+    for path in ACCESSORIES.glob("*.txt"):
+        if f"from {path.stem} import" in sources["train_gpt.py"]:
+            whole.setdefault(path.stem.replace(".", "/") + ".py", path.read_text(encoding="utf-8"))
+    return whole
 
 
 def is_inside(name: str) -> bool:

@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 from aurora.trainer.record import ROOT, RecordError, read_folder, read_record
-from scripts.verification.checks import OTHER_STACK_TOLERANCE, Verification
+from scripts.verification.checks import Verification
+from scripts.verification.events import OTHER_STACK_TOLERANCE
 from scripts.verification.export import is_inside, whole_sources
 
 TIMEOUT_S = 3600
@@ -66,6 +67,8 @@ def replay(verdict: Verification, num_looks: int) -> Verification:
         return verdict
     stack = ("torch", "torch_threads", "device_name", "cpu")
     is_same_stack = start["device"] == "cpu" and all(here["env"].get(k) == start["env"].get(k) for k in stack)
+    # A run measures which dtype is fast for the polar factors; param_groups state what it chose.
+    is_same_stack &= here.get("param_groups") == start.get("param_groups")
     tolerance = 0.0 if is_same_stack else OTHER_STACK_TOLERANCE
     for ours, theirs in zip(found, claimed, strict=True):
         if abs(ours.val_loss - theirs.val_loss) > tolerance:
@@ -74,7 +77,7 @@ def replay(verdict: Verification, num_looks: int) -> Verification:
                 f"(tolerance {tolerance:g})"
             )
     if added := whole.keys() - start["sources"].keys():
-        verdict.notes.append(f"the record does not embed, and the replay took from here: {', '.join(sorted(added))}")
+        verdict.notes.append(f"the record does not embed, so the replay added: {', '.join(sorted(added))}")
     steps = start["config"]["train"]["steps"]
     extent = "" if len(found) == len(run.validations) else f" to step {found[-1].step} of {steps}"
     verdict.word_if_good = f"replayed{extent}" + (f" within {tolerance:g} on another stack" if tolerance else "")

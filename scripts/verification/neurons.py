@@ -1,0 +1,46 @@
+"""Check of the neurons' telemetry: at the declared steps, and numbers within their bounds."""
+
+import math
+from collections.abc import Iterator
+
+from scripts.verification.events import Events
+from scripts.verification.numbers import declared_looks
+
+
+def check_neurons(run: Events) -> Iterator[str]:
+    model, looks, steps = run.config["model"], run.config["eval"], {event["step"] for event in run.of("val")}
+    last, events = run.config["train"]["steps"], {event["step"]: event for event in run.of("neurons")}
+    planned = {step for step in declared_looks(run.config) if step > 0 and (step % looks["every"] == 0 or step == last)}
+    # A crash may have come between the two lines of the last look.
+    certain = planned & (steps if run.of("end") else steps - {max(steps, default=0)})
+    if not looks.get("telemetry", False):
+        planned = certain = set()
+    if not certain <= set(events) <= planned:
+        yield f"neurons are not those of the declared steps: {sorted(certain ^ set(events))[:5]}"
+    width, layers = model["mlp_expansion"] * model["model_dim"], range(model["num_layers"])
+    kinds = ("gate", "up", "down") if model.get("mlp") == "swiglu" else ("up", "down")
+    names = [f"blocks.{i}.mlp.{kind}" for i in layers for kind in kinds]
+    for step, event in events.items():
+        found, tall = event["matrices"], [name for name in names if not name.endswith("down")]
+        if (event["width"], len(event["layers"]), sorted(found)) != (width, len(layers), sorted(names)):
+            yield f"step {step}: neurons are not of the model in the config"
+            continue
+        sums = {key: sum(layer[key] for layer in event["layers"]) / (width * len(layers)) for key in ("dead", "silent")}
+        for key in ("starved", "starved_momentum"):
+            sums[key] = sum(found[name][key] for name in tall) / (width * len(tall))
+        is_possible = [0 < event["tokens"] <= looks["tokens"], *(0 <= event[key] <= 1 for key in sums)]
+        is_possible += [math.isclose(event[key], value, abs_tol=1e-9) for key, value in sums.items()]
+        for layer in event["layers"]:
+            is_possible += [0 <= layer["silent"] <= width, 0 <= (layer["still_dead"] or 0) <= layer["dead"] <= width]
+        for matrix in found.values():
+            low, high = matrix["update_quantiles"][0], matrix["update_quantiles"][-1]
+            rank = matrix["effective_rank"]
+            is_possible += [0 <= matrix[key] <= width for key in ("starved", "starved_momentum")]
+            is_possible += [
+                0 <= matrix["update_cv"] <= math.sqrt(width),
+                0 <= rank <= 1.001 * min(width, model["model_dim"]),
+            ]
+            is_possible += [low == high == 0 or 0 <= low <= 1.001 and 0.999 <= high <= width]
+            is_possible.append(matrix["update_quantiles"] == sorted(matrix["update_quantiles"]))
+        if not all(is_possible):
+            yield f"step {step}: numbers on neurons cannot be"

@@ -1,0 +1,203 @@
+"""Checks of what a run measured: at which steps, times, learning rates, losses and the end event."""
+
+import itertools
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from aurora.trainer.record import Validation, first_at_target
+from scripts.verification.events import OTHER_STACK_TOLERANCE, Events, stack_of
+
+# FLOP/s that no device of its kind reaches: above a B200's dense bfloat16, and a core with matrix units.
+PEAK_FLOPS = {"cuda": 3e15, "mps": 1e14, "cpu": 2e12}
+UNTRAINED_TOLERANCE = 0.05  # of the loss at step 0, from ln(vocab_size): the head starts at zero
+
+
+def check_order(run: Events) -> Iterator[str]:
+    kinds = [event["event"] for event in run.rest]
+    unknown = set(kinds) - {"val", "train", "neurons", "resume", "end"}
+    if unknown:
+        yield f"events of unknown kinds: {sorted(map(str, unknown))}"
+    for kind, following in itertools.pairwise(kinds):
+        if kind == "end" and following != "resume":
+            yield f"an end event is followed by a {following} event"
+    stacks = {stack_of(segment) for segment in (run.start, *(e for e in run.rest if e["event"] == "resume"))}
+    tolerance = OTHER_STACK_TOLERANCE if len(stacks) > 1 else 0.0
+    seen: dict[int, float] = {}
+    last = {"val": -1, "train": -1, "neurons": -1}
+    for event in run.rest:
+        kind = event["event"]
+        if kind == "resume":
+            last = dict.fromkeys(last, -1)
+        if kind not in last:
+            continue
+        step = event["step"]
+        if step <= last[kind]:
+            yield f"{kind} event of step {step} stands after that of step {last[kind]}"
+        last[kind] = step
+        if kind == "val" and run.start["device"] == "cpu":
+            before = seen.setdefault(step, event["val_loss"])
+            if abs(before - event["val_loss"]) > tolerance:
+                yield f"step {step} was run twice, with val_loss {before} and {event['val_loss']}"
+
+
+def declared_looks(config: dict[str, Any]) -> set[int]:
+    """The trainer's rule for the steps after which loss is measured."""
+    steps, looks = config["train"]["steps"], config["eval"]
+    if not 0 < steps < 10**6 or looks["every"] < 1 or looks["late_every"] < 1:
+        raise ValueError(f"{steps} steps with looks every {looks['every']} and {looks['late_every']} cannot be")
+    late_from = (1 - looks["late_frac"]) * steps
+    return {s for s in range(steps) if s % looks["every" if s < late_from else "late_every"] == 0} | {steps}
+
+
+def check_looks(run: Events) -> Iterator[str]:
+    declared, steps = declared_looks(run.config), {event["step"] for event in run.of("val")}
+    ends = run.of("end")
+    last = run.config["train"]["steps"] if ends and ends[-1]["status"] == "done" else max(steps, default=0)
+    if ends and ends[-1]["status"] == "done" and ends[-1]["step"] != last:
+        yield f"done at step {ends[-1]['step']}, but the config plans {last} steps"
+    extra, missing = steps - declared, {step for step in declared if step <= last} - steps
+    if extra:
+        yield f"validated at steps that the config does not declare: {sorted(extra)[:5]}"
+    if missing:
+        yield f"not validated at declared steps: {sorted(missing)[:5]}"
+    for event in run.of("val"):
+        if event.get("tokens", 0) != event["step"] * run.config["train"]["batch_tokens"] and "tokens" in event:
+            yield f"step {event['step']}: tokens {event['tokens']} are not step x batch_tokens"
+
+
+def declared_logs(run: Events) -> set[int]:
+    """The trainer's rule for the steps of train events: at every flush, and each log_every steps since the one before.
+
+    It flushes at looks, checkpoints and stops.
+    """
+    declared, train, ends = declared_looks(run.config), run.config["train"], run.of("end")
+    looks, stops = ([event["step"] for event in run.of(kind)] for kind in ("val", "resume"))
+    last = ends[-1]["step"] if ends and ends[-1]["status"] in ("done", "interrupted") else max(looks, default=0)
+    last = min(last, train["steps"])
+    saves = range(0, train["steps"], train["checkpoint_every"]) if train["checkpoint_every"] else ()
+    windows = itertools.pairwise(sorted(step for step in {0, last, *stops, *saves, *declared} if 0 <= step <= last))
+    return {step for low, high in windows for step in (*range(low, high, train["log_every"]), high)} - {0}
+
+
+def check_logs(run: Events) -> Iterator[str]:
+    if missing := declared_logs(run) - {event["step"] for event in run.of("train")}:
+        yield f"no train event at steps where one is due: {sorted(missing)[:5]}"
+
+
+def check_times(run: Events) -> Iterator[str]:
+    looks, trains = run.of("val"), run.of("train")
+    by_step = {event["step"]: event for event in looks}
+    times = [by_step[step]["train_time_s"] for step in sorted(by_step)]
+    if any(later <= earlier for earlier, later in itertools.pairwise(times)) or (times and times[0] < 0):
+        yield "train_time_s does not rise from look to look"
+    step_ms = [event["step_ms"] for event in trains]
+    if len(step_ms) >= 3 and len(set(step_ms)) < len(step_ms) / 2:
+        yield "step times repeat: no clock gives them"
+    if any(not 0 <= event["optimizer_ms"] <= event["step_ms"] for event in trains):
+        yield "optimizer_ms is not within step_ms"
+    if not looks or not trains:
+        return
+    previous, windows = 0, []
+    for event in trains:
+        windows.append((event["step"], (event["step"] - previous) * event["step_ms"] / 1000))
+        previous = event["step"]
+    # Between two looks the clock sees the steps and little else.
+    for early, late in itertools.pairwise(sorted(by_step)):
+        inside = [seconds for step, seconds in windows if early < step <= late]
+        elapsed = by_step[late]["train_time_s"] - by_step[early]["train_time_s"]
+        if late in {step for step, _ in windows} and not 0.8 * elapsed - 0.05 <= sum(inside) <= 1.02 * elapsed + 0.01:
+            yield f"steps {early} to {late} took {sum(inside):.3f} s by their step_ms, {elapsed:.3f} s by train_time_s"
+    counts = run.start["params_by_role"]
+    flop = 6 * (counts["matrix"] + counts["head"]) * run.config["train"]["batch_tokens"]
+    floor_ms = 1000 * flop / max(map(peak_flops, (run.start, *run.of("resume"))))
+    if min(step_ms) < floor_ms:
+        yield f"a step of {min(step_ms):.4g} ms is below the {floor_ms:.4g} ms that its FLOP take at best"
+
+
+def peak_flops(segment: dict[str, Any]) -> float:
+    """Of all ranks of a run or resume event."""
+    cores = segment["env"]["cpu_count"] if segment["device"] == "cpu" else 1
+    return PEAK_FLOPS[segment["device"]] * segment["world_size"] * cores
+
+
+def check_lr(run: Events) -> Iterator[str]:
+    config, schedule = run.config, run.config["schedule"]
+    peaks = {group["peak_lr"] for group in run.start["param_groups"]} | {run.start["hparams"]["lr"]}
+    for event in run.of("train"):
+        remaining = 1 - (event["step"] - 1) / config["train"]["steps"]
+        cooldown, floor = schedule["cooldown_frac"], schedule["final_lr_frac"]
+        scale = 1.0 if remaining >= cooldown else floor + (1 - floor) * remaining / cooldown
+        scale *= min(1.0, event["step"] / max(1, config["warmup_steps"]))
+        if not any(math.isclose(event["lr"], peak * scale, rel_tol=1e-6) for peak in peaks):
+            yield f"step {event['step']}: lr {event['lr']} is not the schedule's"
+            return
+
+
+def check_losses(run: Events) -> Iterator[str]:
+    config, looks = run.config, run.of("val")
+    for event in looks:
+        if not is_float32_sum(event["val_loss"], config["eval"]["tokens"], config["model"]["seq_len"]):
+            yield f"step {event['step']}: val_loss {event['val_loss']} is no sum of float32 over the tokens: typed in"
+            break
+    untrained = math.log(config["model"]["vocab_size"])
+    if looks and looks[0]["step"] == 0 and abs(looks[0]["val_loss"] - untrained) > UNTRAINED_TOLERANCE:
+        yield f"step 0: val_loss {looks[0]['val_loss']} is not the {untrained:.4f} of an untrained model"
+    # train_loss is a mean over the steps before a look; while it falls fast, the look is nearer to the mean after it,
+    # or, where there is none, to what the fall so far lets expect.
+    train_losses = {event["step"]: event["train_loss"] for event in run.of("train")}
+    before = [looks[0]["val_loss"] if looks else untrained, *train_losses.values()]
+    expected = [2 * now - earlier for earlier, now in itertools.pairwise(before)][-1:]
+    lows = dict(zip(train_losses, [*before[2:], *expected], strict=True))
+    for event in looks[1:]:
+        near = train_losses.get(event["step"])
+        # The mean over a first window in which losses rose above an untrained model's says nothing of its end.
+        if near is None or (event["step"] == min(train_losses) and near > untrained):
+            continue
+        if event["val_loss"] < 0.75 * min(near, lows[event["step"]]) - 0.05:
+            yield f"step {event['step']}: val_loss {event['val_loss']} is too far below train_loss {near}"
+
+
+def is_float32_sum(mean: float, tokens: int, seq_len: int) -> bool:
+    """Whether mean x tokens is a sum of float32 sums over whole sequences, as the trainer makes it."""
+    if not 0 < mean < 1e3 or not 0 < tokens < 2**40:
+        return False
+    # A sequence's sum has 24 bits; its mean lies within a factor 64 of the overall one.
+    grain = 2.0 ** (math.floor(math.log2(mean * seq_len / 64)) - 23)
+    return round(mean * tokens / grain) * grain / tokens == mean
+
+
+def check_end(run: Events) -> Iterator[str]:
+    ends, looks = run.of("end"), {event["step"]: event for event in run.of("val")}
+    if not ends:
+        return
+    end, target = ends[-1], run.config["eval"]["target"]
+    order = [Validation(step, looks[step]["val_loss"], looks[step]["train_time_s"]) for step in sorted(looks)]
+    hit, last = first_at_target(order, target), order[-1] if order else None
+    expected = {
+        "val_loss": last.val_loss if last else None,
+        "reached_target": hit is not None,
+        "steps_to_target": hit.step if hit else None,
+        "time_to_target_s": hit.train_time_s if hit else None,
+    }
+    for key, value in expected.items():
+        if end[key] != value:
+            yield f"end event: {key} is {end[key]}, by the looks {value}"
+    if end["status"] not in ("done", "diverged", "interrupted"):
+        yield f"end event: unknown status {end['status']}"
+    if end["status"] == "done" and last and end["train_time_s"] != last.train_time_s:
+        yield f"end event: train_time_s is {end['train_time_s']}, at the last look {last.train_time_s}"
+    if any(not 0 <= seconds < 1e9 for seconds in end["untimed"].values()):
+        yield "end event: untimed seconds cannot be"
+    spent_s = end["train_time_s"] + sum(end["untimed"].values())
+    if "wall_s" not in end and any('"wall_s"' in text for text in run.start["sources"].values()):
+        yield "end event lacks wall_s, which its code writes"
+    elif not math.isclose(end.get("wall_s", spent_s), spent_s, rel_tol=1e-6):
+        yield f"end event: wall_s is {end['wall_s']}, train_time_s and untimed add up to {spent_s}"
+    # A process that was killed before it saved anything has the number of the one after it.
+    resumed = sorted({event["segment"] for event in run.of("resume")})
+    if resumed != list(range(2, 2 + len(resumed))) or end["segments"] != 1 + len(resumed):
+        yield f"end event: {end['segments']} segments, the resumed ones are {resumed}"
+    if not re.fullmatch("[0-9a-f]{64}", end.get("weights_sha256", "0" * 64)):
+        yield "end event: weights_sha256 is no sha256"
