@@ -183,7 +183,7 @@ def gpt_logits(weights, config, tokens):
         return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps)
 
     def linear(x, name):
-        return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+        return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0)
 
     def activations(x, p):  # (B, T, D) to (B, T, hidden width)
         up = linear(x, f"{p}.up")

@@ -7,6 +7,7 @@ import pytest
 import train_gpt
 from aurora.config import load_config
 from aurora.errors import Exit, HarnessError
+from aurora.trainer.optimizers import checked_hparams
 from tests.conftest import OPTIMIZERS, ROOT, train_here
 
 TRACKS = sorted((ROOT / "configs").glob("*.toml"))
@@ -20,7 +21,7 @@ def test_there_are_tracks():
 @pytest.mark.parametrize("track", TRACKS, ids=lambda path: path.stem)
 def test_every_track_builds_every_optimizer(track, optimizer):
     config = load_config(track, optimizer)
-    assert train_gpt.checked_hparams(config)["lr"] == config.hparams["lr"]
+    assert checked_hparams(config)["lr"] == config.hparams["lr"]
 
 
 def test_overrides_take_toml_values_and_plain_words(tiny_track):

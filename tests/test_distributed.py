@@ -162,9 +162,10 @@ def test_more_ranks_than_matrices(launch):
 
 def test_an_error_on_one_rank_alone_is_told_and_stops_all(tiny_track, launch, tmp_path):
     patch = (
+        "from aurora.trainer import setup\n"
         "def missing(config):\n"
-        "    raise train_gpt.HarnessError(train_gpt.Exit.DATA, 'no shard on this node')\n"
-        "if rank == 1: train_gpt.open_data = missing"
+        "    raise setup.HarnessError(setup.Exit.DATA, 'no shard on this node')\n"
+        "if rank == 1: setup.open_data = missing"
     )
     outcome = launch("--config", tiny_track, "--out", tmp_path, world_size=2, patch=patch)
     assert outcome.codes == [3, 3] and outcome.err == ["error: on rank 1: no shard on this node\n", ""]
@@ -196,19 +197,20 @@ def test_a_compiler_that_fails_on_one_rank_alone_is_told_and_stops_all(tiny_trac
 
 
 SUMS_BOTH_WAYS = """
+from aurora.errors import Exit, HarnessError
 from aurora.trainer import gradients
 gradients.BUCKET_ELEMENTS, gradients.SMALL_ELEMENTS = 3000, 100
 def step(run, model, number, *rest):
-    batch, found = train_gpt.to_device(run.loader.next_batch(), 32, run.ranks.device), []
-    overlap, begun = run.sum.overlap, []
-    for run.sum.overlap in (overlap, lambda: None):
-        train_gpt.forward_backward(model, batch, run)
-        begun.append(run.sum.next_bucket)
-        run.sum.finish()
+    batch, found, sums = run.next_batch(), [], run.gradients
+    overlap, begun = sums.overlap, []
+    for sums.overlap in (overlap, lambda: None):
+        train_gpt.forward_backward(run, model, *batch)
+        begun.append(sums.next_bucket)
+        sums.finish()
         found.append({{name: p.grad for name, p in run.model.named_parameters()}})
         run.model.zero_grad()
-    torch.save([len(run.sum.buckets), begun, found], "{folder}/" + str(rank) + ".pt")
-    raise train_gpt.HarnessError(train_gpt.Exit.PREEMPTED, "enough")
+    torch.save([len(sums.buckets), begun, found], "{folder}/" + str(rank) + ".pt")
+    raise HarnessError(Exit.PREEMPTED, "enough")
 train_gpt.train_step = step
 """
 

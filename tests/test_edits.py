@@ -23,18 +23,18 @@ EDITS = {
     "query and key scale": {"self.rotary(F.rms_norm(": "self.rotary(1.1 * F.rms_norm("},
     "soft cap": {CAPPED: "self.softcap * (z_BTV / self.softcap).tanh()"},
     "z-loss": {LOSS: f"{LOSS} + 1e-2 * self.capped_logits(x_BTD).logsumexp(-1).square().sum()"},
-    "norm after the branch": {"self.attention(self.attention_norm(x_BTD))": "self.attention_norm(self.attention(x_BTD))"},
-    "residual to the embedding": {"x_BTD = block(x_BTD)": "x_BTD = block(x_BTD) + 0.1 * self.embed(inputs_BT).type_as(x_BTD)"},
+    "norm after the branch": {"self.mlp(self.mlp_norm(x_BTD))": "self.mlp_norm(self.mlp(x_BTD))"},
+    "residual to the embedding": {"x_BTD = block(x_BTD)": "x_BTD = block(x_BTD) + 0.1 * self.embed(inputs_BT)"},
     "no bias in the MLP": {"Linear(C, D, bias=config.bias)": "Linear(C, D, bias=False)"},
     "rotary base": {"config.rope_base)": "10 * config.rope_base)"},
     "attention scale": {SCALE: SCALE.replace("config.attention", "0.5 * config.attention")},
     "init": {"math.sqrt(0.33 / layer": "math.sqrt(0.5 / layer"},
-    "head tied to the embedding": {"\n\n    def trunk": "\n        self.head.weight = self.embed.weight\n\n    def trunk",
+    "head tied to the embedding": {"    def trunk": "        self.head.weight = self.embed.weight\n\n    def trunk",
                                    "zero = {self.head, *": "zero = {*"},
     "MLP width": {"config.mlp_expansion * config.model_dim": "3 * config.model_dim"},
     "gated by another function": {"F.silu(": "F.gelu("},
     "a helper that the model calls": {"up.relu().square()": "squared(up)",
-                                      "\n\nclass RMSNorm(": "\n\ndef squared(x):\n    return x.square()\n\n\nclass RMSNorm("},
+                                      "class RMSNorm(": "def squared(x):\n    return x.square()\n\n\nclass RMSNorm("},
     "another module under a known name": {"import torch.nn.functional as F\n": "import tests.functional as F\n"},
 }  # fmt: skip
 
@@ -106,7 +106,7 @@ def test_an_edited_model_is_trained_as_edited(unedited, dtype, tiny_track, tmp_p
 
 
 def test_the_plain_model_is_what_the_unedited_run_trains_up_to_rounding(unedited, dtype, tiny_track, tmp_path):
-    tolerance = 1e-5 if "float32" in dtype else 2e-3
+    tolerance = 1e-4 if "float32" in dtype else 5e-3
     plain = train_plainly(train_gpt, tiny_track, tmp_path, dtype)
     assert plain == pytest.approx(unedited["relu2"], rel=tolerance)
 
@@ -182,7 +182,7 @@ def reformatted(source):
     changes = {
         '"""Weights are float32; the matmul runs in the dtype of its input."""': '"""Other words.\n\n    And more."""',
         "z_BTV = self.head(x_BTD).float()\n": "z_BTV = self.head(\n            x_BTD\n        ).float()  # another\n\n",
-        "    def forward(self, x: Tensor) -> Tensor:\n": "    def forward(\n        self,\n        x: Tensor,\n    ) -> Tensor:\n",
+        "forward(self, x: Tensor) -> Tensor:\n": "forward(\n        self,\n        x: Tensor,\n    ) -> Tensor:\n",
     }  # fmt: skip
     for old, new in changes.items():
         source = source.replace(old, new)

@@ -1,10 +1,12 @@
 """What bad input and bad numbers get: one line and the right exit code."""
 
+import types
+
 import pytest
 import torch
 
 import train_gpt
-from aurora.errors import Exit
+from aurora.errors import Exit, HarnessError
 from tests.conftest import events, make_run, start_process, train_here
 
 
@@ -23,12 +25,12 @@ def test_non_finite_gradient_is_named_before_it_is_applied(tiny_track, bad):
     for p in run.model.parameters():
         p.grad = torch.zeros_like(p)
     run.guard.look(torch.tensor(1.0))
-    run.guard.check(0)
-    with pytest.raises(train_gpt.HarnessError, match="the update of step 7 was not finite"):
-        run.guard.check(7, torch.tensor(True))
+    run.guard.check(0, run.rule)
+    with pytest.raises(HarnessError, match="the update of step 7 was not finite"):
+        run.guard.check(7, types.SimpleNamespace(found_non_finite=torch.tensor(True)))
     run.model.blocks[1].mlp.up.weight.grad[3, 3] = bad
-    with pytest.raises(train_gpt.HarnessError, match=r"step 8: loss is finite, .*blocks.1.mlp.up.weight"):
-        run.guard.check(7)
+    with pytest.raises(HarnessError, match=r"step 8: loss is finite, .*blocks.1.mlp.up.weight"):
+        run.guard.check(7, run.rule)
 
 
 def test_non_finite_validation_names_step_and_parameter(tiny_track, tmp_path, capsys):

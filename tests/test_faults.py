@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import train_gpt
 from aurora.errors import Exit, HarnessError
 from aurora.trainer.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint, sha256
+from aurora.trainer.ranks import digest
 from aurora.trainer.record import read_record
 from tests.conftest import (
     OPTIMIZERS,
@@ -62,13 +62,13 @@ def result(out):
     assert state["step"] == STEPS and events(out)[-1]["status"] == "done"
     by_step = dict(losses(out))
     assert {(step, loss) for step, loss in losses(out)} == set(by_step.items())  # a step that was repeated was the same
-    return train_gpt.digest(state["training"]), by_step
+    return digest(state["training"]), by_step
 
 
 def cut_and_resume(launch, arguments, cuts, world_sizes):
     """A run stopped by SIGTERM so that it ends segments at these steps, gone on with by so many ranks."""
     for segment, world_size in enumerate(world_sizes):
-        fault = f"term:forward:{cuts[segment] - 1}:{world_size - 1}" if segment < len(cuts) else ""
+        fault = f"term:fetch:{cuts[segment] - 1}:{world_size - 1}" if segment < len(cuts) else ""
         outcome = launch(*arguments, *(["--resume"] if segment else []), world_size=world_size, fault=fault)
         assert outcome.codes == [Exit.PREEMPTED if fault else 0] * world_size, outcome.err
         assert not segment or f"resume: from step {cuts[segment - 1]} of" in outcome.out[0]
@@ -101,14 +101,14 @@ def test_world_size_may_change_at_every_resume(twelve_steps, launch, twin, tmp_p
 
 
 STEP_POINTS = (
-    "forward",
-    "backward",
-    "check",
-    "gradient_sum",
+    "fetch",
+    "forward_backward",
+    "micro_step",
+    "sum",
     "update",
     "updated",
     "validation",
-    "measure",
+    "validate_batch",
     "validated",
 )
 SAVE_POINTS = ("checkpoint_gather", "checkpoint_saved")
@@ -118,14 +118,14 @@ FILE_POINTS = ("checkpoint_state", "checkpoint_manifest", "checkpoint_rename", "
 def test_the_sweep_takes_every_point_of_the_source():
     paths = [ROOT / "train_gpt.py", *(ROOT / "aurora" / "trainer").glob("*.py")]
     text = "".join(path.read_text() for path in paths)
-    assert {*STEP_POINTS, *SAVE_POINTS, *FILE_POINTS, "end", "warm_up"} == set(re.findall(r'\bpoint\("(\w+)"', text))
+    assert {*STEP_POINTS, *SAVE_POINTS, *FILE_POINTS, "end", "warm_up"} == set(re.findall(r'\.mark\("(\w+)"', text))
 
 
 def kill_cases():
     """(optimizer, world size, rank, point, step)."""
     for number, optimizer in enumerate(OPTIMIZERS):
         for place, name in enumerate((*STEP_POINTS, *SAVE_POINTS, "end", "warm_up")):
-            step = {"end": 12, "warm_up": 0, "validation": 8, "measure": 8, "validated": 8}.get(name, 6)
+            step = {"end": 12, "warm_up": 0, "validation": 8, "validate_batch": 8, "validated": 8}.get(name, 6)
             for rank in (0, 1):
                 if FULL or (place + number) % 6 == 0 and rank == place % 2:
                     yield optimizer, 2, rank, name, step
@@ -170,7 +170,7 @@ def test_a_checkpoint_gets_its_name_when_all_of_it_is_on_the_disk(tmp_path, monk
 def test_checkpoints_that_resume_passed_over_are_not_kept_instead_of_good_ones(twelve_steps, launch, saved, tmp_path):
     shutil.copytree(saved[0], tmp_path / "out")
     flip(checkpoints(tmp_path / "out")[-1] / "state.pt", 5000, 1)
-    outcome = launch(*twelve_steps, "--out", tmp_path / "out", "--resume", fault="term:forward:9")
+    outcome = launch(*twelve_steps, "--out", tmp_path / "out", "--resume", fault="term:fetch:9")
     assert outcome.codes == [Exit.PREEMPTED] and "step-000012 is damaged" in outcome.out[0]
     assert [load_checkpoint(path)["step"] for path in checkpoints(tmp_path / "out")] == [9, 10]
 
@@ -306,15 +306,17 @@ def test_resume_takes_over_the_dtype_that_auto_meant(twelve_steps, tmp_path, mon
 
 
 BAD = [(kind, name, rank, size) for size in (1, 2, 4) for rank in {0, size - 1} for kind in ("nan", "inf")
-       for name in ("backward", "check", "update")]  # fmt: skip
+       for name in ("loss", "gradient", "sum")]  # fmt: skip
 
 
 TELL_WEIGHTS = """
-original = train_gpt.end_event
-def end_event(status, run, *rest):
-    print('weights:', train_gpt.digest(run.model.state_dict()), flush=True)
-    return original(status, run, *rest)
-train_gpt.end_event = end_event
+from aurora.trainer import journal
+from aurora.trainer.ranks import digest
+original = journal.end_event
+def end_event(status, run):
+    print('weights:', digest(run.model.state_dict()), flush=True)
+    return original(status, run)
+journal.end_event = end_event
 """
 
 
@@ -331,10 +333,10 @@ def test_non_finite_numbers_stop_all_ranks(twelve_steps, launch, tmp_path, kind,
     assert newest["step"] == 6 and end["status"] == "diverged"
     assert all(p.isfinite().all() for p in newest["training"]["model"].values())
     assert "step 7: " in outcome.err[0]
-    weights = train_gpt.digest(newest["training"]["model"])
+    weights = digest(newest["training"]["model"])
     assert end["weights_sha256"] == weights and all(f"weights: {weights}" in text for text in outcome.out)
-    if name != "backward":
-        what = "sum of gradients: blocks." if name == "update" and world_size > 1 else "gradient: "
+    if name != "loss":
+        what = "sum of gradients: blocks." if name == "sum" and world_size > 1 else "gradient: "
         assert f"first bad {what}" in outcome.err[0]
         assert world_size == 1 or f"on rank {rank};" in outcome.err[0]
 
@@ -353,9 +355,10 @@ FIELDS = {
 @pytest.mark.parametrize("field", FIELDS if FULL else ["code_hash", "val", "torch", "env"])
 def test_ranks_that_differ_are_named_before_the_first_step(twelve_steps, launch, tmp_path, field):
     patch = (
-        "original = train_gpt.run_event\n"
+        "from aurora.trainer import setup\n"
+        "original = setup.run_event\n"
         f"def other(*args):\n    event = original(*args)\n    return event | {FIELDS[field]}\n"
-        "if rank == 1: train_gpt.run_event = other"
+        "if rank == 1: setup.run_event = other"
     )
     outcome = launch(*twelve_steps, "--out", tmp_path, world_size=2, patch=patch)
     assert outcome.codes == [Exit.RANKS_DISAGREE] * 2
@@ -365,8 +368,9 @@ def test_ranks_that_differ_are_named_before_the_first_step(twelve_steps, launch,
 def test_a_rank_that_cannot_start_says_why(twelve_steps, launch, tmp_path):
     """A config that only one node lacks."""
     patch = (
-        "def fail(*args): raise train_gpt.HarnessError(train_gpt.Exit.CONFIG, 'no such config')\n"
-        "if rank == 1: train_gpt.load_config = fail"
+        "from aurora.trainer import setup\n"
+        "def fail(*args): raise setup.HarnessError(setup.Exit.CONFIG, 'no such config')\n"
+        "if rank == 1: setup.load_config = fail"
     )
     outcome = launch(*twelve_steps, "--out", tmp_path, world_size=2, patch=patch)
     assert outcome.codes == [Exit.CONFIG] * 2 and outcome.err[0] == "error: on rank 1: no such config\n"
@@ -387,12 +391,12 @@ def test_one_ulp_of_drift_is_found_at_the_next_validation(twelve_steps, launch, 
     assert [step for step, _ in losses(tmp_path)] == [0, 4] and load_checkpoint(checkpoints(tmp_path)[-1])["step"] == 3
 
 
-HANGS = [(kind, name, rank, size) for kind in ("stop", "hang") for name in ("backward", "update", "validated")
+HANGS = [(kind, name, rank, size) for kind in ("stop", "hang") for name in ("micro_step", "update", "validated")
          for size in (2, 4) for rank in (0, 1)]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "kind,name,rank,world_size", HANGS if FULL else [("stop", "update", 0, 2), ("hang", "backward", 1, 2)]
+    "kind,name,rank,world_size", HANGS if FULL else [("stop", "update", 0, 2), ("hang", "micro_step", 1, 2)]
 )
 def test_a_rank_that_hangs_is_named_and_the_job_ends(twelve_steps, launch, tmp_path, kind, name, rank, world_size):
     arguments = [*twelve_steps, "--timeout-s", "2", "--out", tmp_path]
@@ -429,7 +433,7 @@ def test_a_rank_that_dies_is_named_where_the_collective_does_not_tell(twelve_ste
     assert outcome.ended_s[0] - outcome.ended_s[1] <= 10, "long before the timeout"
 
 
-STOPS = {"gradient_sum:5:1": 6, "measure:4:1": 5, "checkpoint_gather:3:1": 4, "checkpoint_state:3:0": 4}
+STOPS = {"sum:5:1": 6, "validate_batch:4:1": 5, "checkpoint_gather:3:1": 4, "checkpoint_state:3:0": 4}
 
 
 @pytest.mark.parametrize("place,step", STOPS.items() if FULL else list(STOPS.items())[::3])
@@ -444,7 +448,7 @@ def test_a_stop_on_one_rank_stops_all_at_the_same_step(twelve_steps, launch, tmp
 def test_workers_die_with_their_launcher(twelve_steps, tmp_path, world_size):
     """One rank alone has no watch, only the kernel."""
     command = ["train_gpt.py", *map(str, twelve_steps), "--out", str(tmp_path), "--timeout-s", "60"]
-    process = start_process(*torchrun(world_size), *command, env={"SPEEDRUN_FAULT": "hang:forward:3"})
+    process = start_process(*torchrun(world_size), *command, env={"SPEEDRUN_FAULT": "hang:fetch:3"})
     for line in process.stdout:
         if line.startswith("step:0/"):
             break
@@ -497,7 +501,7 @@ def test_a_file_that_may_not_grow_is_a_full_disk(twelve_steps, launch, tmp_path)
     assert not list(tmp_path.glob("*.checkpoints/*"))
 
 
-@pytest.mark.parametrize("fault,code,status", [("", 0, "done"), ("nan:check:6", Exit.NON_FINITE, "diverged")])
+@pytest.mark.parametrize("fault,code,status", [("", 0, "done"), ("nan:gradient:6", Exit.NON_FINITE, "diverged")])
 def test_a_full_console_changes_nothing(twelve_steps, launch, tmp_path, fault, code, status):
     patch = "full = os.open('/dev/full', os.O_WRONLY)\nos.dup2(full, 1), os.dup2(full, 2)"
     outcome = launch(*twelve_steps, "--out", tmp_path, fault=fault, patch=patch)
@@ -538,6 +542,7 @@ def test_of_eight_runs_in_one_folder_one_wins(twelve_steps, launch, tmp_path):
 
 STAMPS = """
 import time
+from aurora.trainer import journal
 begin_s = time.monotonic()
 def stamped(train):
     def run(*args):
@@ -552,13 +557,13 @@ def bracketed(end_event):
         print('wall between', least_s, time.monotonic() - begin_s, flush=True)
         return event
     return run
-train_gpt.train, train_gpt.end_event = stamped(train_gpt.train), bracketed(train_gpt.end_event)
+train_gpt.train, journal.end_event = stamped(train_gpt.train), bracketed(journal.end_event)
 """
 
 
 def test_a_slow_rank_counts_and_the_accounts_add_up_to_the_wall(twelve_steps, launch, tmp_path):
     """The wall is also measured from within and from around what the clock sees, which load cannot bring apart."""
-    outcome = launch(*twelve_steps, "--out", tmp_path, world_size=2, fault="sleep:forward:6:1", patch=STAMPS)
+    outcome = launch(*twelve_steps, "--out", tmp_path, world_size=2, fault="sleep:fetch:6:1", patch=STAMPS)
     assert outcome.codes == [0, 0], outcome.err
     end = events(tmp_path)[-1]
     assert end["train_time_s"] >= 0.5
@@ -570,18 +575,19 @@ def test_a_slow_rank_counts_and_the_accounts_add_up_to_the_wall(twelve_steps, la
 
 LATE = """
 import pathlib, time
-arrived, last, pass_by, read = pathlib.Path({arrived!r}), [0], train_gpt.point, train_gpt.Clock.charge
-def point(name, step, tensors=()):
-    pass_by(name, step, tensors)
-    last[0] = step
+from aurora.trainer.clock import Clock
+from aurora.trainer.timeline import timeline
+arrived, read = pathlib.Path({arrived!r}), Clock.charge
+def at(name, step):
     if (name, step, rank) == ('validated', 4, 1):
         time.sleep(0.5)
         arrived.touch()
 def charge(clock, account):
     read(clock, account)
-    if (account, last[0]) == ('val', 4):
+    if (account, timeline.place.step) == ('val', 4):
         print('read when rank 1 had', 'arrived' if arrived.exists() else 'not arrived')
-train_gpt.point, train_gpt.Clock.charge = point, charge
+timeline.subscribe(at)
+Clock.charge = charge
 """
 
 
@@ -594,7 +600,8 @@ def test_no_clock_is_read_before_all_ranks_have_arrived(twelve_steps, launch, tm
 
 def launch_script(*arguments, **environment):
     """scripts/launch.sh on two ranks, started."""
-    environment = os.environ | {"NPROC": "2"} | environment
+    paths = os.pathsep.join([str(ROOT / "tests" / "faulty"), str(ROOT)])
+    environment = os.environ | {"NPROC": "2", "PYTHONPATH": paths} | environment
     environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     command = ["bash", "scripts/launch.sh", *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

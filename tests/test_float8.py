@@ -1,6 +1,5 @@
 """The head in float8 against matmuls in float64 of numbers rounded by hand, its runs, and where it is refused."""
 
-import contextlib
 import dataclasses
 import json
 
@@ -12,6 +11,7 @@ from aurora.config import load_config
 from aurora.errors import Exit, HarnessError
 from aurora.fast import functions
 from aurora.fast.float8 import check_float8, float8_linear
+from aurora.fast.forward import FastForward
 from aurora.trainer.record import task_hash
 from scripts.verification.checks import verify_folder
 from tests.conftest import ROOT, events, losses, train_here
@@ -85,25 +85,21 @@ def test_what_is_not_finite_stays_so_for_the_guard_to_see(bad):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_weights_at_rest_give_the_same_loss_and_gradients_bit_for_bit(tiny_track, dtype):
-    config = load_config(tiny_track, "muon", ["model.head_dtype=float8", f"model.activation_dtype={dtype}"]).model
-    generator, found = torch.Generator().manual_seed(0), []
+def test_the_models_head_is_the_tested_layer_and_the_fast_forward_uses_it(tiny_track, dtype):
+    settings = ["model.head_dtype=float8", f"model.activation_dtype={dtype}", "model.bias=false"]
+    config = load_config(tiny_track, "muon", settings).model
+    generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(config.vocab_size, (2, config.seq_len), generator=generator)
-    model, plain = train_gpt.GPT(config), train_gpt.GPT(dataclasses.replace(config, head_dtype="activation"))
+    model, standard = train_gpt.GPT(config), train_gpt.GPT(dataclasses.replace(config, head_dtype="activation"))
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=generator) * 0.05)
-    for context in (contextlib.nullcontext, model.weights_at_rest):
-        with context():
-            loss = model(tokens, tokens)
-            loss.backward()
-        with context(), torch.no_grad():
-            assert torch.equal(model(tokens, tokens), loss)
-        found.append([loss.detach(), *(p.grad for p in model.parameters())])
-        model.zero_grad()
-    assert all(torch.equal(ours, held) for ours, held in zip(*found, strict=True))
-    plain.load_state_dict(model.state_dict())
-    assert found[0][0] != plain(tokens, tokens)
+    standard.load_state_dict(model.state_dict())
+    x = torch.randn(2, 3, config.model_dim, generator=generator).to(model.activation_dtype)
+    assert torch.equal(model.head(x), float8_linear(x, model.head.weight.type_as(x), None))
+    loss = model(tokens, tokens)
+    assert loss != standard(tokens, tokens)
+    assert FastForward(model)(tokens, tokens).item() == pytest.approx(loss.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -122,13 +118,13 @@ def test_runs_learn_as_with_the_standard_head_repeat_and_are_a_task_of_their_own
     assert verify_folder(tmp_path / "float8")[0].reasons == []
 
 
-def test_records_from_before_the_setting_keep_their_task_hash():
+def test_records_from_before_a_setting_keep_their_task_hash():
     paths = sorted(ROOT.glob("results/**/*.jsonl"))
     assert paths
     for path in paths:
         with open(path) as lines:
             start = json.loads(next(lines))
-        start["config"]["model"].setdefault("head_dtype", "activation")
+        start["config"]["model"] = {"head_dtype": "activation", "bias": True} | start["config"]["model"]
         assert task_hash(start["config"], start["data"]["stream_id"]) == start["task_hash"], path
 
 

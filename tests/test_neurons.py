@@ -16,6 +16,7 @@ from aurora.optim.diagnostics import (
     row_energies,
     silent_neurons,
 )
+from aurora.trainer.batch import stage, to_device
 from aurora.trainer.neurons import Neurons
 from scripts.verification.checks import verify_run
 from tests.conftest import events, losses, make_run, step, train_here
@@ -78,26 +79,23 @@ def test_dead_and_silent_neurons_equal_brute_force():
 
 
 def telemetry_of(run, data):
-    looks = train_gpt.validation_steps(run.config)
-    neurons = Neurons(run.config, looks, run.model, run.optimizers[-1], run.ranks)
-    window = data.val_tokens[: neurons.num_tokens + 1]
-    inputs, _ = train_gpt.to_device(
-        train_gpt.stage(window, run.ranks.device), run.config.model.seq_len, run.ranks.device
-    )
-    return neurons, inputs
+    """The telemetry of a run, and the inputs and targets that it looks at."""
+    neurons = Neurons(run.config, train_gpt.validation_steps(run.config), run.model, run.rule, run.ranks)
+    window = stage(data.val_tokens[: neurons.num_tokens + 1], run.ranks.device)
+    return neurons, to_device(window, run.config.model.seq_len, run.ranks.device)
 
 
 @pytest.mark.parametrize("mlp", ["relu2", "swiglu"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "unormuon", "aurora"])
 def test_event_of_a_real_step_equals_brute_force(tiny_track, optimizer, mlp):
     run, data = make_run(tiny_track, optimizer, f"model.mlp={mlp}")
-    neurons, inputs = telemetry_of(run, data)
+    neurons, shown = telemetry_of(run, data)
     for _ in range(4):
         step(run)
     before = {name: p.detach().double().numpy().copy() for name, p in run.model.named_parameters()}
     neurons.before_update()
     step(run)
-    event = neurons.measure(5, inputs)
+    event = neurons.measure(5, *shown)
     (group,) = run.optimizers[-1].param_groups
     assert group["weight_decay"] == 0.01 and group["lr"] > 0
     assert sorted(event["matrices"]) == sorted(
@@ -125,7 +123,7 @@ def test_event_of_a_real_step_equals_brute_force(tiny_track, optimizer, mlp):
 @pytest.mark.parametrize("mlp", ["relu2", "swiglu"])
 def test_a_planted_dead_neuron_and_a_planted_starved_row_are_reported_and_only_those(tiny_track, mlp):
     run, data = make_run(tiny_track, "muon", f"model.mlp={mlp}")
-    neurons, inputs = telemetry_of(run, data)
+    neurons, shown = telemetry_of(run, data)
     step(run)
     generator = torch.Generator().manual_seed(0)
     mlps = [block.mlp for block in run.model.blocks]
@@ -147,7 +145,7 @@ def test_a_planted_dead_neuron_and_a_planted_starved_row_are_reported_and_only_t
             p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update)
         for row in (*rows, mlps[1].down.weight[:, 7]):
             row.zero_()
-    event = neurons.measure(5, inputs)
+    event = neurons.measure(5, *shown)
     assert [layer["dead"] for layer in event["layers"]] == [0, 1]
     assert [layer["silent"] for layer in event["layers"]][1] >= 1 and event["dead"] == 1 / 256
     starved = {name: (m["starved"], m["starved_momentum"]) for name, m in event["matrices"].items()}
@@ -157,7 +155,7 @@ def test_a_planted_dead_neuron_and_a_planted_starved_row_are_reported_and_only_t
     assert all(found == ((1, 0) if name in planted else (0, 0)) for name, found in starved.items())
     assert event["layers"][1]["still_dead"] is None
     neurons.before_update()
-    assert neurons.measure(6, inputs)["layers"][1]["still_dead"] == 1
+    assert neurons.measure(6, *shown)["layers"][1]["still_dead"] == 1
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "aurora"])

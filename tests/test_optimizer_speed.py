@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train_gpt
 from aurora.config import load_config
 from aurora.trainer.gradients import GradientSum
+from aurora.trainer.optimizers import build_optimizers
 from tests.conftest import ROOT
 from tests.test_rules import RULES, make
 
@@ -112,7 +113,7 @@ def bytes_of_a_step(activation_dtype, sent):
     with torch.device("meta"):
         model = train_gpt.GPT(config.model)
     model.activation_dtype = activation_dtype
-    optimizers = train_gpt.build_optimizers(config, model.roles())
+    optimizers = build_optimizers(config, model.roles())
     for p in model.parameters():
         p.grad = torch.empty_like(p)
     GradientSum(model.parameters(), optimizers, activation_dtype).finish()

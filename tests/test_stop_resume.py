@@ -36,9 +36,9 @@ def test_stop_agreed_upon_while_reading_before_a_validation_still_saves(tiny_tra
     """On CUDA the guard's answer arrives a step late, possibly between the validation's start and its end."""
     original = train_gpt.validate
 
-    def stop_while_validating(model, run):
+    def stop_while_validating(run, model):
         run.guard.must_stop = run.loader.step > 0
-        return original(model, run)
+        return original(run, model)
 
     monkeypatch.setattr(train_gpt, "validate", stop_while_validating)
     assert train_here(tiny_track, tmp_path) == Exit.PREEMPTED

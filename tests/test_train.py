@@ -8,7 +8,11 @@ import torch
 
 import train_gpt
 from aurora.errors import Exit
+from aurora.fast.forward import FastForward
 from aurora.trainer import describe
+from aurora.trainer.clock import Clock
+from aurora.trainer.ranks import Ranks, digest
+from aurora.trainer.warmup import warm_up
 from tests.conftest import OPTIMIZERS, events, losses, make_run, step, train_here
 
 
@@ -44,12 +48,13 @@ def test_micro_batch_does_not_change_the_losses(trained, tiny_track, tmp_path, m
 
 
 MEMORY_FOR_FOUR = """
-original = train_gpt.GPT.forward
+from aurora.fast.forward import FastForward
+original = FastForward.__call__
 def forward(self, inputs, targets):
     if inputs.size(0) > 4 and {condition}:
         raise torch.OutOfMemoryError("out of memory")
     return original(self, inputs, targets)
-train_gpt.GPT.forward = forward
+FastForward.__call__ = forward
 """
 
 
@@ -86,8 +91,7 @@ def test_gradients_are_those_of_the_mean_loss_over_the_batch(tiny_track):
     plain, _ = make_run(tiny_track, "muon")
     for _ in range(3):  # past the zero-initialised projections, which stop most gradients
         step(run), step(plain)
-    batch = train_gpt.to_device(run.loader.next_batch(), 32, run.ranks.device)
-    loss = train_gpt.forward_backward(run.model, batch, run)
+    loss = train_gpt.forward_backward(run, FastForward(run.model), *run.next_batch())
     tokens = plain.loader.next_batch()
     inputs, targets = tokens[:-1].view(16, 32), tokens[1:].view(16, 32)
     plain_loss = torch.nn.functional.cross_entropy(plain.model.logits(inputs).flatten(0, 1), targets.flatten())
@@ -103,9 +107,9 @@ def test_warm_up_leaves_weights_state_rng_and_loader_bit_identical(tiny_track, o
     twin, _ = make_run(tiny_track, optimizer)
     step(run), step(twin)  # so that there is optimizer state to lose
     torch.manual_seed(11)
-    before = train_gpt.digest(run.state_dict())
-    train_gpt.warm_up(run.model, run)
-    assert train_gpt.digest(run.state_dict()) == before
+    before = digest(run.state_dict())
+    warm_up(FastForward(run.model), run, train_gpt.forward_backward)
+    assert digest(run.state_dict()) == before
     assert all(p.grad is None for p in run.model.parameters())
     assert [step(run).item() for _ in range(3)] == [step(twin).item() for _ in range(3)]
 
@@ -114,15 +118,15 @@ def test_warm_up_notices_a_trace_it_leaves(tiny_track, monkeypatch):
     run, _ = make_run(tiny_track, "muon")
     monkeypatch.setattr(torch, "set_rng_state", lambda state: torch.manual_seed(3))
     with pytest.raises(RuntimeError, match="left a trace"):
-        train_gpt.warm_up(run.model, run)
+        warm_up(FastForward(run.model), run, train_gpt.forward_backward)
 
 
 def test_validation_changes_nothing_and_sums_over_every_token(tiny_track):
     run, data = make_run(tiny_track, "aurora")
     step(run)
-    before = train_gpt.digest(run.state_dict())
-    loss = train_gpt.validate(run.model, run)
-    assert train_gpt.digest(run.state_dict()) == before
+    before = digest(run.state_dict())
+    loss = train_gpt.validate(run, run.model)
+    assert digest(run.state_dict()) == before
     tokens = torch.from_numpy(data.val_tokens.astype("int64"))
     with torch.no_grad():
         whole = run.model(tokens[:-1].view(16, 32), tokens[1:].view(16, 32)).item() / 512
@@ -131,7 +135,7 @@ def test_validation_changes_nothing_and_sums_over_every_token(tiny_track):
 
 def test_digest_sees_every_bit_and_every_name():
     state = {"a": torch.ones(3), "b": [1, {"c": torch.zeros((), dtype=torch.bfloat16)}]}
-    original = train_gpt.digest(state)
+    original = digest(state)
     for change in (
         lambda s: s["a"].view(torch.int32).bitwise_xor_(1),
         lambda s: s["b"].__setitem__(0, 2),
@@ -140,14 +144,14 @@ def test_digest_sees_every_bit_and_every_name():
     ):
         changed = copy.deepcopy(state)
         change(changed)
-        assert train_gpt.digest(changed) != original
-    assert train_gpt.digest(copy.deepcopy(state)) == original
+        assert digest(changed) != original
+    assert digest(copy.deepcopy(state)) == original
 
 
 def test_clock_charges_every_nanosecond_to_one_account(monkeypatch):
     now = iter([5, 12, 20, 50])
-    monkeypatch.setattr(train_gpt.time, "perf_counter_ns", lambda: next(now) * 10**9)
-    clock = train_gpt.Clock(train_gpt.Ranks(0, 1, torch.device("cpu")), begin_ns=0)
+    monkeypatch.setattr(time, "perf_counter_ns", lambda: next(now) * 10**9)
+    clock = Clock(Ranks(0, 1, torch.device("cpu")), begin_ns=0)
     for account in ("setup", "train", "val", "train"):
         clock.charge(account)
     spent_s = {account: clock.spent_s(account) for account in clock.spent_ns if clock.spent_ns[account]}
@@ -172,9 +176,8 @@ def test_only_steps_are_timed_and_the_wall_clock_may_jump(tiny_track, tmp_path, 
     durations_s = {
         "validate": 0.5,
         "save_run": 2.0,
-        "compiled_where_possible": 30.0,
+        "prepare": 30.0,
         "train_step": 0.25,
-        "digest": 1.0,
     }
     for name, seconds in durations_s.items():
         monkeypatch.setattr(train_gpt, name, taking(seconds, getattr(train_gpt, name)))
@@ -184,7 +187,7 @@ def test_only_steps_are_timed_and_the_wall_clock_may_jump(tiny_track, tmp_path, 
     *_, end = record = events(tmp_path)
     assert [e["train_time_s"] for e in record if e["event"] == "val"][-1] == end["train_time_s"] == 8 * 0.25
     untimed = end["untimed"]
-    assert (untimed["checkpoint_s"], untimed["warmup_s"]) == (2 * 2.0, 30.0 + 2 * 1.0) and untimed["val_s"] >= 4 * 0.5
+    assert (untimed["checkpoint_s"], untimed["warmup_s"]) == (2 * 2.0, 30.0) and untimed["val_s"] >= 4 * 0.5
     assert untimed["end_s"] == 1.0  # the digest of the weights
     assert end["wall_s"] == pytest.approx(now_ns[0] / 1e9 + untimed["import_s"])  # all that the clock has ever moved
     assert sum(untimed.values()) + end["train_time_s"] == pytest.approx(end["wall_s"])
@@ -193,7 +196,7 @@ def test_only_steps_are_timed_and_the_wall_clock_may_jump(tiny_track, tmp_path, 
 @pytest.mark.parametrize("optimizer", ["adamw", "aurora"])
 def test_a_warm_up_that_fails_leaves_no_trace_either(tiny_track, optimizer):
     run, _ = make_run(tiny_track, optimizer)
-    before = train_gpt.digest(run.state_dict())
+    before = digest(run.state_dict())
 
     def model_that_cannot_validate(inputs, targets):
         if not torch.is_grad_enabled():
@@ -201,8 +204,8 @@ def test_a_warm_up_that_fails_leaves_no_trace_either(tiny_track, optimizer):
         return run.model(inputs, targets)
 
     with pytest.raises(RuntimeError, match="no graph"):
-        train_gpt.warm_up(model_that_cannot_validate, run)
-    assert train_gpt.digest(run.state_dict()) == before
+        warm_up(model_that_cannot_validate, run, train_gpt.forward_backward)
+    assert digest(run.state_dict()) == before
 
 
 @pytest.mark.parametrize("micro_batch", [1, 16])
