@@ -21,10 +21,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from aurora.config import ROOT
 from aurora.errors import Exit, HarnessError
 from aurora.trainer.record import read_events
 from scripts.benchmarks.train import write
-from train_gpt import ROOT
 
 WARMUP_STEPS = 5  # of a turn, that are not timed
 POLL_S = 0.05
