@@ -1,6 +1,6 @@
 """Speed, always as a ratio against a peer in the same run.
 
-python scripts/benchmark.py harness     a training step of train_gpt.py against bare loops over a plain model, on CPU
+python scripts/benchmark.py harness     a training step against bare loops, on CPU; or against that of another checkout
 python scripts/benchmark.py guards      a training step with its guards against one without, on CPU
 python scripts/benchmark.py telemetry   what a quick run spends on looking at its neurons, on CPU
 python scripts/benchmark.py train       tokens a second of whole training steps, split into their parts
@@ -22,6 +22,7 @@ import torch
 
 from aurora.errors import HarnessError
 from aurora.optim.polar import COMPUTE_DTYPES, SCHEDULES
+from scripts.benchmarks.against import against
 from scripts.benchmarks.harness import guards, harness, telemetry
 from scripts.benchmarks.memory import memory
 from scripts.benchmarks.optim import CONTENDERS, optim
@@ -31,13 +32,17 @@ from scripts.benchmarks.train import train
 from scripts.benchmarks.turns import turns
 
 
-def add_track_command(commands: argparse._SubParsersAction, name: str, text: str) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=text)
-    command.add_argument("--config", type=Path, default=ROOT / "configs" / "quick.toml", help="track (TOML)")
-    command.add_argument("--optimizers", nargs="+", default=["muon", "aurora", "adamw"], metavar="NAME")
+def add_track(command: argparse.ArgumentParser, track: str) -> None:
+    command.add_argument("--config", type=Path, default=ROOT / "configs" / track, help="track (TOML)")
     command.add_argument(
         "--set", dest="overrides", action="append", default=[], metavar="A.B=V", help="as train_gpt.py"
     )
+
+
+def add_track_command(commands: argparse._SubParsersAction, name: str, text: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text)
+    add_track(command, "quick.toml")
+    command.add_argument("--optimizers", nargs="+", default=["muon", "aurora", "adamw"], metavar="NAME")
     command.add_argument("--out", type=Path, required=True, help="OUT.md and OUT.json are written")
     return command
 
@@ -45,12 +50,19 @@ def add_track_command(commands: argparse._SubParsersAction, name: str, text: str
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("harness", help="the trainer's step against bare loops, on CPU")
-    command.add_argument("--rounds", type=int, default=60)
+    command = commands.add_parser("harness", help="the trainer's step against bare loops, or another checkout's step")
+    command.add_argument("--rounds", type=int, default=40)
     command.add_argument(
         "--nanogpt", type=Path, metavar="FOLDER", help="a checkout of karpathy/nanoGPT, as a third peer"
     )
-    command.set_defaults(run=lambda args: harness(args.rounds, args.nanogpt))
+    checkout = command.add_argument_group("against another checkout")
+    checkout.add_argument("--against", type=Path, metavar="FOLDER", help="another checkout of this project")
+    add_track(checkout, "quick.toml")
+    checkout.add_argument("--nproc", type=int, default=1, help="ranks of each trainer")
+    checkout.add_argument("--steps", type=int, default=6, help="of a turn; the first two are not counted")
+    checkout.add_argument("--limit-s", type=float, default=1800.0, help="after which both are ended")
+    checkout.add_argument("--out", type=Path, help="OUT.md and OUT.json are written, and both consoles")
+    command.set_defaults(run=lambda args: against(args) if args.against else harness(args.rounds, args.nanogpt))
     command = commands.add_parser("guards", help="the trainer's step with and without its guards, on CPU")
     command.add_argument("--rounds", type=int, default=60)
     command.set_defaults(run=lambda args: guards(args.rounds))
@@ -90,15 +102,7 @@ def main() -> int:
     command.add_argument("--steps", type=int, default=100, help="of each")
     command.add_argument("--every", type=int, default=50, help="steps of a turn, which ends with a validation")
     command.add_argument("--limit-s", type=float, default=500.0, help="after which both are ended")
-    command.add_argument("--config", type=Path, default=ROOT / "configs" / "gpt2_small.toml", help="track (TOML)")
-    command.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="A.B=V",
-        help="for ours, whose micro-batch is 64",
-    )
+    add_track(command, "gpt2_small.toml")
     command.add_argument("--out", type=Path, required=True, help="OUT.md and OUT.json are written")
     command.set_defaults(run=turns)
     args = parser.parse_args()
