@@ -2,7 +2,7 @@
 
 The other one may have any layout: only its command line, its console's validations and its record are used. Each
 trainer starts, warms up alone and is stopped. In a round each runs one turn, which ends with a small validation: A B,
-B A, A B, ... A turn's time is the median of its step times in the record, the first steps left out.
+B A, A B, ... A turn's time is the median of its step times in the record, without the first one.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from aurora.trainer.record import read_events
 from scripts.benchmarks.program import Program, ended_programs, trainer_command
 from scripts.benchmarks.train import write
 
-UNTIMED_STEPS = 2  # at the start of a turn: a stop falls into the first
+UNTIMED_STEPS = 1  # at the start of a turn: the stop before it falls into this one
 REPORT_S = 10.0  # between lines on progress
 HOW = {True: "compiled", False: "eager", "fast": "fast forward", "plain": "plain forward", "triton": "Triton kernels"}
 
@@ -156,8 +156,8 @@ def table(result: dict[str, Any]) -> str:
         "",
         f"Ours / theirs, the median of the rounds: {result['ratio']:.4f}; {width} (order statistics).",
         "",
-        f"A round's time is the median of its steps from the {UNTIMED_STEPS + 1}rd on. Warm-up: each alone, without "
-        "compiled code from before. The training losses of the first turn differ by at most "
-        f"{result['loss_difference']:.1e}, relatively.",
+        "A turn's time is the median of its steps without the first. Each trainer warmed up alone and found no "
+        f"compiled code. Their training losses in the first turn differ relatively by at most "
+        f"{result['loss_difference']:.1e}.",
     ]
     return "\n".join(lines) + "\n"
