@@ -75,7 +75,7 @@ def synthetic_data(config_path: Path, overrides: list[str], folder: Path, world_
 
 
 def ready_run(config: Config, ranks: Ranks) -> tuple[Run, Model]:
-    """A run before its first step, warmed up, and the model that it calls. Collective."""
+    """A run that is warmed up and before its first step, and what it calls in the place of the model. Collective."""
     checked = Checked(config, plan_batch(config, ranks.world_size), None)
     args, clock = argparse.Namespace(seed=0, out=Path()), Clock(ranks, time.perf_counter_ns())
     run = new_run(args, checked, open_data(config), ranks, clock, train_gpt.GPT)
@@ -109,8 +109,10 @@ class Contender:
                 mark(PART_BEFORE[name])
 
         unsubscribe = self.run.timeline.subscribe(at)  # all runs of a process share a timeline
-        train_gpt.train_step(self.run, called, next(self.steps))
-        unsubscribe()
+        try:
+            train_gpt.train_step(self.run, called, next(self.steps))
+        finally:
+            unsubscribe()
         if is_timed:
             self.marked.append(marks)
 
