@@ -1,6 +1,6 @@
 """Speed, always as a ratio against a peer in the same run.
 
-python scripts/benchmark.py harness     a training step of train_gpt.py against bare loops over a plain model, on CPU
+python scripts/benchmark.py harness     a training step against bare loops, on CPU; or against that of another checkout
 python scripts/benchmark.py guards      a training step with its guards against one without, on CPU
 python scripts/benchmark.py telemetry   what a quick run spends on looking at its neurons, on CPU
 python scripts/benchmark.py train       tokens a second of whole training steps, split into their parts
@@ -27,11 +27,11 @@ def add_output(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", type=Path, required=True, help="OUT.md and OUT.json are written")
 
 
-def add_config(command: argparse.ArgumentParser, name: str = "quick") -> None:
+def add_config(command: argparse._ActionsContainer, name: str = "quick") -> None:
     command.add_argument("--config", type=Path, default=ROOT / "configs" / f"{name}.toml", help="track (TOML)")
 
 
-def add_overrides(command: argparse.ArgumentParser, text: str = "as train_gpt.py") -> None:
+def add_overrides(command: argparse._ActionsContainer, text: str = "as train_gpt.py") -> None:
     command.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=V", help=text)
 
 
@@ -43,13 +43,22 @@ def add_track(command: argparse.ArgumentParser) -> None:
 
 
 def add_harness(command: argparse.ArgumentParser) -> None:
+    from scripts.benchmarks.against import against
     from scripts.benchmarks.harness import harness
 
-    command.add_argument("--rounds", type=int, default=60)
+    command.add_argument("--rounds", type=int, default=40)
     command.add_argument(
         "--nanogpt", type=Path, metavar="FOLDER", help="a checkout of karpathy/nanoGPT, as a third peer"
     )
-    command.set_defaults(run=lambda args: harness(args.rounds, args.nanogpt))
+    checkout = command.add_argument_group("against another checkout")
+    checkout.add_argument("--against", type=Path, metavar="FOLDER", help="another checkout of this project")
+    add_config(checkout)
+    add_overrides(checkout)
+    checkout.add_argument("--nproc", type=int, default=1, help="ranks of each trainer")
+    checkout.add_argument("--steps", type=int, default=5, help="steps of a turn; the first is not counted")
+    checkout.add_argument("--limit-s", type=float, default=1800.0, help="both are ended after this time")
+    checkout.add_argument("--out", type=Path, help="OUT.md and OUT.json are written, and both consoles")
+    command.set_defaults(run=lambda args: against(args) if args.against else harness(args.rounds, args.nanogpt))
 
 
 def add_guards(command: argparse.ArgumentParser) -> None:
@@ -130,7 +139,7 @@ def add_turns(command: argparse.ArgumentParser) -> None:
 
 
 COMMANDS = {
-    "harness": ("the trainer's step against bare loops, on CPU", add_harness),
+    "harness": ("the trainer's step against bare loops, or against another checkout's", add_harness),
     "guards": ("the trainer's step with and without its guards, on CPU", add_guards),
     "telemetry": ("looks at neurons beside steps and validations, on CPU", add_telemetry),
     "optim": ("optimizer steps on a track's shapes, and the quality of the updates", add_optim),

@@ -11,11 +11,12 @@ import time
 import pytest
 import torch
 
-import train_gpt
 from aurora.config import load_config
 from aurora.errors import Exit, HarnessError
+from aurora.trainer import Ranks
+from aurora.trainer.timeline import timeline
+from scripts.benchmarks import against, peer, train, turns
 from scripts.benchmarks import optim as benchmark
-from scripts.benchmarks import peer, train, turns
 from tests.conftest import ROOT, train_here
 
 
@@ -46,19 +47,18 @@ def test_parts_of_a_training_step_add_up_and_are_reported(tiny_track, tmp_path):
         config=tiny_track, overrides=[], optimizers=["muon", "adamw"], steps=2, rounds=3, profile=True,
         out=tmp_path / "train",
     )  # fmt: skip
-    point = train_gpt.point
     text = train.train(args)
     result = json.loads((tmp_path / "train.json").read_text())
-    assert train_gpt.point is point, "the trainer is left as it was"
+    assert not timeline.subscribers, "the trainer is left as it was"
     assert (tmp_path / "train.md").read_text() == text and (tmp_path / "train.trace.json").exists()
     assert result["attention"] == "flash" and result["graphs_compiled_while_timed"] == 0 and result["profile"]
+    assert "eager, fast forward, kernels: torch" in text
     for name in ("muon", "adamw"):
         row = result["optimizers"][name]
         assert len(row["steps_ms"]) == 6 and row["ms_per_step"] == statistics.median(row["steps_ms"])
         assert row["tokens_per_s"] == pytest.approx(512 / row["ms_per_step"] * 1000)
         assert row["parts_ms"].keys() == set(train.PARTS)
-        for part in ("data wait", "forward", "backward", "check", "optimizer"):
-            assert row["parts_ms"][part] > 0, part
+        assert all(ms > 0 for ms in row["parts_ms"].values())
         assert (row["micro_batch"], row["micro_steps"]) == (8, 2) and row["mfu_nominal"] is None
     weights, attention = 2 * (4 * 32 * 32 + 2 * 4 * 32 * 32) + 64 * 32, 12 * 2 * 32 * 32
     tflops = result["optimizers"]["muon"]["tflops"]
@@ -68,16 +68,15 @@ def test_parts_of_a_training_step_add_up_and_are_reported(tiny_track, tmp_path):
 
 
 def test_marks_of_a_step_are_its_time_without_gaps(tiny_track):
-    ranks = train_gpt.Ranks(0, 1, torch.device("cpu"))
-    contender = train.new_contender(load_config(tiny_track, "muon"), ranks)
+    contender = train.new_contender(load_config(tiny_track, "muon"), Ranks(0, 1, torch.device("cpu")))
     contender.marked = [
-        [("", 0), ("data wait", 10**6), ("forward", 4 * 10**6), ("backward", 9 * 10**6), ("rest", 10**7)],
-        [("", 0), ("data wait", 10**6), ("forward", 6 * 10**6), ("backward", 9 * 10**6), ("rest", 10**7)],
+        [("", 0), ("data wait", 10**6), ("forward", 4 * 10**6), ("backward", 9 * 10**6), ("optimizer", 10**7)],
+        [("", 0), ("data wait", 10**6), ("forward", 6 * 10**6), ("backward", 9 * 10**6), ("optimizer", 10**7)],
     ]
     timings = contender.timings()
     assert timings["steps_ms"] == [10, 10]
     assert timings["parts_ms"] == {
-        "data wait": 1, "forward": 4, "backward": 4, "check": 0, "communication": 0, "optimizer": 0, "rest": 1
+        "data wait": 1, "forward": 4, "backward": 4, "check": 0, "communication": 0, "optimizer": 1
     }  # fmt: skip
 
 
@@ -196,3 +195,40 @@ def test_a_public_script_of_another_kind_or_that_ends_is_told(turns_args):
     turns_args.peer.write_text(PUBLIC_SCRIPT.replace("range(10000)", "range(2)"))
     with pytest.raises(HarnessError, match=r"turns_public.log: no line .*ended with 0; its last: \['step:2/3250"):
         turns.turns(turns_args)
+
+
+@pytest.fixture
+def against_args(tiny_track, tmp_path):
+    return argparse.Namespace(
+        against=ROOT, config=tiny_track, overrides=["train.compile=off"], nproc=1, rounds=2, steps=8, limit_s=60.0,
+        out=tmp_path / "against",
+    )  # fmt: skip
+
+
+def test_two_checkouts_take_turns_and_one_against_itself_trains_alike(against_args, capfd):
+    text = against.against(against_args)
+    result = json.loads(against_args.out.with_suffix(".json").read_text())
+    assert against_args.out.with_suffix(".md").read_text() == text
+    assert "round 2 of 2" in capfd.readouterr().err
+    ours, theirs = result["trainers"]["ours"], result["trainers"]["theirs"]
+    assert ours["code_hash"] == theirs["code_hash"] and ours["first_losses"] == theirs["first_losses"]
+    assert result["loss_difference"] == 0 and len(ours["first_losses"]) == 8 and result["world_size"] == 1
+    assert ours["how"] == ["eager", "fast forward"] and ours["warmup_s"] > 0 and theirs["warmup_s"] > 0
+    assert result["ratios"] == [a / b for a, b in zip(ours["rounds_ms"], theirs["rounds_ms"], strict=True)]
+    assert all(ms > 0 for ms in ours["rounds_ms"] + theirs["rounds_ms"])
+    assert result["interval"] is None and "too few rounds" in text
+
+
+def test_a_checkout_that_is_none_or_fails_is_told(against_args, tmp_path):
+    against_args.against = tmp_path
+    with pytest.raises(HarnessError, match="has no train_gpt.py; give a checkout"):
+        against.against(against_args)
+    (tmp_path / "train_gpt.py").write_text("print('no such option'); raise SystemExit(2)")
+    with pytest.raises(HarnessError, match=r"against_theirs.log: .*ended with 2; its last: \['no such option'\]"):
+        against.against(against_args)
+
+
+def test_the_interval_of_a_median_is_that_of_published_tables():
+    """Ranks of a 95 % interval: none below six values, 1 and 6 of 6, 2 and 9 of 10, 14 and 27 of 40 (Conover, 1999)."""
+    ranks = {n: against.median_interval(list(map(float, range(n, 0, -1)))) for n in (5, 6, 10, 40)}
+    assert ranks == {5: None, 6: (1, 6), 10: (2, 9), 40: (14, 27)}

@@ -99,7 +99,7 @@ def test_the_models_head_is_the_tested_layer_and_the_fast_forward_uses_it(tiny_t
     assert torch.equal(model.head(x), float8_linear(x, model.head.weight.type_as(x), None))
     loss = model(tokens, tokens)
     assert loss != standard(tokens, tokens)
-    assert FastForward(model)(tokens, tokens).item() == pytest.approx(loss.item(), rel=1e-4)
+    assert FastForward(model)(tokens, tokens).item() == pytest.approx(loss.item(), rel=2e-3)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

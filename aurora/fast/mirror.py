@@ -5,7 +5,7 @@ they are used only where every definition that the model is made of has the synt
 docstrings and formatting do not count), the classes in memory are those of the file, all submodules are of exactly
 these classes, and nothing is patched or hooked. Every other model runs as it is written.
 
-To change the model for everybody: change eager.py and hopper.py with it, then put what `python -m aurora.fast.mirror`
+To change the model for everybody: change forward.py and hopper.py with it, then put what `python -m aurora.fast.mirror`
 prints in the place of MIRRORED.
 """
 

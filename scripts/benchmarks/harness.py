@@ -9,17 +9,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import train_gpt
-from aurora.config import ModelConfig, load_config
+from aurora.config import ROOT, load_config
 from aurora.errors import Exit, HarnessError
 from aurora.optim.polar import SCHEDULES, PolarSchedule
+from aurora.trainer.batch import stage, to_device
+from aurora.trainer.neurons import Neurons
 from aurora.trainer.ranks import SETUP_TIMEOUT_S, Ranks, join_ranks, keep_freed_memory, leave_ranks
+from aurora.trainer.setup import open_data
 from aurora.trainer.watch import Watch
-from train_gpt import ROOT
+from scripts.benchmarks.train import ready_run
 
+QUICK = ROOT / "configs" / "quick.toml"
 UNTIMED_ROUNDS = 3
 
 
@@ -48,68 +51,36 @@ class PlainMuon(torch.optim.Optimizer):
                 p.add_(X, alpha=-group["lr"] * math.sqrt(max(1, p.shape[0] / p.shape[1])))
 
 
+class NoGuard:
+    """In the place of a run's guard: nothing is checked."""
+
+    def look(self, loss: Tensor) -> None: ...
+
+    def check(self, step: int, rule: torch.optim.Optimizer) -> None: ...
+
+
 def harness_step(
     hparams: dict[str, str], num_steps: int, ranks: Ranks, is_guarded: bool = True, optimizer: str = "muon"
 ) -> Callable[[], None]:
-    """One call is one step of the trainer, everything that its clock sees included; the guards only if wanted."""
+    """One call is one step of the trainer, with everything that its clock sees; the guards only if wanted."""
     hparams = hparams | {"steps": str(num_steps)}
     overrides = [f"optimizer.{optimizer}.{key}={value}" for key, value in hparams.items()]
-    config = load_config(ROOT / "configs" / "quick.toml", optimizer, overrides)
-    plan, data = train_gpt.plan_batch(config, ranks.world_size), train_gpt.open_data(config)
-    run = train_gpt.new_training(config, plan, data, 0, ranks)
-    steps, point = iter(range(config.train.steps)), train_gpt.point
+    run, model = ready_run(load_config(QUICK, optimizer, overrides), ranks)
+    steps = iter(range(num_steps))
     if not is_guarded:
-        run.guard.look, run.guard.check = (lambda loss: None), (lambda step, bad_update=None: None)
-        point = lambda name, step, tensors=(): None  # noqa: E731
-
-    def step() -> None:
-        train_gpt.point = point
-        train_gpt.train_step(run, run.model, next(steps))
-
-    return step
-
-
-def plain_loss(weights: dict[str, nn.Parameter], config: ModelConfig, inputs: Tensor, targets: Tensor) -> Tensor:
-    """The model of train_gpt.py as one would write it: a matmul for each matrix, torch's cross-entropy."""
-    D, K = (config.model_dim,), config.model_dim // config.num_heads
-    frequencies = (1 / config.rope_base) ** torch.linspace(0, 1, K // 4)
-    frequencies = torch.cat([frequencies, torch.zeros(K // 4)])
-    angles = torch.outer(torch.arange(inputs.size(1), dtype=torch.float32), frequencies)[:, None, :]
-    cos, sin = angles.cos(), angles.sin()
-
-    def linear(x: Tensor, name: str) -> Tensor:
-        return F.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
-
-    def rotate(x: Tensor) -> Tensor:
-        x1, x2 = x.chunk(2, dim=-1)
-        return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
-
-    x = F.rms_norm(F.embedding(inputs, weights["embed.weight"]), D, weights["embed_norm.gain"])
-    for i in range(config.num_layers):
-        block = f"blocks.{i}"
-        h = F.rms_norm(x, D, weights[f"{block}.attention_norm.gain"])
-        q, k, v = (linear(h, f"{block}.attention.{name}").unflatten(-1, (-1, K)) for name in "qkv")
-        q, k = (rotate(F.rms_norm(part, (K,))) for part in (q, k))
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=config.attention_scale)
-        x = x + linear(y.transpose(1, 2).flatten(-2), f"{block}.attention.out")
-        h = F.rms_norm(x, D, weights[f"{block}.mlp_norm.gain"])
-        x = x + linear(linear(h, f"{block}.mlp.up").relu().square(), f"{block}.mlp.down")
-    z = linear(F.rms_norm(x, D, weights["head_norm.gain"]), "head")
-    logits = config.logit_softcap * z * (z.square() + config.logit_softcap**2).rsqrt()
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        run.guard = NoGuard()
+    return lambda: train_gpt.train_step(run, model, next(steps))
 
 
 def bare_step(make_muon: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> Callable[[], None]:
-    """One call is one step of the loop that one would write by hand around the model written plainly."""
-    config = load_config(ROOT / "configs" / "quick.toml", "muon")
-    data = train_gpt.open_data(config)
+    """One call is one step of the loop that one would write by hand around the model, called plainly."""
+    config = load_config(QUICK, "muon")
+    data = open_data(config)
     model = train_gpt.GPT(config.model)
     model.init_weights(0)
-    weights = dict(model.named_parameters())
     tokens = torch.from_numpy(data.train_shards[0].astype("int64"))
-    matrices = [p for name, p in weights.items() if p.ndim == 2 and name.startswith("blocks.")]
-    others = [p for p in weights.values() if not any(p is q for q in matrices)]
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if not any(p is q for q in matrices)]
     adamw = torch.optim.AdamW(others, lr=0.003, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
     optimizers = [adamw, make_muon(matrices)]
     starts = iter(range(0, len(tokens), config.train.batch_tokens))
@@ -117,8 +88,8 @@ def bare_step(make_muon: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) 
     def step() -> None:
         start = next(starts)
         window = tokens[start : start + config.train.batch_tokens + 1]
-        inputs, targets = window[:-1].view(-1, config.model.seq_len), window[1:]
-        plain_loss(weights, config.model, inputs, targets).backward()
+        inputs, targets = (side.view(-1, config.model.seq_len) for side in (window[:-1], window[1:]))
+        (model(inputs, targets) / config.train.batch_tokens).backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -139,7 +110,7 @@ def bare_nanogpt(folder: Path) -> Callable[[], None]:
     spec = importlib.util.spec_from_file_location("nanogpt_model", folder / "model.py")
     nanogpt = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(nanogpt)
-    config = load_config(ROOT / "configs" / "quick.toml", "adamw")
+    config = load_config(QUICK, "adamw")
     sizes = config.model
     torch.manual_seed(0)
     model = nanogpt.GPT(
@@ -149,7 +120,7 @@ def bare_nanogpt(folder: Path) -> Callable[[], None]:
         )
     )  # fmt: skip
     optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), "cpu")
-    tokens = torch.from_numpy(train_gpt.open_data(config).train_shards[0].astype("int64"))
+    tokens = torch.from_numpy(open_data(config).train_shards[0].astype("int64"))
     starts = iter(range(0, len(tokens), config.train.batch_tokens))
 
     def step() -> None:
@@ -252,22 +223,20 @@ def guards(rounds: int) -> str:
 def telemetry(rounds: int) -> str:
     """One line: the share of a quick run's steps and validations that its looks at neurons take, all off the clock."""
     keep_freed_memory()
-    config = load_config(ROOT / "configs" / "quick.toml", "muon", [f"train.steps={UNTIMED_ROUNDS + rounds}"])
-    data, ranks = train_gpt.open_data(config), Ranks(0, 1, torch.device("cpu"))
-    run = train_gpt.new_training(config, train_gpt.plan_batch(config, 1), data, 0, ranks)
-    model = run.model
-    whole = load_config(ROOT / "configs" / "quick.toml", "muon")
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    run, model = ready_run(load_config(QUICK, "muon", [f"train.steps={UNTIMED_ROUNDS + rounds}"]), ranks)
+    whole = load_config(QUICK, "muon")
     looks = train_gpt.validation_steps(whole)
-    neurons = train_gpt.Neurons(whole, looks, model, run.optimizers[-1], ranks)
-    window = train_gpt.stage(data.val_tokens[: neurons.num_tokens + 1], ranks.device)
-    inputs, _ = train_gpt.to_device(window, config.model.seq_len, ranks.device)
+    neurons = Neurons(whole, looks, run.model, run.rule, ranks)
+    window = stage(run.val_tokens[: neurons.num_tokens + 1], ranks.device)
+    batch = to_device(window, whole.model.seq_len, ranks.device)
     ms: dict[str, list[float]] = {"keep": [], "step": [], "validate": [], "measure": []}
     for step in range(UNTIMED_ROUNDS + rounds):
         for name, call in (
             ("keep", neurons.before_update),
             ("step", lambda step=step: train_gpt.train_step(run, model, step)),
-            ("validate", lambda: train_gpt.validate(model, run)),
-            ("measure", lambda step=step: neurons.measure(step, inputs)),
+            ("validate", lambda: train_gpt.validate(run, model)),
+            ("measure", lambda step=step: neurons.measure(step, *batch)),
         ):
             begin_ns = time.perf_counter_ns()
             call()

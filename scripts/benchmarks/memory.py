@@ -10,10 +10,10 @@ import torch
 
 import train_gpt
 from aurora.config import load_config
-from aurora.fast import fused
-from aurora.fast.attention import choose_attention
+from aurora.errors import is_out_of_memory
 from aurora.trainer.memory import memory_estimate_gib
-from aurora.trainer.ranks import is_out_of_memory, join_ranks
+from aurora.trainer.optimizers import build_optimizers
+from aurora.trainer.ranks import join_ranks
 from scripts.benchmarks.train import describe_device, new_contender, synthetic_data, write
 
 
@@ -25,11 +25,9 @@ def memory(args: argparse.Namespace) -> str:
         overrides = synthetic_data(args.config, args.overrides, Path(folder), ranks.world_size)
         for size in args.sizes:
             config = load_config(args.config, name, [*overrides, f"train.micro_batch={size}"])
-            choose_attention(config.model, ranks.device)
-            fused.choose_kernels(config, ranks.device)
             with torch.device("meta"):
                 model = train_gpt.GPT(config.model)
-            optimizers = train_gpt.build_optimizers(config, model.roles())
+            optimizers = build_optimizers(config, model.roles())
             gib = memory_estimate_gib(config, model.roles(), optimizers, ranks.world_size, size)
             row = {"micro_batch": size, "estimate_gib": sum(gib.values())}
             try:

@@ -14,9 +14,9 @@ import tempfile
 import time
 from collections.abc import Callable
 
+from aurora.config import ROOT
 from aurora.errors import Exit, HarnessError
 from scripts.benchmarks.train import train_table, write
-from train_gpt import ROOT
 
 NUMBER = r"(\d+(?:\.\d+)?)"
 STEP_LINE = re.compile(rf"\bstep:\s?(\d+)(?:/\d+)?\s.*?\btrain_time:\s?{NUMBER}(ms|s)\b")

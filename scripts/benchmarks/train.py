@@ -1,9 +1,13 @@
 """Tokens a second of the trainer's own steps on made-up tokens, split into their parts, optimizers in turn.
 
-A step's parts lie between marks in the order of the device's work, so they add up to it:
-data wait (the loader, and the copy to the device), forward, backward (with what of the gradients' sum over ranks it
-hides), check (the guard's look at gradients; what it asks before the update counts to the optimizer), communication
-(what is left of that sum), optimizer (with the gathering of weights), rest.
+The parts of a step lie between marks in the order of the device's work, so they add up to it:
+
+- data wait: the loader, and the copy to the device
+- forward
+- backward: with what it hides of the gradients' sum over ranks
+- check: the guard's look at this rank's loss and gradients
+- communication: the rest of the gradients' sum, and what the guard exchanges
+- optimizer: with the gathering of weights
 """
 
 import argparse
@@ -25,24 +29,25 @@ import torch
 
 import train_gpt
 from aurora.config import Config, load_config
-from aurora.fast import fused
-from aurora.fast.attention import choose_attention
-from aurora.fast.compiled import Model, compiled_where_possible
 from aurora.tokens.shards import write_shard
+from aurora.trainer import Clock, Model, Ranks, Run, prepare
+from aurora.trainer.batch import plan_batch
 from aurora.trainer.clock import elapsed_ms, time_mark
 from aurora.trainer.describe import peak_memory_mib
-from aurora.trainer.ranks import Ranks, join_ranks, leave_ranks
+from aurora.trainer.ranks import join_ranks, leave_ranks
 from aurora.trainer.record import describe_git, describe_machine
+from aurora.trainer.setup import Checked, new_run, open_data
 
-# The part of a step that ends at a point of train_gpt.train_step().
+# The part of a step that ends at a mark of the timeline. The forward part ends where the model returns.
 PART_BEFORE = {
-    "backward": "backward",
-    "check": "backward",
-    "gradient_sum": "check",
+    "fetch": "",
+    "forward_backward": "data wait",
+    "micro_step": "backward",
+    "sum": "check",
     "update": "communication",
     "updated": "optimizer",
 }
-PARTS = ("data wait", "forward", "backward", "check", "communication", "optimizer", "rest")
+PARTS = ("data wait", "forward", "backward", "check", "communication", "optimizer")
 # Dense bfloat16 TFLOP/s by the vendors' datasheets, by a part of the device's name; the first that fits counts.
 NOMINAL_TFLOPS = {
     "H100 PCIe": 756,
@@ -69,11 +74,19 @@ def synthetic_data(config_path: Path, overrides: list[str], folder: Path, world_
     return [*overrides, *globs, "data.allow_epochs=true", f"eval.tokens={val_tokens}", "train.steps=100000"]
 
 
+def ready_run(config: Config, ranks: Ranks) -> tuple[Run, Model]:
+    """A run that is warmed up and before its first step, and what it calls in the place of the model. Collective."""
+    checked = Checked(config, plan_batch(config, ranks.world_size), None)
+    args, clock = argparse.Namespace(seed=0, out=Path()), Clock(ranks, time.perf_counter_ns())
+    run = new_run(args, checked, open_data(config), ranks, clock, train_gpt.GPT)
+    return run, prepare(run, train_gpt.forward_backward)
+
+
 @dataclass
 class Contender:
     """One optimizer's run, ready to step, and the marks of its timed steps: (part that ends there, time)."""
 
-    run: train_gpt.Training
+    run: Run
     model: Model
     prepare_s: float
     peak_mib: float = 0.0
@@ -81,30 +94,25 @@ class Contender:
     marked: list[list[tuple[str, Any]]] = field(default_factory=list)
 
     def step(self, is_timed: bool = True) -> None:
-        device, marks = self.run.ranks.device, []
+        marks: list[tuple[str, Any]] = []
 
         def mark(part: str) -> None:
-            marks.append((part, time_mark(device)))
+            marks.append((part, time_mark(self.run.ranks.device)))
 
         def called(*batch: torch.Tensor) -> torch.Tensor:
-            mark("backward" if len(marks) > 1 else "data wait")
             loss = self.model(*batch)
             mark("forward")
             return loss
 
-        def point(name: str, step: int, tensors: Any = ()) -> None:
-            plain_point(name, step, tensors)
+        def at(name: str, step: int) -> None:
             if name in PART_BEFORE:
                 mark(PART_BEFORE[name])
 
-        plain_point, train_gpt.point = train_gpt.point, point
+        unsubscribe = self.run.timeline.subscribe(at)  # all runs of a process share a timeline
         try:
-            mark("")
             train_gpt.train_step(self.run, called, next(self.steps))
-            mark("rest")
         finally:
-            train_gpt.point = plain_point
-        self.run.log.steps.clear()
+            unsubscribe()
         if is_timed:
             self.marked.append(marks)
 
@@ -127,9 +135,7 @@ def new_contender(config: Config, ranks: Ranks) -> Contender:
     if is_cuda:
         torch.cuda.reset_peak_memory_stats()
     begin_s = time.perf_counter()
-    plan = train_gpt.plan_batch(config, ranks.world_size)
-    run = train_gpt.new_training(config, plan, train_gpt.open_data(config), 0, ranks)
-    model = compiled_where_possible(run.model, config.train.compile, ranks, lambda model: train_gpt.prepare(model, run))
+    run, model = ready_run(config, ranks)
     ranks.align()
     contender = Contender(run, model, time.perf_counter() - begin_s)
     for _ in range(2):
@@ -139,7 +145,7 @@ def new_contender(config: Config, ranks: Ranks) -> Contender:
     return contender
 
 
-def flop_per_step(config: Config, run: train_gpt.Training) -> dict[str, float]:
+def flop_per_step(config: Config, run: Run) -> dict[str, float]:
     """FLOPs of forward and backward, attention counted whole (as in PaLM) or its causal half; 2 a multiply and add."""
     model = config.model
     weights = sum(p.tensor.numel() for p in run.model.roles() if p.role in ("matrix", "head"))
@@ -233,17 +239,13 @@ def train(args: argparse.Namespace) -> str:
     ranks = join_ranks(timeout_s=60)
     with tempfile.TemporaryDirectory() as folder:
         own = Path(ranks.all_gather_object(folder)[0])
-        found = ranks.together(
+        found = ranks.all_or_none(
             lambda: synthetic_data(args.config, args.overrides, own, ranks.world_size) if ranks.is_main else None
         )
         overrides = ranks.all_gather_object(found)[0]
         configs = {name: load_config(args.config, name, overrides) for name in args.optimizers}
-        first = configs[args.optimizers[0]]
-        chosen = {"attention": choose_attention(first.model, ranks.device)}
-        fused.choose_kernels(first, ranks.device)
         contenders = {name: new_contender(config, ranks) for name, config in configs.items()}
-        chosen["kernels"] = fused.kernels_of(ranks.device)
-        result = chosen | measure(args, configs, contenders, ranks)
+        result = contenders[args.optimizers[0]].run.start | measure(args, configs, contenders, ranks)
         if ranks.is_main:
             write(args.out, result, train_table(result))  # before what may run out of time
         if args.profile:
@@ -292,7 +294,6 @@ def measure(
             "prepare_s": contender.prepare_s,
             "micro_batch": plan.micro_batch,
             "micro_steps": plan.micro_steps,
-            "is_compiled": contender.model is not contender.run.model,
         }
     return {
         "command": "python scripts/benchmark.py " + shlex.join(sys.argv[1:]),
@@ -317,9 +318,9 @@ def train_table(result: dict[str, Any]) -> str:
         f"{result['config']}: {result['batch_tokens']:,} tokens a step on {result['world_size']} x {device['name']}; "
         f"torch {device['torch']}, CUDA {device['cuda']}, cuDNN {device['cudnn']}, {device['threads']} threads",
         "",
-        f"attention: {result['attention']}, kernels: {result['kernels']}; "
-        f"{'compiled' if first['is_compiled'] else 'eager'}; graphs compiled while timed: "
-        f"{result['graphs_compiled_while_timed']}, graph breaks: {result['graph_breaks']}; "
+        f"{'compiled' if result['compiled'] else 'eager'}, {result['forward']} forward, kernels: {result['kernels']}, "
+        f"attention: {result['attention']}; graphs compiled while timed: {result['graphs_compiled_while_timed']}, "
+        f"graph breaks: {result['graph_breaks']}; "
         f"{clocks or 'no GPU clocks'}; matmul {device['measured_tflops']:.1f} TFLOP/s measured, {nominal}",
         "",
         f"    {result['command']}",

@@ -7,71 +7,27 @@ of these steps both have their peak lr.
 """
 
 import argparse
-import contextlib
-import os
 import re
 import shlex
-import signal
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from aurora.config import ROOT
 from aurora.errors import Exit, HarnessError
 from aurora.trainer.record import read_events
+from scripts.benchmarks.program import POLL_S, Program, ended_programs, trainer_command
 from scripts.benchmarks.train import write
-from train_gpt import ROOT
 
 WARMUP_STEPS = 5  # of a turn, that are not timed
-POLL_S = 0.05
 # What is changed in the copy, by what; each must be there once.
 CHANGES = {
     r"^val_tokens = .*$": "val_tokens = {tokens}",
     r"\bval_step_freq = \d+ if": "val_step_freq = {every} if",
 }
-
-
-class Program:
-    """A running program whose console goes to a file."""
-
-    def __init__(self, command: list[str], folder: Path, log: Path, env: dict[str, str]):
-        self.log, self.file = log, log.open("w")
-        self.process = subprocess.Popen(
-            command, cwd=folder, stdout=self.file, stderr=subprocess.STDOUT, start_new_session=True,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"} | env,
-        )  # fmt: skip
-
-    def has_said(self, pattern: str, deadline_s: float) -> bool:
-        """Whether a line of its console begins so; then it is stopped."""
-        if re.search(f"^{pattern}", self.text(), re.MULTILINE):
-            self.send(signal.SIGSTOP)
-            return True
-        if self.process.poll() is not None or time.monotonic() > deadline_s:
-            why = "is out of time" if self.process.poll() is None else f"ended with {self.process.poll()}"
-            last = self.text().strip().splitlines()[-1:]
-            raise HarnessError(Exit.CONFIG, f"{self.log}: no line {pattern!r}, and it {why}; its last: {last}")
-        return False
-
-    def run_until(self, pattern: str, deadline_s: float) -> None:
-        self.send(signal.SIGCONT)
-        while not self.has_said(pattern, deadline_s):
-            time.sleep(POLL_S)
-
-    def send(self, number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError):  # once all of its group have ended
-            os.killpg(self.process.pid, number)
-
-    def text(self) -> str:
-        return self.log.read_text(encoding="utf-8", errors="replace")
-
-    def end(self) -> None:
-        self.send(signal.SIGKILL)
-        self.process.wait()
-        self.file.close()
 
 
 def public_program(args: argparse.Namespace, folder: Path) -> Program:
@@ -87,24 +43,16 @@ def public_program(args: argparse.Namespace, folder: Path) -> Program:
     shards.mkdir(parents=True)
     for split, path in (("train", args.train), ("val", args.val)):
         (shards / f"fineweb_{split}_000000.bin").symlink_to(path.resolve())
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    env = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return Program([sys.executable, "public.py"], folder, args.out.with_name(f"{args.out.name}_public.log"), env)
+    return Program([sys.executable, "public.py"], folder, args.out.with_name(f"{args.out.name}_public.log"))
 
 
 def our_program(args: argparse.Namespace, folder: Path) -> Program:
     settings = {
-        "data.train": args.train, "data.val": args.val, "train.steps": args.steps, "schedule.cooldown_frac": 0,
+        "data.train": args.train, "data.val": args.val, "train.steps": args.steps, "train.micro_batch": 64,
         "eval.every": args.every, "eval.late_every": args.every, "eval.tokens": args.val_tokens,
-        "train.log_every": 1, "train.micro_batch": 64, "train.checkpoint_every": 0, "eval.telemetry": "false",
     }  # fmt: skip
-    overrides = [*(f"{key}={value}" for key, value in settings.items()), *args.overrides]
-    command = [sys.executable, str(ROOT / "train_gpt.py"), "--config", str(args.config), "--optimizer", "muon"]
-    command += ["--timeout-s", "600", "--out", str(folder)]  # while it is stopped, it does not answer
-    command += [word for override in overrides for word in ("--set", override)]
-    return Program(command, ROOT, args.out.with_name(f"{args.out.name}_ours.log"), {})
+    command = trainer_command(ROOT, args.config, settings, args.overrides, folder)
+    return Program(command, ROOT, args.out.with_name(f"{args.out.name}_ours.log"))
 
 
 def public_steps_s(text: str) -> dict[int, float]:
@@ -123,15 +71,13 @@ def turns(args: argparse.Namespace) -> str:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     our_folder = args.out.with_name(f"{args.out.name}_ours")
     before = set(our_folder.glob("*.jsonl"))
-    deadline_s, programs, turns_done = time.monotonic() + args.limit_s, [], 0
-    # Both have sessions of their own, so they would go on without this process.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    with tempfile.TemporaryDirectory() as folder:
+    deadline_s, turns_done = time.monotonic() + args.limit_s, 0
+    with tempfile.TemporaryDirectory() as folder, ended_programs() as programs:
         try:
             programs.append(public_program(args, Path(folder)))
             programs.append(our_program(args, our_folder))
             public, ours = programs
-            starting = {ours: "model: ", public: "step:2/"}
+            starting = {ours: "step:0/", public: "step:2/"}
             while starting:
                 starting = {p: line for p, line in starting.items() if not p.has_said(line, deadline_s)}
                 time.sleep(POLL_S)
@@ -143,9 +89,6 @@ def turns(args: argparse.Namespace) -> str:
             if not turns_done:
                 raise
             print(f"after {turns_done} turns: {error}", file=sys.stderr)
-        finally:
-            for program in programs:
-                program.end()
     (record,) = set(our_folder.glob("*.jsonl")) - before
     events = [event for _, event in read_events(record)]
     return report(args, turns_done, public.text(), ours.text(), events)
