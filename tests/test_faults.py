@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import train_gpt
 from aurora.errors import Exit, HarnessError
 from aurora.trainer.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint, sha256
 from aurora.trainer.ranks import digest

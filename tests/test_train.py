@@ -181,7 +181,7 @@ def test_only_steps_are_timed_and_the_wall_clock_may_jump(tiny_track, tmp_path, 
     }
     for name, seconds in durations_s.items():
         monkeypatch.setattr(train_gpt, name, taking(seconds, getattr(train_gpt, name)))
-    monkeypatch.setattr(describe, "digest", train_gpt.digest)
+    monkeypatch.setattr(describe, "digest", taking(1.0, digest))
     arguments = ["--optimizer", "adamw", "--set", "train.steps=8", "--set", "train.checkpoint_every=4"]
     assert train_here(tiny_track, tmp_path, *arguments, "--set", "eval.every=4") == 0
     *_, end = record = events(tmp_path)
