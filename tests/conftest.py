@@ -114,8 +114,11 @@ def shard_bytes(tokens=(1, 2, 3), magic=MAGIC, version=1, num_tokens=None, dtype
 
 @pytest.fixture(scope="session")
 def tiny_track(tmp_path_factory) -> Path:
+    return write_tiny_track(tmp_path_factory.mktemp("tiny"))
+
+
+def write_tiny_track(folder: Path) -> Path:
     """Path of a config whose shards lie beside it: two train shards of 20 and 15 steps, one validation shard."""
-    folder = tmp_path_factory.mktemp("tiny")
     write_shard(folder / "tiny_train_000001.bin", markov_tokens(20 * 512 + 100, seed=1))
     write_shard(folder / "tiny_train_000002.bin", markov_tokens(15 * 512 + 2, seed=2))
     write_shard(folder / "tiny_val_000000.bin", markov_tokens(1000, seed=3))
