@@ -26,9 +26,10 @@ def check_settings(argvs: Iterable[Sequence[str]], nproc: int) -> None:
     configs = [load_config(ROOT / name, optimizer, overrides) for name, optimizer, *overrides in settings]
 
     import train_gpt  # and with it torch, which takes seconds
+    from aurora.trainer.setup import check_config
 
     for config in configs:
-        train_gpt.check_config(config, nproc)
+        check_config(config, nproc, train_gpt.GPT, train_gpt.lr_scale)
 
 
 class Outcome(NamedTuple):

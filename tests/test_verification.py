@@ -383,18 +383,23 @@ def test_the_verdict_of_a_replay_says_how_far_and_how_near(muon, tmp_path, monke
     path = write(tmp_path / "a.jsonl", muon)
     run = read_record(path)
 
-    def replayed(num_looks, num_found, **changes):
+    def replayed(num_looks, num_found, rounding=0.01, **changes):
         here = run.start | {"env": run.start["env"] | {"cpu": "this one"}} | changes
-        monkeypatch.setattr(
-            "scripts.verification.replay.run_until", lambda *args: (run.validations[:num_found], here, "killed")
-        )
+        found = [look._replace(val_loss=look.val_loss + rounding) for look in run.validations[:num_found]]
+        monkeypatch.setattr("scripts.verification.replay.run_until", lambda *args: (found, here, "killed"))
         return replay(verify_run(path), num_looks)
 
     assert replayed(5, 5).word == "replayed within 0.02 on another stack"
     assert replayed(2, 2).word == "replayed to step 10 of 30 within 0.02 on another stack"
+    assert replayed(5, 5, rounding=0).word == "replayed"
+    assert replayed(5, 5, rounding=0.03).word == "refuted"
     same_cpu = {"env": run.start["env"]}
-    assert replayed(5, 5, **same_cpu).word == "replayed"
+    assert replayed(5, 5, **same_cpu).word == "refuted", "on this very stack it gave other bits"
     assert replayed(5, 5, **same_cpu, param_groups=[]).word == "replayed within 0.02 on another stack"
+    run.start["env"].pop("cpu_model")
+    assert "cpu_model" not in same_cpu["env"] and write(path, [run.start, *muon[1:]])
+    assert replayed(5, 5, **same_cpu).word == "replayed within 0.02 on another stack", "its processor is not known"
+    run.start["env"] |= {"cpu_model": "any"}
     stopped = replayed(2, 1)
     assert stopped.word == "consistent" and "after 1 of 2 looks: killed" in stopped.notes[-1]
 

@@ -123,15 +123,17 @@ def describe_git() -> dict[str, Any] | None:
 
 def describe_machine() -> dict[str, Any]:
     """Python, processor, and the environment variables that can change speed or results."""
-    cpu_name = platform.processor()
+    first_cpu: dict[str, str] = {}
     with contextlib.suppress(OSError):
-        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        cpu_name = models[0].partition(": ")[2] if models else cpu_name
+        lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
+        first_cpu = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     prefixes = ("SPEEDRUN_", "OMP_", "MKL_", "TORCH", "PYTORCH", "NCCL_", "CUBLAS", "CUDA_")
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "cpu": cpu_name,
+        "cpu": first_cpu.get("model name", platform.processor()),
+        # Processors of one name can round differently.
+        "cpu_model": " ".join(first_cpu.get(key, "?") for key in ("vendor_id", "cpu family", "model", "stepping")),
         "cpu_count": os.cpu_count(),
         "usable_cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "variables": {key: value for key, value in sorted(os.environ.items()) if key.startswith(prefixes)},

@@ -85,6 +85,8 @@ def verify_events(path: Path) -> tuple[Verification, Events | None]:
         # A field of a type that no run writes; which one, the error says.
         except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, IndexError) as error:
             verdict.reasons.append(f"{check.__name__}: a field is missing or wrong ({type(error).__name__}: {error})")
+    if found.is_edited:
+        verdict.notes.append("model edited: not checked are parameter counts, the untrained loss and neurons' numbers")
     if not found.of("end"):
         verdict.notes.append("incomplete: no end event")
     if not verdict.reasons and (changed := changed_sources(found.start)):

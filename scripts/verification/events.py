@@ -28,10 +28,15 @@ class Events:
     def config(self) -> dict[str, Any]:
         return self.start["config"]
 
+    @property
+    def is_edited(self) -> bool:
+        """Whether the run's model was another than the config alone describes."""
+        return bool(self.start.get("model_edits"))
+
 
 def stack_of(segment: dict[str, Any]) -> str:
     """What the bits of a loss depend on, of a run or resume event."""
-    parts = {key: segment.get(key) for key in ("world_size", "micro_batch", "attention", "compiled")}
+    parts = {key: segment.get(key) for key in ("world_size", "micro_batch", "attention", "compiled", "forward")}
     parts["kernels"] = segment.get("kernels", "torch")  # which the first records do not have
     return json.dumps([parts, *(segment["env"].get(key) for key in ("torch", "torch_threads", "cpu"))])
 

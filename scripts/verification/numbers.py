@@ -142,8 +142,9 @@ def check_losses(run: Events) -> Iterator[str]:
             yield f"step {event['step']}: val_loss {event['val_loss']} is no sum of float32 over the tokens: typed in"
             break
     untrained = math.log(config["model"]["vocab_size"])
-    if looks and looks[0]["step"] == 0 and abs(looks[0]["val_loss"] - untrained) > UNTRAINED_TOLERANCE:
-        yield f"step 0: val_loss {looks[0]['val_loss']} is not the {untrained:.4f} of an untrained model"
+    first = looks[0] if looks and looks[0]["step"] == 0 and not run.is_edited else None
+    if first and abs(first["val_loss"] - untrained) > UNTRAINED_TOLERANCE:
+        yield f"step 0: val_loss {first['val_loss']} is not the {untrained:.4f} of an untrained model"
     # train_loss is a mean over the steps before a look; while it falls fast, the look is nearer to the mean after it,
     # or, where there is none, to what the fall so far lets expect.
     train_losses = {event["step"]: event["train_loss"] for event in run.of("train")}
