@@ -36,7 +36,7 @@ else
     # Both programs are on the GPU at once, so a card of 80 GB needs a smaller micro-batch.
     TURNS=(--limit-s $((LIMIT_S < 440 ? LIMIT_S - 120 : 320)) --set train.micro_batch=128)
     TRAIN=(--steps 4 --rounds 3 --profile)
-    # Of eight steps' worth of memory one is as good as another: a quarter of the batch.
+    # A quarter of the batch: the memory of a step does not depend on how many micro-steps it has.
     MEMORY=(--sizes 1 4 16 64 --set train.compile=off --set train.batch_tokens=131072)
     OPTIM=("$GPT2" --rounds 9)
     # An eighth of the batch, a hundred steps.

@@ -1,9 +1,9 @@
 """The forward pass for Hopper and later, in bfloat16, compiled: two parts of a block are kernels of ours.
 
 Compilers have no matmul that ends in a squared ReLU, and take two passes for the norm and rotation of queries and keys.
-Measured on an H200, of 929 ms a step: squared ReLU with its two matmuls 616 -> 598 ms, queries and keys 60 -> 31 ms
-(results/benchmarks/h200.md). The formulas here are what the Triton kernels (kernels.py) compute. They serve tests and
-train nothing.
+Measured on an H200, of 929 ms a step: squared ReLU and all matmuls 616 -> 598 ms, queries and keys 60 -> 31 ms
+(results/benchmarks/h200.md, with caveats). The formulas here are what the Triton kernels (kernels.py) compute. They
+serve tests and train nothing.
 
 Shapes: M rows, of which B sequences have T each; D model, C hidden width, H heads, K head dim. Weights and biases come
 in the dtype of x. Gradients of biases come as float32 sums over blocks of SUM_ROWS rows, (M / SUM_ROWS, ..).

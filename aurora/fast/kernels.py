@@ -1,7 +1,7 @@
 """Triton kernels behind aurora/fast/hopper.py, which says what each computes.
 
-Compilers have no matmul that ends in what is ours to do, and make several kernels of the others, with float32 between
-them. Rows (tokens) count in multiples of SUM_ROWS; offsets are 64 bits wide, for a batch's logits are over 2^32.
+Compilers have no matmul that ends in a squared ReLU, and make several kernels of the norm and rotation of queries and
+keys, with float32 between them. Rows (tokens) count in multiples of SUM_ROWS. Offsets are 64 bits wide.
 """
 
 import torch

@@ -112,7 +112,10 @@ def memory_estimate_gib(
     world_size: int,
     micro_batch: int,
 ) -> dict[str, float]:
-    """Weights, gradients and optimizer state by count; activations as what autograd keeps of one micro-step."""
+    """Weights, gradients and optimizer state by count; activations as what autograd keeps of one micro-step.
+
+    Of the unedited model, by the eager fast forward.
+    """
     counts, model = params_by_role(params), config.model
     num_params, is_sharded_rule = sum(counts.values()), isinstance(optimizers[-1], aurora.MatrixOptimizer)
     state = 2 * (num_params - counts["matrix"])  # AdamW keeps two floats a weight, a matrix rule one, on its owner
@@ -120,7 +123,7 @@ def memory_estimate_gib(
     width = 4 if model.activation_dtype == "float32" else 2
     kept_by_mlp = (4 if model.mlp == "swiglu" else 2) * model.mlp_expansion
     per_token = model.num_layers * (12 + kept_by_mlp) * model.model_dim * width
-    # Logits, which their gradient overwrites (that of Triton kernels does not), and what a head in float8 makes of it.
+    # Logits, which their gradient overwrites, and what a head in float8 makes of it.
     per_token += model.vocab_size * (width + (model.head_dtype == "float8"))
     logits = micro_batch * model.seq_len * model.vocab_size
     sizes = {

@@ -1,4 +1,4 @@
-"""What the steps since the last look did: kept on the device, so that no step waits for it."""
+"""What the steps since the last validation or checkpoint did: kept on the device, so that no step waits for it."""
 
 import math
 import statistics
