@@ -17,7 +17,8 @@ import train_gpt
 code = train_gpt.main(sys.argv[2:])
 root = Path(train_gpt.__file__).parent
 files = {Path(getattr(module, "__file__", None) or "").resolve() for module in sys.modules.values()}
-below = {file.relative_to(root).as_posix() for file in files if file.is_relative_to(root) and file.suffix == ".py"}
+files = {file for file in files if file.is_relative_to(root) and file.suffix == ".py"}
+below = {file.relative_to(root).as_posix() for file in files if "site-packages" not in file.parts}
 Path(sys.argv[1]).write_text(json.dumps(sorted(below)))
 sys.exit(code)
 """

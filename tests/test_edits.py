@@ -207,3 +207,10 @@ def test_code_around_the_model_may_change(tiny_track, tmp_path):
 def test_the_mirrored_model_is_the_one_in_train_gpt():
     """If this fails because the model was changed for everybody: see the top of aurora/fast/mirror.py."""
     assert mirror.hashes(mirror.definitions_of(SOURCE)) == mirror.MIRRORED
+
+
+@pytest.mark.parametrize("name", ["F", "Float8Linear"])
+def test_an_import_rebound_at_run_time_is_an_edit(tiny_track, monkeypatch, name):
+    model = train_gpt.GPT(train_gpt_config(tiny_track))
+    monkeypatch.setattr(train_gpt, name, object())
+    assert mirror.edits(model)[0] == f"{name} is not what its file says"

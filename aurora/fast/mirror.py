@@ -11,6 +11,7 @@ prints in the place of MIRRORED.
 
 import ast
 import hashlib
+import importlib
 import inspect
 import sys
 from collections.abc import Iterable, Iterator
@@ -120,9 +121,22 @@ def patched(module: ModuleType, definitions: dict[str, ast.stmt]) -> list[str]:
         if isinstance(node, ast.ClassDef):
             if not (isinstance(value, type) and methods_of(value) == functions_in(in_file[name])):
                 found.append(name)
-        elif isinstance(node, ast.FunctionDef) and not is_code_of(value, in_file[name]):
+        elif (
+            isinstance(node, ast.FunctionDef)
+            and not is_code_of(value, in_file[name])
+            or isinstance(node, ast.Import | ast.ImportFrom)
+            and value is not imported(node)
+        ):
             found.append(name)
     return found
+
+
+def imported(node: ast.Import | ast.ImportFrom) -> object:
+    """What an import of one name binds."""
+    (alias,) = node.names
+    if isinstance(node, ast.ImportFrom):
+        return getattr(importlib.import_module(node.module or ""), alias.name, None)
+    return sys.modules.get(alias.name if alias.asname else alias.name.split(".")[0])
 
 
 def methods_of(cls: type) -> dict[str, tuple]:

@@ -85,7 +85,7 @@ def greeting(start: dict[str, Any]) -> str:
 
 def resume_event(run: Run) -> dict[str, Any]:
     start, progress = run.start, run.progress
-    how = "compiled", "attention", "forward", "kernels", "micro_batch"
+    how = "compiled", "attention", "forward", "kernels", "model_edits", "micro_batch"
     changed = ("utc", "world_size", "device", *how, "git", "env")
     here = {key: start[key] for key in changed}
     return {"event": "resume", "step": progress.step, "segment": progress.segments} | here
@@ -178,7 +178,8 @@ def dry_run_report(
             f"{role:8}{tensors:>8}{counts[role]:>14,}  {group['optimizer']:12}{group['lr']:>10g}"
             f"{group['weight_decay']:>14g}"
         )
-    lines.append(f"vectors include the head's bias of {config.model.vocab_size:,}")
+    if config.model.bias:
+        lines.append(f"vectors include the head's bias of {config.model.vocab_size:,}")
 
     lines += [
         "",

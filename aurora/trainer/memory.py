@@ -80,15 +80,19 @@ def fits(size: int, try_size: Callable[[int], None], ranks: Ranks, taken_gib: fl
     return True
 
 
-def fit_micro_batch(run: Run, try_plan: Callable[[BatchPlan], None]) -> BatchPlan:
-    """Halve the micro-batch of a run until try_plan() fits into the memory of every rank. Collective."""
+def fit_micro_batch(run: Run, try_plan: Callable[[BatchPlan], None], keeps_little: bool) -> BatchPlan:
+    """Halve the micro-batch of a run until try_plan() fits into the memory of every rank. Collective.
+
+    keeps_little: whether the forward pass is the fast one or compiled.
+    """
     ranks, params = run.ranks, run.model.roles()
 
     def try_size(size: int) -> None:
         try_plan(plan_batch(run.config, ranks.world_size, size))
 
     sizes = halvings(run.plan)
-    gib = {size: memory_estimate_gib(run.config, params, run.optimizers, ranks.world_size, size) for size in sizes}
+    what = run.config, params, run.optimizers, ranks.world_size
+    gib = {size: memory_estimate_gib(*what, size, keeps_little) for size in sizes}
     # The estimate is for eager mode, and compiled code keeps less: what it puts far too high is not worth compiling.
     # Where the host's memory is used, no attempt fails: the kernel would kill this process, or others.
     limit_gib = (2 if ranks.device.type == "cuda" else 0.5) * available_gib(ranks)
@@ -111,10 +115,11 @@ def memory_estimate_gib(
     optimizers: list[torch.optim.Optimizer],
     world_size: int,
     micro_batch: int,
+    keeps_little: bool = True,
 ) -> dict[str, float]:
     """Weights, gradients and optimizer state by count; activations as what autograd keeps of one micro-step.
 
-    Of the unedited model, by the eager fast forward.
+    Of the unedited model, eager: by the fast forward, or by the model itself, whose loss keeps float32 logits.
     """
     counts, model = params_by_role(params), config.model
     num_params, is_sharded_rule = sum(counts.values()), isinstance(optimizers[-1], aurora.MatrixOptimizer)
@@ -131,6 +136,7 @@ def memory_estimate_gib(
         "gradients": 4 * num_params,
         "optimizer state": 4 * state,
         "activations": micro_batch * model.seq_len * per_token,
-        "loss": 5 * 4 * min(logits, PART_ELEMENTS),  # float32 copies of a part of the logits
+        # float32 copies of a part of the logits, or of all, with their gradients.
+        "loss": 5 * 4 * min(logits, PART_ELEMENTS) if keeps_little else 8 * 4 * logits,
     }
     return {name: size / 2**30 for name, size in sizes.items()}

@@ -19,6 +19,7 @@ from aurora.fast.mirror import edits
 from aurora.trainer.attempt import Unusable, WrongNumbers, attempt
 from aurora.trainer.batch import BatchPlan, to_device
 from aurora.trainer.memory import fit_micro_batch
+from aurora.trainer.process import tell
 from aurora.trainer.ranks import digest
 from aurora.trainer.state import Run
 
@@ -123,7 +124,8 @@ def warmed_up(way: Way, run: Run, forward_backward: ForwardBackward) -> Model:
     try:
         model = way.make()
         if run.config.train.micro_batch == "auto":
-            run.plan = fit_micro_batch(run, lambda plan: try_passes(model, plan, run))
+            keeps_little = way.is_fast or way.is_compiled
+            run.plan = fit_micro_batch(run, lambda plan: try_passes(model, plan, run), keeps_little)
         elif way.is_compiled:
             attempt(run.ranks, lambda: try_passes(model, run.plan, run))
         warm_up(model, run, forward_backward, way.is_compiled)
@@ -203,6 +205,7 @@ def check_numbers(model: Model, run: Run, micro_batch: int, val_batches: Iterabl
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
+        tell(f"warning: rank {run.ranks.rank} has no memory to check the forward pass against the model itself")
     finally:
         run.model.zero_grad()
 

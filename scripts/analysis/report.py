@@ -24,6 +24,7 @@ from scripts.analysis.verdict import (
     Group,
     Pair,
     compare_pairs,
+    has_mixed_code,
     mean_loss,
     order_of_arrival,
     status_of,
@@ -138,7 +139,8 @@ def remarks(groups: Sequence[Group], pairs: Sequence[Pair]) -> list[str]:
     lines += [f"{group.label}: {flaw}." for group in groups for flaw in group.flaws() if "no test with" not in flaw]
     gaps = {group.label: seed_gaps(group.seeds) for group in groups}
     lines += [f"{label}: no seed {', '.join(map(str, gap))}; was it left out?" for label, gap in gaps.items() if gap]
-    if len(set.union(*(group.code() for group in groups))) > 1:
+    lines += [f"{group.label}: model edited: {', '.join(edits)}." for group in groups if (edits := group.edits())]
+    if has_mixed_code(groups):
         lines.append("Not all runs were made by the same code; the tests take it that this does not matter.")
     wide = [group.label for group in groups if sd_test(group.losses(group.last_step)) < ALPHA]
     if wide and few >= MIN_RUNS:

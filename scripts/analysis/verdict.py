@@ -117,8 +117,19 @@ class Group:
             found.append("not validated at the same steps")
         return found
 
-    def code(self) -> set[str | None]:
-        return {run.start.get("code_hash") for run in self.runs}
+    def edits(self) -> list[str]:
+        """In what the runs' model is another than the track's, in words."""
+        return sorted({edit for run in self.runs for edit in run.start.get("model_edits", [])})
+
+
+def has_mixed_code(groups: Iterable[Group]) -> bool:
+    """Whether a file is not the same in all runs that had imported it. Each rule imports files of its own."""
+    texts: dict[str, str] = {}
+    for run in (run for group in groups for run in group.runs):
+        for name, text in run.start["sources"].items():
+            if name.endswith(".py") and texts.setdefault(name, text) != text:
+                return True
+    return False
 
 
 STACK_KEYS = ("device_name", "cpu", "cpu_count", "usable_cpus", "torch", "torch_threads", "cuda", "cudnn")
@@ -130,7 +141,7 @@ def stack_of(run: Run) -> tuple:
     SPEEDRUN_JOBS: so many runs shared the machine.
     """
     start, env = run.start, run.start["env"]
-    chosen = map(start.get, ("compiled", "attention", "micro_batch"))
+    chosen = map(start.get, ("compiled", "forward", "attention", "micro_batch"))
     values = [start["world_size"], *chosen, start.get("kernels", "torch"), *map(env.get, STACK_KEYS)]
     if isinstance(variables := env.get("variables"), dict):
         values.append(variables.get("SPEEDRUN_JOBS"))
