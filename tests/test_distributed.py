@@ -193,7 +193,7 @@ def test_a_compiler_that_fails_on_one_rank_alone_is_told_and_stops_all(tiny_trac
     arguments = ["--set", "train.compile=on", "--set", f"train.micro_batch={micro_batch}"]
     outcome = launch("--config", tiny_track, "--out", tmp_path, *arguments, world_size=2, patch=COMPILER_FAILS)
     assert outcome.codes == [2, 2] and outcome.err[1] == ""
-    assert "but torch.compile failed on rank 1: no compiler on this node; set it to 'off'" in outcome.err[0]
+    assert "but torch.compile failed: no compiler on this node (rank 1); set it to 'off'" in outcome.err[0]
 
 
 SUMS_BOTH_WAYS = """

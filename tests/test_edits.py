@@ -10,11 +10,12 @@ import torch
 
 import train_gpt
 from aurora.fast import mirror
-from tests.conftest import ROOT, events
+from tests.conftest import ROOT, events, train_here
 
 SOURCE = (ROOT / "train_gpt.py").read_text()
 # Heads of 128, where a GPU of the Hopper kind would use kernels.
-SIZES = ["model.num_layers=2", "model.model_dim=128", "model.num_heads=1", "train.steps=6", "train.log_every=1"]
+SIZES = ["model.num_layers=1", "model.model_dim=128", "model.num_heads=1", "train.steps=6", "train.log_every=1"]
+SIZES += ["train.batch_tokens=128", "train.micro_batch=2", "eval.tokens=128"]
 LOSS = 'targets_BT.flatten(), reduction="sum")'
 CAPPED = "self.softcap * z_BTV * (z_BTV.square() + self.softcap**2).rsqrt()"
 SCALE = "config.model_dim // config.num_heads, config.attention_scale"
@@ -122,7 +123,7 @@ class OtherLinear(torch.nn.Linear):
 PATCHES = {
     "forward of one module": lambda model: setattr(model.blocks[0].mlp, "forward", leaky.__get__(model.blocks[0].mlp)),
     "another method of the model": lambda model: setattr(model, "loss", model.loss),
-    "forward hook": lambda model: model.blocks[1].mlp.register_forward_hook(lambda module, args, out: 1.5 * out),
+    "forward hook": lambda model: model.blocks[0].mlp.register_forward_hook(lambda module, args, out: 1.5 * out),
     "forward pre-hook": lambda model: model.head.register_forward_pre_hook(lambda module, args: (args[0] * 1.5,)),
     "gradient hook": lambda model: model.blocks[0].register_full_backward_hook(lambda module, below, above: None),
     "submodule of another class": lambda model: setattr(model.blocks[0].mlp, "up", OtherLinear(128, 512)),
@@ -214,3 +215,16 @@ def test_an_import_rebound_at_run_time_is_an_edit(tiny_track, monkeypatch, name)
     model = train_gpt.GPT(train_gpt_config(tiny_track))
     monkeypatch.setattr(train_gpt, name, object())
     assert mirror.edits(model)[0] == f"{name} is not what its file says"
+
+
+def test_a_model_that_is_hooked_while_it_trains_stops_the_run(tiny_track, tmp_path, monkeypatch, capsys):
+    prepare = train_gpt.prepare
+
+    def prepare_and_hook(run, *rest):
+        model = prepare(run, *rest)
+        run.model.blocks[0].mlp.register_forward_hook(lambda module, args, out: 2 * out)
+        return model
+
+    monkeypatch.setattr(train_gpt, "prepare", prepare_and_hook)
+    assert train_here(tiny_track, tmp_path) == 2
+    assert "blocks.0.mlp has a hook since training began" in capsys.readouterr().err

@@ -116,7 +116,7 @@ def bytes_of_a_step(activation_dtype, sent):
     optimizers = build_optimizers(config, model.roles())
     for p in model.parameters():
         p.grad = torch.empty_like(p)
-    GradientSum(model.parameters(), optimizers, activation_dtype).finish()
+    GradientSum(model.parameters(), optimizers, activation_dtype, world_size=8).finish()
     optimizers[-1].step()
     return sum(sent.values())
 

@@ -14,7 +14,7 @@ import hashlib
 import importlib
 import inspect
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from types import CodeType, FunctionType, ModuleType
 
 from torch import nn
@@ -53,7 +53,7 @@ def edits(model: nn.Module) -> list[str]:
         return [f"{type(model).__name__} has no source: {error}"]
     found = [f"{name} is edited" for name in edited(definitions)]
     found += [f"{name} is not what its file says" for name in patched(module, definitions)]
-    return found or list(strange_parts(model, module, definitions))
+    return found or list(strange_parts(model))
 
 
 def hashes(definitions: dict[str, ast.stmt]) -> dict[str, str]:
@@ -158,9 +158,10 @@ def content(code: CodeType) -> tuple:
     return code.co_code, constants, code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars
 
 
-def strange_parts(model: nn.Module, module: ModuleType, definitions: Iterable[str]) -> Iterator[str]:
-    """Submodules that are of another class, patched or hooked, in words."""
-    known = {*LIBRARY, *(getattr(module, name) for name in definitions if isinstance(getattr(module, name), type))}
+def strange_parts(model: nn.Module) -> Iterator[str]:
+    """Submodules of a model of mirrored classes that are of another class, patched or hooked, in words."""
+    module = sys.modules[type(model).__module__]
+    known = {*LIBRARY, *(value for name in MIRRORED if isinstance(value := getattr(module, name, None), type))}
     in_all = nn.modules.module
     if any(getattr(in_all, f"_global{name}") for name in HOOKS):
         yield "a hook is on all modules"

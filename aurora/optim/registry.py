@@ -7,9 +7,11 @@ import difflib
 import importlib
 import inspect
 import pkgutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import ModuleType
 from typing import Any, get_type_hints
 
 import torch
@@ -30,8 +32,16 @@ def find_rule(name: str) -> type[torch.optim.Optimizer]:
         close = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean {close[0]}?" if close else "a rule is a file there that defines one torch.optim.Optimizer"
         raise ValueError(f"there is no {file}; {hint}")
-    module = importlib.import_module(f".{name}", __package__)
-    rules = [
+    rules = rules_in(importlib.import_module(f".{name}", __package__))
+    if len(rules) != 1:
+        found = ", ".join(rule.__name__ for rule in rules) or "none"
+        raise ValueError(f"{file} must define one torch.optim.Optimizer, but defines {found}")
+    return rules[0]
+
+
+def rules_in(module: ModuleType) -> list[type[torch.optim.Optimizer]]:
+    """The optimizer classes that a module defines itself."""
+    return [
         value
         for value in vars(module).values()
         if isinstance(value, type)
@@ -39,10 +49,13 @@ def find_rule(name: str) -> type[torch.optim.Optimizer]:
         and value.__module__ == module.__name__
         and not inspect.isabstract(value)
     ]
-    if len(rules) != 1:
-        found = ", ".join(rule.__name__ for rule in rules) or "none"
-        raise ValueError(f"{file} must define one torch.optim.Optimizer, but defines {found}")
-    return rules[0]
+
+
+def modules_of_other_rules(optimizers: Sequence[torch.optim.Optimizer]) -> set[str]:
+    """Names of the imported modules that define rules of which none of these optimizers is made."""
+    own = {cls.__module__ for optimizer in optimizers for cls in type(optimizer).__mro__}
+    package = {name: module for name, module in sys.modules.items() if name.startswith(f"{__package__}.")}
+    return {name for name, module in package.items() if name not in own and rules_in(module)}
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,10 @@
 
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from aurora.fast.hopper import KernelFailed
+from aurora.trainer.process import first_line
 from aurora.trainer.ranks import Ranks
 
 Result = TypeVar("Result")
@@ -24,11 +25,14 @@ def attempt(ranks: Ranks, task: Callable[[], Result]) -> Result:
     Raises:
         Unusable: on all ranks alike, so that none waits for another in a collective that the other never begins.
     """
-    result, reason = None, None
+    result: Any = None
+    reason = None
     try:
         result = task()
-    except (KernelFailed, WrongNumbers, *compiler_errors()) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+    except (KernelFailed, WrongNumbers) as error:
+        reason = first_line(error)
+    except compiler_errors() as error:
+        reason = f"torch.compile failed: {first_line(error)}"
     for rank, theirs in enumerate(ranks.all_gather_object(reason)):
         if theirs:
             raise Unusable(f"{theirs}{f' (rank {rank})' * (ranks.world_size > 1)}")

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 import aurora
 from aurora.config import Config
+from aurora.optim.registry import modules_of_other_rules
 from aurora.tokens.loader import PUBLIC_SHARD_TOKENS, RunData, find_shards, steps_in_shard
 from aurora.tokens.shards import ShardError, open_shard
 from aurora.trainer.checkpoint import identity_of
@@ -34,7 +35,8 @@ from aurora.trainer.state import Run
 def run_event(run: Run, config_path: Path, seed: int, data: RunData) -> dict[str, Any]:
     """The record's first line: everything needed to judge, group and repeat the run."""
     config, device = run.config, run.ranks.device
-    utc, sources, is_cuda = datetime.datetime.now(datetime.UTC), read_sources(config_path), device.type == "cuda"
+    utc, is_cuda = datetime.datetime.now(datetime.UTC), device.type == "cuda"
+    sources = read_sources(config_path, modules_of_other_rules(run.optimizers))
     name = re.sub("[^A-Za-z0-9._-]", "-", config_path.stem)
     described_data, machine = data.describe(), describe_machine()
     stack = {

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from aurora.errors import Exit, HarnessError
+from aurora.fast.mirror import strange_parts
 from aurora.trainer.process import stop_signals
 from aurora.trainer.ranks import Ranks, digest
 
@@ -112,6 +113,13 @@ class Guard:
         if bad:
             message = f"step {step}: after the update {bad} is not finite; lower the learning rate"
             raise HarnessError(Exit.NON_FINITE, message)
+
+
+def check_still_unedited(step: int, model: nn.Module) -> None:
+    """Raise HarnessError for a model that was patched or hooked while a fast forward pass trains it."""
+    for finding in strange_parts(model):
+        message = f"step {step}: {finding} since training began, which the fast forward pass does not see"
+        raise HarnessError(Exit.CONFIG, f"{message}; change the model before prepare()")
 
 
 def check_validation(step: int, val_loss: float, vocab_size: int, is_edited: bool) -> None:

@@ -15,7 +15,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,10 +69,15 @@ class RecordWriter:
 NOT_OF_A_RUN = ("data", "scripts", "tests")
 
 
-def read_sources(config_path: Path) -> dict[str, str]:
-    """The text of every module of the project that this process has imported, and of the track."""
+def read_sources(config_path: Path, other_modules: Container[str] = ()) -> dict[str, str]:
+    """The text of every module of the project that this process has imported, and of the track.
+
+    other_modules: names of those that this process has imported for something else than the run.
+    """
     sources = {}
-    for module in list(sys.modules.values()):
+    for module_name, module in list(sys.modules.items()):
+        if module_name in other_modules:
+            continue
         file = getattr(module, "__file__", None)
         path = Path(file).resolve() if file and os.path.isabs(file) else ROOT  # torch.ops calls itself _ops.py
         if path.suffix == ".py" and path.is_relative_to(ROOT) and "site-packages" not in path.parts:
