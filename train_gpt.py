@@ -230,7 +230,9 @@ def train_step(run: Run, model: Model, step: int) -> Tensor:
 @torch.no_grad()
 def validate(run: Run, model: Model) -> float:
     """Mean loss over the fixed validation tokens, in sequences that do not overlap. Collective; changes nothing."""
+    run.model.eval()
     losses = [model(inputs, targets) for inputs, targets in run.validation_batches()]
+    run.model.train()
     return run.ranks.sum(torch.stack(losses).cpu().double().sum()) / run.config.eval.tokens
 
 

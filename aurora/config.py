@@ -1,4 +1,4 @@
-"""What a track's TOML file may say: its tables, types and bounds, and how it is read. Needs nothing but Python."""
+"""What a run is told: its command line, and its track (TOML): tables, types and bounds. Needs nothing but Python."""
 
 import argparse
 import dataclasses

@@ -1,15 +1,18 @@
 """What is edited in the model is what trains: no second body of a formula wins in silence."""
 
 import contextlib
+import functools
 import importlib.util
 import io
 import sys
+import types
 
 import pytest
 import torch
 
 import train_gpt
 from aurora.fast import mirror
+from aurora.fast.float8 import Float8Linear
 from tests.conftest import ROOT, events, train_here
 
 SOURCE = (ROOT / "train_gpt.py").read_text()
@@ -129,6 +132,8 @@ PATCHES = {
     "submodule of another class": lambda model: setattr(model.blocks[0].mlp, "up", OtherLinear(128, 512)),
     "torch's own linear layer": lambda model: setattr(model.blocks[0].mlp, "down", torch.nn.Linear(512, 128)),
     "module that was not there": lambda model: setattr(model.blocks[0], "dropout", torch.nn.Dropout(0.1)),
+    "layer in float8 where none belongs": lambda model: setattr(model.blocks[0].attention, "q", Float8Linear(128, 128)),
+    "known layer in another's place": lambda model: setattr(model, "head_norm", train_gpt.Linear(128, 128)),
     "parametrized weight": lambda model: torch.nn.utils.parametrizations.weight_norm(model.blocks[0].mlp.up),
 }
 
@@ -156,12 +161,70 @@ def test_a_hook_on_all_modules_is_an_edit(tiny_track):
     assert mirror.edits(model) == []
 
 
+def wrapped(original):
+    return functools.wraps(original)(lambda *args: 1.1 * original(*args))
+
+
+def with_default(original):
+    code = original.__code__
+    return types.FunctionType(code, original.__globals__, code.co_name, (torch.ones(2, 128),), original.__closure__)
+
+
+@pytest.mark.parametrize("change", [lambda f: leaky, wrapped, with_default, torch.autocast("cpu", torch.bfloat16)])
 @pytest.mark.parametrize("name", ["MLP.forward", "GPT.loss", "Rotary.__init__"])
-def test_a_patched_class_is_edited(tiny_track, monkeypatch, name):
+def test_a_patched_class_is_edited(tiny_track, monkeypatch, name, change):
     cls, method = name.split(".")
     model = train_gpt.GPT(train_gpt_config(tiny_track))
-    monkeypatch.setattr(getattr(train_gpt, cls), method, leaky)
+    monkeypatch.setattr(getattr(train_gpt, cls), method, change(getattr(getattr(train_gpt, cls), method)))
     assert mirror.edits(model) == [f"{cls} is not what its file says"]
+
+
+def test_a_method_that_was_not_there_is_an_edit(tiny_track, monkeypatch):
+    model = train_gpt.GPT(train_gpt_config(tiny_track))
+    monkeypatch.setattr(train_gpt.MLP, "__call__", leaky, raising=False)
+    assert mirror.edits(model) == ["MLP is not what its file says"]
+
+
+STATEMENTS = {
+    "a class within a condition": "if True:\n    class MLP(MLP):\n        pass\n",
+    "a class defined again": "class MLP(MLP):\n    pass\n",
+    "a function of torch's replaced": "F.relu = F.leaky_relu\n",
+    "a method replaced": "MLP.forward = lambda self, x: self.down(self.up(x).relu())\n",
+    "a call": "setattr(MLP, 'forward', lambda self, x: self.down(self.up(x).relu()))\n",
+    "a star import": "from math import *\n",
+}
+
+
+@pytest.mark.parametrize("statement", STATEMENTS)
+def test_a_statement_at_the_top_that_may_change_the_model_is_an_edit(tiny_track, tmp_path, statement, monkeypatch):
+    monkeypatch.setattr(torch.nn.functional, "relu", torch.nn.functional.relu)  # put back afterwards
+    text = SOURCE.replace("# Schedule\n", f"{STATEMENTS[statement]}\n# Schedule\n")
+    model = load(tmp_path, "changed", text).GPT(train_gpt_config(tiny_track))
+    assert mirror.edits(model)[0] in ("MLP is edited", "other statements is edited")
+
+
+def test_a_model_without_a_file_is_edited():
+    namespace = {"__name__": "notebook"}
+    exec("import torch\nclass GPT(torch.nn.Module):\n    def __init__(self):\n        super().__init__()\n", namespace)
+    assert mirror.edits(namespace["GPT"]()) == ["GPT has no source file (KeyError)"]
+
+
+def test_validation_is_without_dropout_and_changes_nothing(tiny_track, tmp_path):
+    dropped = SOURCE.replace("up.relu().square()", "F.dropout(up.relu().square(), 0.5, self.training)")
+    found = []
+    for name in ("a", "b"):
+        module = load(tmp_path, "dropout", dropped)
+        original = module.validate
+
+        def validate_twice(run, model, original=original):
+            state = torch.get_rng_state()
+            losses = original(run, model), original(run, model)
+            assert losses[0] == losses[1] and torch.equal(state, torch.get_rng_state()) and run.model.training
+            return losses[0]
+
+        module.validate = validate_twice
+        found.append(train(module, tiny_track, tmp_path / name)[0])
+    assert found[0] == found[1], "a seed means the same masks"
 
 
 def test_a_monkeypatched_forward_trains(unedited, dtype, tiny_track, tmp_path, monkeypatch):

@@ -284,19 +284,19 @@ def test_a_run_on_an_apple_gpu_is_consistent(muon, tmp_path):
 # Segments of a run of twelve steps, with looks at 0, 4, 8 and 12 and checkpoints every 3: ranks and fault of each, then
 # the looks that count.
 SEGMENTS = {
-    "killed, resumed": ([(1, "kill:forward:5"), (1, "")], [0, 4, 8, 12]),
-    "killed, resumed by other ranks": ([(1, "kill:forward:5"), (2, "")], [0, 4, 8, 12]),
-    "resumed twice from one checkpoint": ([(1, "kill:forward:5"), (1, "kill:forward:5"), (1, "")], [0, 4, 8, 12]),
+    "killed, resumed": ([(1, "kill:fetch:5"), (1, "")], [0, 4, 8, 12]),
+    "killed, resumed by other ranks": ([(1, "kill:fetch:5"), (2, "")], [0, 4, 8, 12]),
+    "resumed twice from one checkpoint": ([(1, "kill:fetch:5"), (1, "kill:fetch:5"), (1, "")], [0, 4, 8, 12]),
     "stopped, resumed, killed, resumed": (
-        [(2, "term:forward:4"), (1, "kill:forward:8"), (2, "")],
+        [(2, "term:fetch:4"), (1, "kill:fetch:8"), (2, "")],
         [0, 4, 8, 12],
     ),
     "killed when all was saved, resumed": ([(1, "kill:end:12"), (1, "")], [0, 4, 8, 12]),
-    "killed before a look, resumed": ([(2, "kill:measure:8"), (2, "")], [0, 4, 8, 12]),
-    "stopped": ([(1, "term:forward:4")], [0, 4]),
-    "stopped, resumed, killed": ([(1, "term:forward:4"), (1, "kill:forward:10")], [0, 4, 8]),
-    "killed, resumed, killed before the same look": ([(1, "kill:forward:8"), (1, "kill:forward:7")], [0, 4]),
-    "diverged": ([(1, "nan:check:6")], [0, 4]),
+    "killed before a look, resumed": ([(2, "kill:validate_batch:8"), (2, "")], [0, 4, 8, 12]),
+    "stopped": ([(1, "term:fetch:4")], [0, 4]),
+    "stopped, resumed, killed": ([(1, "term:fetch:4"), (1, "kill:fetch:10")], [0, 4, 8]),
+    "killed, resumed, killed before the same look": ([(1, "kill:fetch:8"), (1, "kill:fetch:7")], [0, 4]),
+    "diverged": ([(1, "nan:gradient:6")], [0, 4]),
 }
 
 

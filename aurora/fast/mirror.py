@@ -2,8 +2,8 @@
 
 They compute what the model section of train_gpt.py says, and would go on doing so if somebody edited that section. So
 they are used only where every definition that the model is made of has the syntax tree of MIRRORED (comments,
-docstrings and formatting do not count), the classes in memory are those of the file, all submodules are of exactly
-these classes, and nothing is patched or hooked. Every other model runs as it is written.
+docstrings and formatting do not count), the classes in memory are those of the file, every submodule is of the class
+that belongs in its place, and nothing is patched or hooked. Every other model runs as it is written.
 
 To change the model for everybody: change forward.py and hopper.py with it, then put what `python -m aurora.fast.mirror`
 prints in the place of MIRRORED.
@@ -15,14 +15,18 @@ import importlib
 import inspect
 import sys
 from collections.abc import Iterator
-from types import CodeType, FunctionType, ModuleType
+from pathlib import Path
+from types import CodeType, FunctionType
+from typing import Any
 
 from torch import nn
 
 from .float8 import Float8Linear
 
 ROOT_CLASS = "GPT"
+OTHER = "other statements"  # at the top of the file, which may change anything, as `MLP.forward = ...` does
 MIRRORED = {
+    "other statements": "f9c71d54928965bf",
     "GPT": "af8ef0b6ee45769f",
     "Block": "dfd439a97a5304d8",
     "Attention": "65856d6c850fcffa",
@@ -39,66 +43,78 @@ MIRRORED = {
     "aurora": "c0001762112255a8",
     "math": "b67c9ddef3e0c371",
 }
-# Classes from elsewhere that the model is made of.
-LIBRARY = (nn.Embedding, nn.ModuleList, Float8Linear)
+# The class of each submodule, by the last part of its name.
+PLACES = {
+    **dict.fromkeys(("embed_norm", "attention_norm", "mlp_norm", "head_norm"), "RMSNorm"),
+    **dict.fromkeys(("q", "k", "v", "out", "gate", "up", "down", "head"), "Linear"),
+    **{"": ROOT_CLASS, "attention": "Attention", "rotary": "Rotary", "mlp": "MLP"},
+}
+LIBRARY = {"embed": nn.Embedding, "blocks": nn.ModuleList, "head": Float8Linear}
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def edits(model: nn.Module) -> list[str]:
     """In what the model is another one, in words; empty where it is the mirrored one."""
-    module = sys.modules[type(model).__module__]
     try:
-        definitions = definitions_of(inspect.getsource(module))
-    except (OSError, SyntaxError) as error:
-        return [f"{type(model).__name__} has no source: {error}"]
-    found = [f"{name} is edited" for name in edited(definitions)]
-    found += [f"{name} is not what its file says" for name in patched(module, definitions)]
-    return found or list(strange_parts(model))
-
-
-def hashes(definitions: dict[str, ast.stmt]) -> dict[str, str]:
-    """Of each definition, by name, without docstrings and type parameters that only later versions of Python have."""
-    return {name: hashlib.sha256(ast.unparse(node).encode()).hexdigest()[:16] for name, node in definitions.items()}
-
-
-def edited(definitions: dict[str, ast.stmt]) -> list[str]:
-    """The names whose definition is not the mirrored one, or is there on one side only."""
+        namespace = namespace_of(model)
+        source = Path(namespace["__file__"]).read_text(encoding="utf-8")
+        definitions = definitions_of(source)
+    except (OSError, KeyError, AttributeError, SyntaxError, UnicodeDecodeError) as error:
+        return [f"{type(model).__name__} has no source file ({type(error).__name__})"]
     found = hashes(definitions)
-    return [name for name in dict.fromkeys([*MIRRORED, *found]) if found.get(name) != MIRRORED.get(name)]
+    names = [name for name in dict.fromkeys([*MIRRORED, *found]) if found.get(name) != MIRRORED.get(name)]
+    return (
+        [f"{name} is edited" for name in names]
+        or [f"{name} is not what its file says" for name in patched(namespace, definitions, source)]
+        or list(strange_parts(model))
+    )
 
 
-def definitions_of(source: str) -> dict[str, ast.stmt]:
-    """What the model is made of: the definitions and imports that its class names, and those that these name."""
-    by_name: dict[str, ast.stmt] = {}
+def namespace_of(model: nn.Module) -> dict[str, Any]:
+    """The names at the top of the file that defines the model's class."""
+    return type(model).__init__.__globals__
+
+
+def hashes(definitions: dict[str, list[ast.stmt]]) -> dict[str, str]:
+    """Of each definition as Python writes it from its syntax tree, by name."""
+    texts = {name: "\n".join(map(ast.unparse, nodes)) for name, nodes in definitions.items()}
+    return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
+
+
+def definitions_of(source: str) -> dict[str, list[ast.stmt]]:
+    """What the model is made of, by name: what its class names, what that names, and what cannot be told to be neither.
+
+    Of a name that is bound more than once, every statement that binds it.
+    """
+    by_name: dict[str, list[ast.stmt]] = {OTHER: []}
     for node in ast.parse(source).body:
-        for name, statement in named(node):
-            by_name[name] = statement
-    found: dict[str, ast.stmt] = {}
-    todo = [ROOT_CLASS]
+        for name, statement in bindings(node):
+            by_name.setdefault(name, []).append(statement)
+    found: dict[str, list[ast.stmt]] = {}
+    todo = [ROOT_CLASS, OTHER]
     while todo:
         name = todo.pop()
         if name in by_name and name not in found:
-            found[name] = without_docstrings(by_name[name])
-            todo += sorted({node.id for node in ast.walk(found[name]) if isinstance(node, ast.Name)}, reverse=True)
+            found[name] = [without_docstrings(node) for node in by_name[name]]
+            # What other statements name is theirs: only what the model names is the model's.
+            parts = [part for node in found[name] for part in ast.walk(node)] if name != OTHER else []
+            todo += sorted({part.id for part in parts if isinstance(part, ast.Name)}, reverse=True)
     return found
 
 
-def named(node: ast.stmt) -> Iterator[tuple[str, ast.stmt]]:
-    """The names that a statement at the top of a file binds, each with what binds it."""
+def bindings(node: ast.stmt) -> Iterator[tuple[str, ast.stmt]]:
+    """The names that a statement at the top of a file binds, each with the part that binds it."""
     if isinstance(node, ast.Import | ast.ImportFrom):
         for alias in node.names:
-            alone = (
-                ast.Import([alias])
-                if isinstance(node, ast.Import)
-                else ast.ImportFrom(node.module, [alias], node.level)
-            )
+            is_import = isinstance(node, ast.Import)
+            alone = ast.Import([alias]) if is_import else ast.ImportFrom(node.module, [alias], node.level)
             yield (alias.asname or alias.name).split(".")[0], alone
-    elif isinstance(node, ast.ClassDef | ast.FunctionDef):
+    elif isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         yield node.name, node
-    else:
-        for part in ast.walk(node):
-            if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
-                yield part.id, node
+    elif isinstance(node, ast.Assign) and all(isinstance(target, ast.Name) for target in node.targets):
+        yield from ((target.id, node) for target in node.targets if isinstance(target, ast.Name))
+    elif not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):  # a docstring
+        yield OTHER, node
 
 
 def without_docstrings(node: ast.stmt) -> ast.stmt:
@@ -111,24 +127,51 @@ def without_docstrings(node: ast.stmt) -> ast.stmt:
 # ---- what is in memory ----
 
 
-def patched(module: ModuleType, definitions: dict[str, ast.stmt]) -> list[str]:
-    """Classes and functions in memory that are not those of the file."""
-    code = compile(inspect.getsource(module), str(module.__file__), "exec")
+def patched(namespace: dict[str, Any], definitions: dict[str, list[ast.stmt]], source: str) -> list[str]:
+    """The names that stand for something else in memory than in the file."""
+    code = compile(source, namespace["__file__"], "exec", dont_inherit=True)
     in_file = {constant.co_name: constant for constant in code.co_consts if isinstance(constant, CodeType)}
     found = []
-    for name, node in definitions.items():
-        value = getattr(module, name, None)
-        if isinstance(node, ast.ClassDef):
-            if not (isinstance(value, type) and methods_of(value) == functions_in(in_file[name])):
+    for name, nodes in definitions.items():
+        value = namespace.get(name)
+        for node in nodes:
+            if isinstance(node, ast.ClassDef):
+                is_same = isinstance(value, type) and has_methods_of(value, node, in_file[name])
+            elif isinstance(node, ast.FunctionDef):
+                is_same = is_function_of(value, node, in_file[name])
+            elif isinstance(node, ast.Import | ast.ImportFrom):
+                is_same = value is imported(node)
+            else:
+                continue
+            if not is_same:
                 found.append(name)
-        elif (
-            isinstance(node, ast.FunctionDef)
-            and not is_code_of(value, in_file[name])
-            or isinstance(node, ast.Import | ast.ImportFrom)
-            and value is not imported(node)
-        ):
-            found.append(name)
     return found
+
+
+def has_methods_of(cls: type, node: ast.ClassDef, code: CodeType) -> bool:
+    methods = {part.name: part for part in node.body if isinstance(part, ast.FunctionDef)}
+    in_file = {constant.co_name: constant for constant in code.co_consts if isinstance(constant, CodeType)}
+    # Python 3.14 keeps annotations in functions of their own.
+    live = {name: value for name, value in vars(cls).items() if callable(value) and not name.startswith("__annotate")}
+    return live.keys() == methods.keys() and all(
+        is_function_of(live[name], part, in_file[name]) for name, part in methods.items()
+    )
+
+
+def is_function_of(value: object, node: ast.FunctionDef, code: CodeType) -> bool:
+    """Whether value is the function of that definition; of a decorated one, what the decorators have wrapped."""
+    function = inspect.unwrap(value) if node.decorator_list and callable(value) else value
+    if not isinstance(function, FunctionType) or (not node.decorator_list and hasattr(function, "__wrapped__")):
+        return False
+    has_defaults = bool(node.args.defaults or node.args.kw_defaults)
+    is_plain = has_defaults or not (function.__defaults__ or function.__kwdefaults__)
+    return is_plain and content(function.__code__) == content(code)
+
+
+def content(code: CodeType) -> tuple:
+    """What a function does, whatever its place in the file."""
+    constants = tuple(content(c) if isinstance(c, CodeType) else (type(c), c) for c in code.co_consts)
+    return code.co_code, constants, code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars
 
 
 def imported(node: ast.Import | ast.ImportFrom) -> object:
@@ -139,35 +182,15 @@ def imported(node: ast.Import | ast.ImportFrom) -> object:
     return sys.modules.get(alias.name if alias.asname else alias.name.split(".")[0])
 
 
-def methods_of(cls: type) -> dict[str, tuple]:
-    methods = {name: getattr(value, "__func__", value) for name, value in vars(cls).items()}
-    return {name: content(inspect.unwrap(f).__code__) for name, f in methods.items() if isinstance(f, FunctionType)}
-
-
-def functions_in(code: CodeType) -> dict[str, tuple]:
-    return {constant.co_name: content(constant) for constant in code.co_consts if isinstance(constant, CodeType)}
-
-
-def is_code_of(value: object, code: CodeType) -> bool:
-    return isinstance(value, FunctionType) and content(inspect.unwrap(value).__code__) == content(code)
-
-
-def content(code: CodeType) -> tuple:
-    """What a function does, whatever its place in the file."""
-    constants = tuple(content(c) if isinstance(c, CodeType) else (type(c), c) for c in code.co_consts)
-    return code.co_code, constants, code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars
-
-
 def strange_parts(model: nn.Module) -> Iterator[str]:
     """Submodules of a model of mirrored classes that are of another class, patched or hooked, in words."""
-    module = sys.modules[type(model).__module__]
-    known = {*LIBRARY, *(value for name in MIRRORED if isinstance(value := getattr(module, name, None), type))}
-    in_all = nn.modules.module
-    if any(getattr(in_all, f"_global{name}") for name in HOOKS):
+    namespace = namespace_of(model)
+    if any(getattr(nn.modules.module, f"_global{hooks}") for hooks in HOOKS):
         yield "a hook is on all modules"
     for name, part in model.named_modules():
-        place, cls = name or "the model", type(part)
-        if cls not in known:
+        place, last, cls = name or "the model", name.split(".")[-1], type(part)
+        wanted = namespace.get("Block" if last.isdecimal() else PLACES.get(last, ""))
+        if cls not in (wanted, LIBRARY.get(last)):
             yield f"{place} is a {cls.__module__}.{cls.__qualname__}"
         elif shadowed := [key for key in vars(part) if callable(getattr(cls, key, None))]:
             yield f"{place}.{shadowed[0]} is patched"
@@ -180,5 +203,5 @@ def strange_parts(model: nn.Module) -> Iterator[str]:
 if __name__ == "__main__":
     import train_gpt
 
-    for name, digest in hashes(definitions_of(inspect.getsource(train_gpt))).items():
+    for name, digest in hashes(definitions_of(Path(train_gpt.__file__).read_text(encoding="utf-8"))).items():
         print(f'    "{name}": "{digest}",')

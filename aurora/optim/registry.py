@@ -3,6 +3,7 @@
 A rule is one file of this folder that defines one optimizer. It is imported when it is named, not before.
 """
 
+import ast
 import difflib
 import importlib
 import inspect
@@ -52,10 +53,17 @@ def rules_in(module: ModuleType) -> list[type[torch.optim.Optimizer]]:
 
 
 def modules_of_other_rules(optimizers: Sequence[torch.optim.Optimizer]) -> set[str]:
-    """Names of the imported modules that define rules of which none of these optimizers is made."""
-    own = {cls.__module__ for optimizer in optimizers for cls in type(optimizer).__mro__}
+    """Names of the imported modules that define other rules, which none of these optimizers' files import."""
     package = {name: module for name, module in sys.modules.items() if name.startswith(f"{__package__}.")}
-    return {name for name, module in package.items() if name not in own and rules_in(module)}
+    rules = {name for name, module in package.items() if rules_in(module)}
+    todo, own = {type(optimizer).__module__ for optimizer in optimizers} & rules, set()
+    while todo:
+        own.add(name := todo.pop())
+        nodes = [
+            node for node in ast.walk(ast.parse(inspect.getsource(package[name]))) if isinstance(node, ast.ImportFrom)
+        ]
+        todo |= {f"{__package__}.{node.module}" for node in nodes if node.level} & rules - own
+    return rules - own
 
 
 @dataclass(frozen=True)

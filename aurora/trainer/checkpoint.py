@@ -26,7 +26,9 @@ KEPT_CHECKPOINTS = 2
 def identity_of(start: dict[str, Any]) -> dict[str, Any]:
     """What a run and the checkpoint it goes on from have in common. start: its run event."""
     data = {"data": start["data"]["fingerprint"], "val": start["data"]["val_sha256"]}
-    return {key: start[key] for key in ("config", "seed", "code_hash")} | data
+    files = {name: text for name, text in start["sources"].items() if name.endswith(".py")}
+    code = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()}
+    return {key: start[key] for key in ("config", "seed")} | data | {"code": code}
 
 
 def save_run(run: Run) -> None:
@@ -144,7 +146,7 @@ def newest_checkpoint(out: Path, start: dict[str, Any], say: Callable[[str], Non
         for folder in reversed(list_checkpoints(run_folder)):
             try:
                 state = load_checkpoint(folder)
-                differing = [key for key, value in identity.items() if state["identity"][key] != value]
+                differing = differences(state["identity"], identity)
             except Exception as error:  # a hostile file may raise anything
                 obstacle = obstacle or f"all checkpoints in {run_folder} are damaged"
                 say(f"resume: {folder} is damaged ({first_line(error)}), trying an older one")
@@ -156,6 +158,15 @@ def newest_checkpoint(out: Path, start: dict[str, Any], say: Callable[[str], Non
     if obstacle:
         raise HarnessError(Exit.CHECKPOINT, f"--resume: {obstacle}; restore it, or start over in another --out")
     return None
+
+
+def differences(identity: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """What differs between two identities: keys, and files of code. Some files are imported on some devices alone."""
+    if "code" not in identity:
+        return ["version of the trainer"]
+    code, other_code = identity["code"], other["code"]
+    files = [name for name in code.keys() & other_code.keys() if code[name] != other_code[name]]
+    return [key for key, value in other.items() if key != "code" and identity[key] != value] + sorted(files)
 
 
 def is_finished(run_folder: Path) -> bool:

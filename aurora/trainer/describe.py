@@ -75,7 +75,7 @@ def check_same_start(run: Run) -> None:
     start = run.start
     stack = {key: start["env"][key] for key in ("torch", "numpy", "python", "torch_threads")}
     variables, weights = shared_variables(start["env"]), digest(run.model.state_dict())
-    run.ranks.check_agree(**identity_of(start), **stack, env=variables, weights=weights)
+    run.ranks.check_agree(code_hash=start["code_hash"], **identity_of(start), **stack, env=variables, weights=weights)
 
 
 def greeting(start: dict[str, Any]) -> str:

@@ -70,6 +70,9 @@ class GradientSum:
         """Begin the sums of the next bucket."""
         bucket = self.buckets[self.next_bucket]
         self.next_bucket += 1
+        for p in bucket:
+            if p.grad is None:  # an edited model may leave a parameter out
+                p.grad = torch.zeros_like(p)
         owned, shared = ([p for p in bucket if (p in self.owners) == is_owned] for is_owned in (True, False))
         if owned:
             grads, owners = [p.grad for p in owned], [self.owners[p] for p in owned]

@@ -32,6 +32,7 @@ class Guard:
         self.codes = torch.arange(len(self.params), device=ranks.device) * ranks.world_size + ranks.rank
         self.zero = torch.zeros((), device=ranks.device)
         self.found: list[Tensor] = []
+        self.must_stay_unedited = False  # for a fast forward pass trains it, which would not see a change
         self.pending: list[tuple[int, Tensor, torch.cuda.Event | None]] = []
 
     def request_stop(self) -> None:
@@ -102,11 +103,13 @@ class Guard:
             raise HarnessError(Exit.NON_FINITE, f"step {step + 1}: {loss_text}, {where}; lower the learning rate")
 
     def check_weights(self, step: int) -> None:
-        """Before weights are validated or saved: are they equal on all ranks, and finite? Collective.
+        """Before weights are validated or saved: are they equal on all ranks, finite, and the model's own? Collective.
 
         Raises:
-            HarnessError: RANKS_DISAGREE or NON_FINITE.
+            HarnessError: RANKS_DISAGREE, NON_FINITE, or CONFIG where the model was patched or hooked meanwhile.
         """
+        if self.must_stay_unedited:
+            self.ranks.all_or_none(lambda: check_still_unedited(step, self.model))
         if self.ranks.world_size > 1:
             self.ranks.check_agree(weights=digest(self.model.state_dict()))
         bad = next((name for name, p in self.model.named_parameters() if not p.isfinite().all()), None)

@@ -11,7 +11,7 @@ from aurora.errors import Exit, HarnessError
 from aurora.trainer.batch import stage, to_device
 from aurora.trainer.console import Console
 from aurora.trainer.describe import end_event, resume_event, summary
-from aurora.trainer.guard import check_still_unedited, check_validation
+from aurora.trainer.guard import check_validation
 from aurora.trainer.momentum import Dump, record_momentum
 from aurora.trainer.neurons import Neurons
 from aurora.trainer.record import RecordWriter, Validation
@@ -78,11 +78,9 @@ class Journal:
         """A validation, and what the neurons did if they are looked at after this step. Collective.
 
         Raises:
-            HarnessError: NON_FINITE or CONFIG, the loss cannot be, or is that of a model that was changed meanwhile.
+            HarnessError: NON_FINITE or CONFIG, the loss cannot be.
         """
         run = self.run
-        if run.start["forward"] == "fast":
-            check_still_unedited(step, run.model)
         validation = Validation(step, val_loss, run.clock.slowest_train_s())
         check_validation(step, val_loss, run.config.model.vocab_size, is_edited=bool(run.start["model_edits"]))
         run.progress.validations.append(validation)

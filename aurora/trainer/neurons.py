@@ -129,9 +129,14 @@ class Neurons:
             }
 
         hooks = [down.register_forward_pre_hook(look) for down in self.downs]
+        self.model.eval()
         try:
-            self.model(inputs_BT, targets_BT)
+            if hasattr(self.model, "trunk"):  # without the loss, which takes much memory
+                self.model.trunk(inputs_BT)
+            else:
+                self.model(inputs_BT, targets_BT)
         finally:
+            self.model.train()
             for hook in hooks:
                 hook.remove()
         self.dead_before = dead_now

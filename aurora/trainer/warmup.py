@@ -19,7 +19,7 @@ from aurora.fast.mirror import edits
 from aurora.trainer.attempt import Unusable, WrongNumbers, attempt
 from aurora.trainer.batch import BatchPlan, to_device
 from aurora.trainer.memory import fit_micro_batch
-from aurora.trainer.process import tell
+from aurora.trainer.process import first_line, tell
 from aurora.trainer.ranks import digest
 from aurora.trainer.state import Run
 
@@ -68,6 +68,7 @@ def prepare(run: Run, forward_backward: ForwardBackward) -> Model:
             "micro_batch": plan.micro_batch,
         }
         run.start |= found
+        run.guard.must_stay_unedited = way.is_fast
         run.ranks.check_agree(**found)
         return model
     raise HarnessError(Exit.CONFIG, f"train.compile = 'on', but {reason}; set it to 'off'")
@@ -98,12 +99,21 @@ def compiled_plain(model: nn.Module, run: Run) -> Model:
     if run.ranks.world_size == 1:
         return torch.compile(model, dynamic=False)
     tensors = [*model.parameters(), *model.buffers()]
-    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})  # the model itself stays eager
+    try:
+        twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})  # the model itself stays eager
+    except RuntimeError as error:  # it keeps a tensor that is neither
+        raise Unusable(f"the model cannot be copied: {first_line(error)}") from error
     for block in getattr(twin, "blocks", []):
         block.compile(dynamic=False)
     if hasattr(twin, "loss"):
         twin.loss = torch.compile(twin.loss, dynamic=False)
-    return twin
+
+    def call(inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        if twin.training != model.training:
+            twin.train(model.training)
+        return twin(inputs_BT, targets_BT)
+
+    return call
 
 
 def compiled_fast(fast: FastForward, run: Run) -> Model:
@@ -121,6 +131,7 @@ def warmed_up(way: Way, run: Run, forward_backward: ForwardBackward) -> Model:
     Raises:
         Unusable: this way does not work, on some rank; the run is as it was.
     """
+    plan = run.plan
     try:
         model = way.make()
         if run.config.train.micro_batch == "auto":
@@ -130,6 +141,7 @@ def warmed_up(way: Way, run: Run, forward_backward: ForwardBackward) -> Model:
             attempt(run.ranks, lambda: try_passes(model, run.plan, run))
         warm_up(model, run, forward_backward, way.is_compiled)
     except Unusable:
+        run.plan = plan
         if way.is_compiled:
             torch._dynamo.reset()
         raise
@@ -148,16 +160,20 @@ def try_passes(model: Model, plan: BatchPlan, run: Run) -> None:
     try:
         for _ in range(min(2, plan.micro_steps)):  # the second meets the gradients of the first
             model(*made_up_batch(plan.micro_batch, run)).backward()
+        run.model.eval()
         with torch.no_grad():
             for sequences in plan.val_batches:
                 model(*made_up_batch(sequences, run))
     finally:
+        run.model.train()
         run.model.zero_grad()
 
 
 def warm_up(model: Model, run: Run, forward_backward: ForwardBackward, is_compiled: bool = False) -> None:
     """Run every shape once on made-up tokens (compilers, allocators, first collectives), then undo it all."""
     before, plan = copy.deepcopy(run.state_dict()), run.plan
+    device = run.ranks.device
+    device_rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     try:
         if model is not run.model:
             # Compiled code is made for each shape anew; an eager forward pass is the same for all.
@@ -170,12 +186,16 @@ def warm_up(model: Model, run: Run, forward_backward: ForwardBackward, is_compil
                 optimizer.step()
             run.model.zero_grad()
         run.timeline.mark("warm_up", 0)  # compiling for validation may take as long again
+        run.model.eval()
         with torch.no_grad():
             for sequences in plan.val_batches:
                 model(*made_up_batch(sequences, run))
     finally:
+        run.model.train()
         run.model.zero_grad()
         run.load_state_dict(before)
+        if device_rng is not None:
+            torch.cuda.set_rng_state(device_rng, device)
     if digest(run.state_dict()) != digest(before):
         raise RuntimeError("warm-up left a trace in weights, optimizer state, RNG or loader")
 
@@ -200,44 +220,50 @@ def check_numbers(model: Model, run: Run, micro_batch: int, val_batches: Iterabl
         for p in run.model.parameters():
             std = RANDOM_STD if p.ndim > 1 else RANDOM_STD_OF_VECTORS
             p.add_(torch.randn(p.shape, generator=generator, device=p.device), alpha=std)
+    is_random = not torch.equal(*(run.model(*made_up_batch(1, run)).detach() for _ in range(2)))
+    run.model.train(not is_random)  # dropout, for one, gives other numbers each time
     try:
         compare(model, run, micro_batch, val_batches)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        tell(f"warning: rank {run.ranks.rank} has no memory to check the forward pass against the model itself")
     finally:
+        run.model.train()
         run.model.zero_grad()
 
 
 def compare(model: Model, run: Run, micro_batch: int, val_batches: Iterable[int]) -> None:
     """check_numbers() at the weights that the model has. Leaves gradients behind."""
     params, dtype = dict(run.model.named_parameters()), run.config.model.activation_dtype
-    inputs, targets = made_up_batch(micro_batch, run)
-    loss = model(inputs, targets)
+    batches = [made_up_batch(micro_batch, run), *(made_up_batch(sequences, run) for sequences in val_batches)]
+    loss = model(*batches[0])
     loss.backward()
+    with torch.no_grad():
+        found = [loss.detach(), *(model(*batch) for batch in batches[1:])]
     for p in params.values():
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     norms = torch.stack(torch._foreach_norm([p.grad for p in params.values()]))
-    expected = torch.zeros_like(loss)
-    part = max(1, len(inputs) // 8)
-    for some_inputs, some_targets in zip(inputs.split(part), targets.split(part), strict=True):
-        some = run.model(some_inputs, some_targets)
-        (-some).backward()  # what is left is the difference
-        expected += some.detach()
-    check_loss(loss, expected, dtype)
+    try:
+        expected = [sum_in_parts(run.model, *batch, with_gradients=batch is batches[0]) for batch in batches]
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        tell(f"warning: rank {run.ranks.rank} has no memory to check the forward pass against the model itself")
+        return
+    for one, other in zip(found, expected, strict=True):
+        if not (one - other).abs() <= MAX_LOSS_ERROR[dtype] * other.abs():
+            raise WrongNumbers(f"it has a loss of {one.item():g}, the model itself of {other.item():g}")
     differences = torch.stack(torch._foreach_norm([p.grad for p in params.values()]))
     errors = (differences / norms.clamp(min=torch.finfo(norms.dtype).tiny)).nan_to_num(nan=torch.inf)
     worst = errors.argmax().item()
     if not errors[worst] <= MAX_GRADIENT_ERROR[dtype]:
         raise WrongNumbers(f"it gives another gradient of {list(params)[worst]} than the model itself")
-    with torch.no_grad():
-        for sequences in val_batches:
-            inputs, targets = made_up_batch(sequences, run)
-            parts = zip(inputs.split(part), targets.split(part), strict=True)
-            check_loss(model(inputs, targets), sum(run.model(*some) for some in parts), dtype)
 
 
-def check_loss(found: Tensor, expected: Tensor, dtype: str) -> None:
-    if not (found - expected).abs() <= MAX_LOSS_ERROR[dtype] * expected.abs():
-        raise WrongNumbers(f"it has a loss of {found.item():g}, the model itself of {expected.item():g}")
+def sum_in_parts(model: Model, inputs_BT: Tensor, targets_BT: Tensor, with_gradients: bool) -> Tensor:
+    """The loss, an eighth of the batch at a time; its gradients are taken off those that are there."""
+    total, part = torch.zeros((), device=inputs_BT.device), max(1, len(inputs_BT) // 8)
+    for inputs, targets in zip(inputs_BT.split(part), targets_BT.split(part), strict=True):
+        with torch.set_grad_enabled(with_gradients):
+            loss = model(inputs, targets)
+        if with_gradients:
+            (-loss).backward()
+        total += loss.detach()
+    return total
