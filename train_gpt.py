@@ -37,7 +37,7 @@ from aurora.trainer import (
     prepare,
     resume,
     save_run,
-)
+)  # fmt: skip
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Model. aurora/fast/ computes the same in fewer passes, and is used only while this section is the one it was made for.

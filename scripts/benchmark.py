@@ -1,8 +1,6 @@
 """Speed, always as a ratio against a peer in the same run.
 
 python scripts/benchmark.py harness     a training step against bare loops, on CPU; or against that of another checkout
-python scripts/benchmark.py guards      a training step with its guards against one without, on CPU
-python scripts/benchmark.py telemetry   what a quick run spends on looking at its neurons, on CPU
 python scripts/benchmark.py train       tokens a second of whole training steps, split into their parts
 python scripts/benchmark.py optim       whole optimizer steps on the matrices of a track, and how good the updates are
 python scripts/benchmark.py memory      memory of a training step by micro-batch
@@ -61,20 +59,6 @@ def add_harness(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=lambda args: against(args) if args.against else harness(args.rounds, args.nanogpt))
 
 
-def add_guards(command: argparse.ArgumentParser) -> None:
-    from scripts.benchmarks.harness import guards
-
-    command.add_argument("--rounds", type=int, default=60)
-    command.set_defaults(run=lambda args: guards(args.rounds))
-
-
-def add_telemetry(command: argparse.ArgumentParser) -> None:
-    from scripts.benchmarks.harness import telemetry
-
-    command.add_argument("--rounds", type=int, default=20)
-    command.set_defaults(run=lambda args: telemetry(args.rounds))
-
-
 def add_optim(command: argparse.ArgumentParser) -> None:
     import torch
 
@@ -93,17 +77,13 @@ def add_optim(command: argparse.ArgumentParser) -> None:
 
 
 def add_train(command: argparse.ArgumentParser) -> None:
-    from scripts.benchmarks.peer import against_peer
     from scripts.benchmarks.train import train
 
     add_track(command)
     command.add_argument("--steps", type=int, default=10, help="timed steps of each optimizer in a round")
     command.add_argument("--rounds", type=int, default=3)
     command.add_argument("--profile", action="store_true", help="also write OUT.trace.json, of two steps")
-    command.add_argument("--peer", metavar="CMD", help="run this program in turn with ours and read its step times")
-    command.add_argument("--peer-limit-s", type=float, default=180.0, help="after which a process is ended")
-    command.add_argument("--peer-samples", type=int, default=20, help="step times after which the peer is ended")
-    command.set_defaults(run=lambda args: against_peer(args) if args.peer else train(args))
+    command.set_defaults(run=train)
 
 
 def add_memory(command: argparse.ArgumentParser) -> None:
@@ -140,8 +120,6 @@ def add_turns(command: argparse.ArgumentParser) -> None:
 
 COMMANDS = {
     "harness": ("the trainer's step against bare loops, or against another checkout's", add_harness),
-    "guards": ("the trainer's step with and without its guards, on CPU", add_guards),
-    "telemetry": ("looks at neurons beside steps and validations, on CPU", add_telemetry),
     "optim": ("optimizer steps on a track's shapes, and the quality of the updates", add_optim),
     "train": ("whole training steps, split into their parts; also under torchrun", add_train),
     "memory": ("memory by micro-batch, of the first optimizer", add_memory),

@@ -15,7 +15,7 @@ from aurora.config import load_config
 from aurora.errors import Exit, HarnessError
 from aurora.trainer import Ranks
 from aurora.trainer.timeline import timeline
-from scripts.benchmarks import against, peer, train, turns
+from scripts.benchmarks import against, train, turns
 from scripts.benchmarks import optim as benchmark
 from tests.conftest import ROOT, train_here
 
@@ -78,14 +78,6 @@ def test_marks_of_a_step_are_its_time_without_gaps(tiny_track):
     assert timings["parts_ms"] == {
         "data wait": 1, "forward": 4, "backward": 4, "check": 0, "communication": 0, "optimizer": 1
     }  # fmt: skip
-
-
-def test_step_times_of_other_programs_are_read_from_their_lines():
-    ours = "step:0/20 val_loss:5.5 train_time:0.000s step_avg:nanms\nx\nstep:10/20 train_time:1.500s step_avg:150.0ms\n"
-    public = "step:10/20 val_loss:4.2 train_time:1500ms step_avg:150.00ms\nstep:20/20 val_loss:4 train_time:2600ms\n"
-    nanogpt = "".join(f"iter {i}: loss 4.2, time {ms}ms, mfu 1.0%\n" for i, ms in enumerate((900, 90.5, 10.5, 11.25)))
-    assert peer.peer_steps_ms(ours) == [150] and peer.peer_steps_ms(public) == [110]
-    assert peer.peer_steps_ms(nanogpt) == [10.5, 11.25] and peer.peer_steps_ms("nothing") == []
 
 
 def test_quality_of_an_orthogonal_matrix_with_even_rows_is_perfect():

@@ -11,12 +11,9 @@ prints in the place of MIRRORED.
 
 import ast
 import hashlib
-import importlib
-import inspect
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import CodeType, FunctionType
+from types import FunctionType
 from typing import Any
 
 from torch import nn
@@ -65,7 +62,7 @@ def edits(model: nn.Module) -> list[str]:
     names = [name for name in dict.fromkeys([*MIRRORED, *found]) if found.get(name) != MIRRORED.get(name)]
     return (
         [f"{name} is edited" for name in names]
-        or [f"{name} is not what its file says" for name in patched(namespace, definitions, source)]
+        or [f"{name} is not what its file says" for name in patched(namespace, source)]
         or list(strange_parts(model))
     )
 
@@ -127,59 +124,23 @@ def without_docstrings(node: ast.stmt) -> ast.stmt:
 # ---- what is in memory ----
 
 
-def patched(namespace: dict[str, Any], definitions: dict[str, list[ast.stmt]], source: str) -> list[str]:
-    """The names that stand for something else in memory than in the file."""
-    code = compile(source, namespace["__file__"], "exec", dont_inherit=True)
-    in_file = {constant.co_name: constant for constant in code.co_consts if isinstance(constant, CodeType)}
-    found = []
-    for name, nodes in definitions.items():
-        value = namespace.get(name)
-        for node in nodes:
-            if isinstance(node, ast.ClassDef):
-                is_same = isinstance(value, type) and has_methods_of(value, node, in_file[name])
-            elif isinstance(node, ast.FunctionDef):
-                is_same = is_function_of(value, node, in_file[name])
-            elif isinstance(node, ast.Import | ast.ImportFrom):
-                is_same = value is imported(node)
-            else:
-                continue
-            if not is_same:
-                found.append(name)
-    return found
+def patched(namespace: dict[str, Any], source: str) -> list[str]:
+    """The names that stand for something else in memory than where the file, which is unedited, is run anew."""
+    fresh = {"__name__": __name__, "__file__": namespace["__file__"]}
+    exec(compile(source, namespace["__file__"], "exec", dont_inherit=True), fresh)
+    names = [name for name in MIRRORED if name in fresh]
+    return [name for name in names if content(namespace.get(name)) != content(fresh[name])]
 
 
-def has_methods_of(cls: type, node: ast.ClassDef, code: CodeType) -> bool:
-    methods = {part.name: part for part in node.body if isinstance(part, ast.FunctionDef)}
-    in_file = {constant.co_name: constant for constant in code.co_consts if isinstance(constant, CodeType)}
-    # Python 3.14 keeps annotations in functions of their own.
-    live = {name: value for name, value in vars(cls).items() if callable(value) and not name.startswith("__annotate")}
-    return live.keys() == methods.keys() and all(
-        is_function_of(live[name], part, in_file[name]) for name, part in methods.items()
-    )
-
-
-def is_function_of(value: object, node: ast.FunctionDef, code: CodeType) -> bool:
-    """Whether value is the function of that definition; of a decorated one, what the decorators have wrapped."""
-    function = inspect.unwrap(value) if node.decorator_list and callable(value) else value
-    if not isinstance(function, FunctionType) or (not node.decorator_list and hasattr(function, "__wrapped__")):
-        return False
-    has_defaults = bool(node.args.defaults or node.args.kw_defaults)
-    is_plain = has_defaults or not (function.__defaults__ or function.__kwdefaults__)
-    return is_plain and content(function.__code__) == content(code)
-
-
-def content(code: CodeType) -> tuple:
-    """What a function does, whatever its place in the file."""
-    constants = tuple(content(c) if isinstance(c, CodeType) else (type(c), c) for c in code.co_consts)
-    return code.co_code, constants, code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars
-
-
-def imported(node: ast.Import | ast.ImportFrom) -> object:
-    """What an import of one name binds."""
-    (alias,) = node.names
-    if isinstance(node, ast.ImportFrom):
-        return getattr(importlib.import_module(node.module or ""), alias.name, None)
-    return sys.modules.get(alias.name if alias.asname else alias.name.split(".")[0])
+def content(value: object) -> object:
+    """What tells a class or function of the model's file from others; anything else is told by its identity."""
+    if isinstance(value, type) and issubclass(value, nn.Module):
+        methods = {name: function for name, function in vars(value).items() if callable(function)}
+        return {name: content(function) for name, function in methods.items() if not name.startswith("__annotate")}
+    if not isinstance(value, FunctionType):
+        return value
+    wrapped = content(value.__wrapped__) if hasattr(value, "__wrapped__") else None
+    return value.__code__, value.__defaults__, value.__kwdefaults__, wrapped
 
 
 def strange_parts(model: nn.Module) -> Iterator[str]:

@@ -26,26 +26,19 @@ __all__ = [
     "RiemannianAurora", "Role", "SCHEDULES", "UNorMuon", "VARIANTS", "build", "check_exact_cover", "compute_dtype",
     "find_rule", "hparam_types",
 ]  # fmt: skip
-_MODULE_OF = {
-    "AdamW": "adamw",
-    "Aurora": "aurora",
-    "MatrixOptimizer": "base",
-    "Muon": "muon",
-    "NorMuon": "normuon",
-    "Param": "params",
-    "PolarSchedule": "polar",
-    "REQUIRED_HPARAMS": "registry",
-    "RiemannianAurora": "riemannian_aurora",
-    "Role": "params",
-    "SCHEDULES": "polar",
-    "UNorMuon": "unormuon",
-    "VARIANTS": "aurora",
-    "build": "registry",
-    "check_exact_cover": "params",
-    "compute_dtype": "polar",
-    "find_rule": "registry",
-    "hparam_types": "registry",
+_NAMES = {
+    "adamw": ["AdamW"],
+    "aurora": ["Aurora", "VARIANTS"],
+    "base": ["MatrixOptimizer"],
+    "muon": ["Muon"],
+    "normuon": ["NorMuon"],
+    "params": ["Param", "Role", "check_exact_cover"],
+    "polar": ["PolarSchedule", "SCHEDULES", "compute_dtype"],
+    "registry": ["REQUIRED_HPARAMS", "build", "find_rule", "hparam_types"],
+    "riemannian_aurora": ["RiemannianAurora"],
+    "unormuon": ["UNorMuon"],
 }
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:

@@ -4,34 +4,25 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from aurora.trainer.checkpoint import save_run as save_run
-    from aurora.trainer.clock import Clock as Clock
-    from aurora.trainer.journal import Journal as Journal
-    from aurora.trainer.launch import main_as_rank as main_as_rank
-    from aurora.trainer.ranks import Ranks as Ranks
-    from aurora.trainer.setup import check_run as check_run
-    from aurora.trainer.setup import open_run as open_run
-    from aurora.trainer.setup import resume as resume
-    from aurora.trainer.state import Run as Run
-    from aurora.trainer.warmup import Model as Model
-    from aurora.trainer.warmup import prepare as prepare
+    from .checkpoint import save_run
+    from .clock import Clock
+    from .journal import Journal
+    from .launch import main_as_rank
+    from .ranks import Ranks
+    from .setup import check_run, open_run, resume
+    from .state import Run
+    from .warmup import Model, prepare
 
-MODULES = {
-    "Clock": "clock",
-    "Journal": "journal",
-    "Model": "warmup",
-    "Ranks": "ranks",
-    "Run": "state",
-    "check_run": "setup",
-    "main_as_rank": "launch",
-    "open_run": "setup",
-    "prepare": "warmup",
-    "resume": "setup",
-    "save_run": "checkpoint",
-}
+__all__ = [
+    "Clock", "Journal", "Model", "Ranks", "Run", "check_run", "main_as_rank", "open_run", "prepare", "resume",
+    "save_run",
+]  # fmt: skip
+_MODULE_OF = {"Clock": "clock", "Journal": "journal", "Model": "warmup", "Ranks": "ranks", "Run": "state"}
+_MODULE_OF |= dict.fromkeys(("check_run", "open_run", "resume"), "setup")
+_MODULE_OF |= {"main_as_rank": "launch", "prepare": "warmup", "save_run": "checkpoint"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in MODULES:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{MODULES[name]}"), name)
+    return getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)

@@ -105,22 +105,6 @@ def polar_rates(args: argparse.Namespace, shapes: list[torch.Size]) -> list[dict
     return rows
 
 
-def syncs(contenders: dict[str, torch.optim.Optimizer]) -> dict[str, str]:
-    """What in a step waits for the device, on CUDA, for each optimizer in which something does; gradients are new."""
-    found = {}
-    for group in next(iter(contenders.values())).param_groups:
-        for p in group["params"]:
-            p.grad = p.grad.clone()
-    torch.cuda.set_sync_debug_mode("error")
-    for label, optimizer in contenders.items():
-        try:
-            optimizer.step()
-        except RuntimeError as error:
-            found[label] = str(error).splitlines()[0]
-    torch.cuda.set_sync_debug_mode("default")
-    return found
-
-
 def synthetic_momentum(shape: torch.Size, steps: int) -> list[torch.Tensor]:
     """Nesterov momentum of a constant signal under fresh noise, with rows and singular values over two decades."""
     generator = torch.Generator().manual_seed(0)
@@ -206,7 +190,6 @@ def optim(args: argparse.Namespace) -> str:
     aurora.compute_dtype(args.polar_dtype, torch.device(args.device))  # its measurement is no part of a step
     contenders = make_contenders(args, shapes)
     times, flops = time_contenders(contenders, args.rounds, args.device)
-    waits = syncs(contenders) if args.device == "cuda" else None
     oblong = sorted({shape for shape in shapes if shape[0] != shape[1]})
     momentum = {}
     if args.device == "cpu":  # the same numbers on every device, and slow to find
@@ -244,7 +227,6 @@ def optim(args: argparse.Namespace) -> str:
         "muon_to_torch_muon": statistics.median(ratios := [a / b for a, b in zip(ours, theirs, strict=True)]),
         "muon_to_torch_muon_range": [min(ratios), max(ratios)],
         "polar": polar_rates(args, shapes),
-        "syncs": waits,
         "quality": qualities,
     }
     text = optim_table(result)
@@ -282,8 +264,6 @@ def optim_table(result: dict) -> str:
         "|---|---|---|",
         *(f"| {row['count']} x {row['shape']} | {row['ms']:.2f} | {row['tflops']:.2f} |" for row in result["polar"]),
     ]
-    if result["syncs"] is not None:
-        lines += ["", f"steps that wait for the device: {result['syncs'] or 'none'}"]
     for kind, by_label in result["quality"].items():
         lines += [
             "",
