@@ -17,14 +17,19 @@ import train_gpt
 code = train_gpt.main(sys.argv[2:])
 root = Path(train_gpt.__file__).parent
 files = {Path(getattr(module, "__file__", None) or "").resolve() for module in sys.modules.values()}
-files = {file for file in files if file.is_relative_to(root) and file.suffix == ".py"}
+files = {file for file in files if file.is_relative_to(root) and file.suffix == ".py" and file.is_file()}
 below = {file.relative_to(root).as_posix() for file in files if "site-packages" not in file.parts}
 Path(sys.argv[1]).write_text(json.dumps(sorted(below)))
 sys.exit(code)
 """
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "unormuon", "aurora"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "optimizer", [pytest.param("adamw", marks=SLOW), "unormuon", pytest.param("aurora", marks=SLOW)]
+)
 def test_a_record_embeds_what_its_run_imported_from_beginning_to_end(tiny_track, tmp_path, optimizer):
     command = [sys.executable, "-c", IMPORTED, tmp_path / "imported.json", "--config", tiny_track, "--out", tmp_path]
     command += ["--optimizer", optimizer, "--set", "train.steps=4", "--set", "train.checkpoint_every=2"]
@@ -54,11 +59,7 @@ def test_a_rule_dropped_in_is_compared_and_repeats_no_run_of_another(tiny_track,
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    assert "finished before" not in compare("muon", "adamw")
+    assert "finished before" not in compare("muon")
     (checkout / "aurora" / "optim" / "signum.py").write_text(rule_of("README.md"))
-    said = compare("muon", "signum", "adamw")
-    assert said.count("finished before") == 2 and len(list(out.glob("*.jsonl"))) == 3
+    assert compare("muon", "signum").count("finished before") == 1 and len(list(out.glob("*.jsonl"))) == 2
     assert len(list(out.glob("*signum*.jsonl"))) == 1 and "signum" in (out / "comparison.md").read_text()
-    with open(checkout / "aurora" / "optim" / "muon.py", "a") as file:
-        file.write("# edited\n")
-    assert compare("muon", "signum", "adamw").count("finished before") == 2, "an edited rule is trained again"

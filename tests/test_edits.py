@@ -77,7 +77,7 @@ def assert_is_edited(start, said):
     assert f"model edited ({start['model_edits'][0]}" in said and "plain forward" in said
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def dtype(request):
     return f"model.activation_dtype={request.param}"
 

@@ -137,7 +137,7 @@ def test_long_documents_are_cut_only_where_no_token_changes(gpt2_files, monkeypa
     assert num_cut > 500
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("num_workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(jsonl, one_worker, tmp_path, gpt2_files, num_workers):
     """kill -9 as soon as the first, second, ... shard is there, and once before any."""
     final, num_kills = hashes(one_worker), 0

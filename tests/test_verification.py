@@ -187,7 +187,9 @@ def no_train_event_before_a_look(r):
 
 
 def faked_resume(r, segment=2):
-    stack = {key: r[0][key] for key in ("device", "world_size", "env", "micro_batch", "attention", "compiled")}
+    stack = {
+        key: r[0][key] for key in ("device", "world_size", "env", "micro_batch", "attention", "compiled", "forward")
+    }
     r.insert(1, {"event": "resume", "step": 0, "segment": segment} | stack)
 
 
@@ -300,7 +302,13 @@ SEGMENTS = {
 }
 
 
-@pytest.mark.parametrize("segments,looks", SEGMENTS.values(), ids=SEGMENTS.keys())
+OFTEN = "stopped, resumed, killed, resumed", "killed, resumed, killed before the same look", "stopped", "diverged"
+CASES = [
+    pytest.param(*case, marks=[] if name in OFTEN else pytest.mark.slow, id=name) for name, case in SEGMENTS.items()
+]
+
+
+@pytest.mark.parametrize("segments,looks", CASES)
 def test_resumed_and_broken_off_runs_are_consistent(twelve_steps, launch, tmp_path, segments, looks):
     for number, (world_size, fault) in enumerate(segments):
         resume = ["--resume"] if number else []

@@ -105,7 +105,7 @@ def bindings(node: ast.stmt) -> Iterator[tuple[str, ast.stmt]]:
         for alias in node.names:
             is_import = isinstance(node, ast.Import)
             alone = ast.Import([alias]) if is_import else ast.ImportFrom(node.module, [alias], node.level)
-            yield (alias.asname or alias.name).split(".")[0], alone
+            yield OTHER if alias.name == "*" else (alias.asname or alias.name).split(".")[0], alone
     elif isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         yield node.name, node
     elif isinstance(node, ast.Assign) and all(isinstance(target, ast.Name) for target in node.targets):
