@@ -163,6 +163,7 @@ def test_public_script_and_ours_take_turns_on_the_same_tokens(turns_args, capfd)
     assert result["val_loss"]["ours"].keys() >= {"0", "8", "16"}
 
 
+@pytest.mark.slow
 def test_turns_that_are_terminated_end_both_programs(turns_args, tmp_path):
     names = {"peer": turns_args.peer, "train": turns_args.train, "val": turns_args.val, "config": turns_args.config}
     arguments = [word for name, value in names.items() for word in (f"--{name}", str(value))]
@@ -197,6 +198,7 @@ def against_args(tiny_track, tmp_path):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_checkouts_take_turns_and_one_against_itself_trains_alike(against_args, capfd):
     text = against.against(against_args)
     result = json.loads(against_args.out.with_suffix(".json").read_text())

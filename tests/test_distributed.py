@@ -221,7 +221,7 @@ train_gpt.train_step = step
 """
 
 
-@pytest.mark.parametrize("compile", ["off", "on"])
+@pytest.mark.parametrize("compile", ["off", pytest.param("on", marks=pytest.mark.slow)])
 def test_sums_that_begin_during_the_backward_pass_are_the_plain_ones_bit_for_bit(tiny_track, launch, tmp_path, compile):
     arguments = ["--config", tiny_track, "--optimizer", "muon", "--out", tmp_path, "--set", f"train.compile={compile}"]
     patch = SUMS_BOTH_WAYS.format(folder=tmp_path)

@@ -261,6 +261,7 @@ def test_shards_that_it_did_not_make_stay(jsonl, tmp_path, gpt2_files, capsys):
     assert np.array_equal(open_shard(tmp_path / "fineweb_train_000001.bin"), foreign)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_in_one_line_and_the_same_command_goes_on(jsonl, plain_tokens, tmp_path, gpt2_files):
     arguments = tokenize(tmp_path, *[jsonl] * 25, workers=2)
     for _ in range(2):
@@ -291,6 +292,7 @@ def test_errors_come_back_from_worker_processes():
     assert str(pickle.loads(pickle.dumps(error))) == str(error) == "a.bin: size: expected 1, found 2; get it again"
 
 
+@pytest.mark.slow
 def test_streamed_text_of_the_hub_equals_the_same_text_in_files(documents, one_worker, tmp_path, gpt2_files):
     """The datasets library against the local hub, at the commit that the branch stood for when it began."""
     pytest.importorskip("datasets")

@@ -78,7 +78,7 @@ def cut_and_resume(launch, arguments, cuts, world_sizes):
 CUTS = {"first step": [1], "mid-shard": [3], "validation": [4], "shard edge": [5], "after a resume": [6, 7]}
 CHAIN = {"all in one run": [1, 3, 4, 5, 6]}
 CELLS = [(optimizer, world_size, cut) for optimizer in OPTIMIZERS for world_size in (1, 2, 4) for cut in CUTS]
-CHOSEN = [(*ranks, cut) for ranks in (("aurora", 1), ("aurora", 2), ("adamw", 2), ("normuon", 4)) for cut in CHAIN]
+CHOSEN = [(*ranks, cut) for ranks in (("aurora", 2), ("adamw", 2)) for cut in CHAIN]
 
 
 @pytest.mark.parametrize("optimizer,world_size,cut", CELLS if FULL else CHOSEN)
@@ -91,6 +91,7 @@ def test_resume_is_bit_exact(twelve_steps, launch, twin, tmp_path, optimizer, wo
     assert events(tmp_path)[-1]["segments"] == len(steps) + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS if FULL else ["aurora"])
 def test_world_size_may_change_at_every_resume(twelve_steps, launch, twin, tmp_path, optimizer):
     """All six changes in one run; that what is loaded is what was saved, bit for bit, is checked by each resume."""
@@ -127,10 +128,10 @@ def kill_cases():
         for place, name in enumerate((*STEP_POINTS, *SAVE_POINTS, "end", "warm_up")):
             step = {"end": 12, "warm_up": 0, "validation": 8, "validate_batch": 8, "validated": 8}.get(name, 6)
             for rank in (0, 1):
-                if FULL or (place + number) % 6 == 0 and rank == place % 2:
+                if FULL or (place + number) % 6 == 0 and rank == place % 2 and place % 2 == 0:
                     yield optimizer, 2, rank, name, step
         for place, name in enumerate(FILE_POINTS):
-            if FULL or place == number:
+            if FULL or place == number and place % 2 == 0:
                 yield optimizer, 1 + FULL, 0, name, 9
 
 
@@ -616,6 +617,7 @@ def test_launch_script_goes_on_after_a_lost_rank(twelve_steps, twin, tmp_path):
     assert result(tmp_path) == twin("aurora", 2) and events(tmp_path)[-1]["segments"] == 2
 
 
+@pytest.mark.slow
 def test_launch_script_hands_on_sigterm_and_the_exit_code(twelve_steps, tmp_path):
     changes = {"data.allow_epochs": "true", "train.steps": 3000, "train.checkpoint_every": 0}
     overrides = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]

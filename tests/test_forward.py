@@ -19,7 +19,10 @@ from tests.conftest import ROOT, events, make_run, train_here
 ONE_CPU = Ranks(0, 1, torch.device("cpu"))
 
 
-@pytest.fixture(params=["relu2", "swiglu", "relu2 without bias"])
+KINDS = ["relu2", "swiglu", "relu2 without bias"]
+
+
+@pytest.fixture(params=KINDS)
 def model(request):
     mlp, _, without = request.param.partition(" ")
     sizes = [
@@ -143,6 +146,9 @@ def run_of(tiny_track, world_size, *overrides):
     return run
 
 
+@pytest.mark.parametrize(
+    "model", ["relu2", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])], indirect=True
+)
 @pytest.mark.parametrize("by_blocks", [False, True])
 @pytest.mark.parametrize("is_fast", [False, True])
 def test_compilers_take_the_model_and_the_operations(model, is_fast, by_blocks, tiny_track, compiled):

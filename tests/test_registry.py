@@ -87,6 +87,7 @@ def rule_of(document):
     return re.search(r"```python\n(# aurora/optim/signum.py\n.*?)```", (ROOT / document).read_text(), re.DOTALL)[1]
 
 
+@pytest.mark.slow
 def test_rule_of_the_readme_trains_once_it_is_in_its_place(tiny_track, tmp_path):
     shutil.copy(ROOT / "train_gpt.py", tmp_path)
     shutil.copytree(ROOT / "aurora", tmp_path / "aurora")

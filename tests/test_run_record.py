@@ -52,6 +52,7 @@ def test_record_follows_the_contract(trained, tiny_track, optimizer):
     assert end["train_time_s"] >= sum(event["step_ms"] for event in trains) * 5 / 1000 * 0.99
 
 
+@pytest.mark.slow
 def test_task_hash_tells_tasks_apart_but_not_optimizers_seeds_or_steps(tiny_track, trained, tmp_path):
     hashes = {record[0]["task_hash"] for record in trained.values()}
     assert len(hashes) == 1

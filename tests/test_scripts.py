@@ -359,6 +359,7 @@ def test_compare_runs_skips_what_is_finished_and_goes_on_after_a_failure(tiny_tr
     assert [argv[3] for argv in started] == ["muon"], "the failed run alone is tried again"
 
 
+@pytest.mark.slow
 def test_jobs_run_side_by_side_on_cores_of_their_own(tiny_track, tmp_path):
     arguments = ["--config", tiny_track, "--out", tmp_path, "--optimizers", "muon", "--seeds", "0", "1", "--jobs", "2"]
     process = start_process("scripts/compare.py", *map(str, arguments), "--set", "train.steps=10")
@@ -555,6 +556,7 @@ def test_any_other_run_starts_anew(checkout, tmp_path, monkeypatch, change):
     assert started == [ARGV]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_where_its_checkpoint_is(tiny_track, launch, tmp_path, capsys):
     argv = ["--config", str(tiny_track), "--optimizer", "muon", "--seed", "0"]
     argv += ["--set", "train.steps=20", "--set", "train.checkpoint_every=10"]
@@ -568,6 +570,7 @@ def test_a_run_that_was_killed_goes_on_where_its_checkpoint_is(tiny_track, launc
     assert again.run.path == path and again.run.is_done and again.run.end["segments"] == 2
 
 
+@pytest.mark.slow
 def test_sigterm_for_compare_alone_stops_its_runs_with_a_checkpoint(tiny_track, tmp_path):
     command = [sys.executable, ROOT / "scripts" / "compare.py", "--config", tiny_track, "--optimizers", "muon", "adamw"]
     command += ["--set", "train.steps=100000", "--set", "data.allow_epochs=true", "--set", "eval.every=1000"]

@@ -84,6 +84,7 @@ def test_holm_asks_of_each_p_its_share_even_where_the_adjusted_one_is_capped():
     assert math.isnan(ours.holm_levels([0.6, math.nan], 0.06)[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 4, 5, 10])
 def test_interval_of_the_mean_covers_it_as_often_as_it_says(n):
     samples = np.random.default_rng(n).normal(size=(2000, n))

@@ -69,6 +69,7 @@ def test_short_runs_whose_loss_still_falls_steeply_are_consistent(tiny_track, tm
     assert (verdict.word, verdict.reasons) == ("consistent", [])
 
 
+@pytest.mark.slow
 def test_honest_runs_of_own_steps_and_swiglu_are_consistent_and_replay(tiny_track, tmp_path, capsys):
     track = tmp_path / "own.toml"
     track.write_text(tiny_track.read_text().replace("[optimizer.adamw]", "[optimizer.adamw]\nsteps = 15"))
