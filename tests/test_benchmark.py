@@ -177,6 +177,7 @@ def test_turns_that_are_terminated_end_both_programs(turns_args, tmp_path):
     assert not is_running(turns_args)
 
 
+@pytest.mark.slow
 def test_a_public_script_of_another_kind_or_that_ends_is_told(turns_args):
     turns_args.every = turns.WARMUP_STEPS
     with pytest.raises(HarnessError, match="--every must be above 5"):

@@ -445,7 +445,8 @@ def test_a_stop_on_one_rank_stops_all_at_the_same_step(twelve_steps, launch, tmp
     assert max(outcome.ended_s) - (launch.folder / "out0").stat().st_mtime <= 5  # since the last line before the signal
 
 
-@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2])
 def test_workers_die_with_their_launcher(twelve_steps, tmp_path, world_size):
     """One rank alone has no watch, only the kernel."""
     command = ["train_gpt.py", *map(str, twelve_steps), "--out", str(tmp_path), "--timeout-s", "60"]
@@ -609,6 +610,7 @@ def launch_script(*arguments, **environment):
     return subprocess.Popen(command, env=environment, cwd=ROOT, text=True, **pipes)
 
 
+@pytest.mark.slow
 def test_launch_script_goes_on_after_a_lost_rank(twelve_steps, twin, tmp_path):
     arguments = [*twelve_steps, "--optimizer", "aurora", "--out", tmp_path]
     run = launch_script(*arguments, SPEEDRUN_FAULT="kill:update:7:1", RETRIES="1")

@@ -208,7 +208,7 @@ def test_a_warm_up_that_fails_leaves_no_trace_either(tiny_track, optimizer):
     assert digest(run.state_dict()) == before
 
 
-@pytest.mark.parametrize("micro_batch", [1, 16])
+@pytest.mark.parametrize("micro_batch", [pytest.param(1, marks=pytest.mark.slow), 16])
 def test_compiled_model_gives_the_same_losses_or_says_why_not(tiny_track, tmp_path, trained, capsys, micro_batch):
     """A machine without a C++ compiler cannot compile on CPU: then the run stops with the reason before training."""
     arguments = ["--set", "train.compile=on", "--set", f"train.micro_batch={micro_batch}"]

@@ -127,6 +127,7 @@ lr = { start = 0.003, factor = 2 }
 """
 
 
+@pytest.mark.slow
 def test_tuning_runs_goes_on_and_writes_the_track(tiny_track, tmp_path, capsys):
     config, space, out = tmp_path / "tiny.toml", tmp_path / "space.toml", tmp_path / "tiny_tuning"
     shutil.copy(tiny_track, config)
