@@ -160,13 +160,18 @@ def try_passes(model: Model, plan: BatchPlan, run: Run) -> None:
     try:
         for _ in range(min(2, plan.micro_steps)):  # the second meets the gradients of the first
             model(*made_up_batch(plan.micro_batch, run)).backward()
-        run.model.eval()
-        with torch.no_grad():
-            for sequences in plan.val_batches:
-                model(*made_up_batch(sequences, run))
+        validation_passes(model, plan, run)
     finally:
         run.model.train()
         run.model.zero_grad()
+
+
+def validation_passes(model: Model, plan: BatchPlan, run: Run) -> None:
+    """A pass of every shape of a validation on made-up tokens; leaves the model in eval mode."""
+    run.model.eval()
+    with torch.no_grad():
+        for sequences in plan.val_batches:
+            model(*made_up_batch(sequences, run))
 
 
 def warm_up(model: Model, run: Run, forward_backward: ForwardBackward, is_compiled: bool = False) -> None:
@@ -186,10 +191,7 @@ def warm_up(model: Model, run: Run, forward_backward: ForwardBackward, is_compil
                 optimizer.step()
             run.model.zero_grad()
         run.timeline.mark("warm_up", 0)  # compiling for validation may take as long again
-        run.model.eval()
-        with torch.no_grad():
-            for sequences in plan.val_batches:
-                model(*made_up_batch(sequences, run))
+        validation_passes(model, plan, run)
     finally:
         run.model.train()
         run.model.zero_grad()
