@@ -39,7 +39,7 @@ def test_another_seed_gives_other_bytes(trained, tiny_track, tmp_path):
     assert losses_[1:] != other_losses[1:] and weights != other_weights
 
 
-@pytest.mark.parametrize("micro_batch", [1, 2, 16])
+@pytest.mark.parametrize("micro_batch", [pytest.param(1, marks=pytest.mark.slow), 2, 16])
 def test_micro_batch_does_not_change_the_losses(trained, tiny_track, tmp_path, micro_batch):
     assert train_here(tiny_track, tmp_path, "--optimizer", "muon", "--set", f"train.micro_batch={micro_batch}") == 0
     expected = [(e["step"], e["val_loss"]) for e in trained["muon"] if e["event"] == "val"]

@@ -76,10 +76,11 @@ def read_sources(config_path: Path, other_modules: Container[str] = ()) -> dict[
     """
     sources = {}
     for module_name, module in list(sys.modules.items()):
-        if module_name in other_modules:
+        file = getattr(module, "__file__", None) or ""
+        # Most modules are of installed packages; torch.ops calls itself _ops.py.
+        if module_name in other_modules or "site-packages" in file or not os.path.isabs(file):
             continue
-        file = getattr(module, "__file__", None)
-        path = Path(file).resolve() if file and os.path.isabs(file) else ROOT  # torch.ops calls itself _ops.py
+        path = Path(os.path.realpath(file))
         if path.suffix == ".py" and path.is_relative_to(ROOT) and "site-packages" not in path.parts:
             name = path.relative_to(ROOT)
             if name.parts[0] not in NOT_OF_A_RUN:
