@@ -198,7 +198,9 @@ def main() -> int:
     progress = sys.stderr if args.json else sys.stdout
     plan = plan_runs(args)
     try:
-        check_settings((planned.argv for planned in plan), args.nproc)
+        recorded = read_folder(args.out)[0]
+        left = [planned.argv for planned in plan if not finished_run(recorded, planned.argv, args.nproc)]
+        check_settings(left, args.nproc)
     except HarnessError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

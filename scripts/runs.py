@@ -24,6 +24,8 @@ def check_settings(argvs: Iterable[Sequence[str]], nproc: int) -> None:
     """Raise HarnessError for runs that could not start, as far as that shows without data. argvs: of train_gpt.py."""
     settings = dict.fromkeys((argv[1], argv[3], *argv[7::2]) for argv in argvs)  # once for all seeds
     configs = [load_config(ROOT / name, optimizer, overrides) for name, optimizer, *overrides in settings]
+    if not configs:
+        return
 
     import train_gpt  # and with it torch, which takes seconds
     from aurora.trainer.setup import check_config

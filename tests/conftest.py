@@ -1,7 +1,9 @@
 """A tiny track that trains in seconds, and helpers to run the trainer in this process or in one of its own."""
 
 import argparse
+import contextlib
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -10,6 +12,7 @@ import subprocess
 import sys
 import time
 import unittest.mock
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +38,13 @@ from aurora.trainer.setup import Checked, new_run, open_data
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def often(case, chosen: bool):
+    """A case of the suite, or of the longer checks alone."""
+    return case if chosen else pytest.param(*(case if isinstance(case, tuple) else [case]), marks=pytest.mark.slow)
+
+
 OPTIMIZERS = ["adamw", "muon", "normuon", "unormuon", "aurora", "riemannian_aurora"]
 
 TINY_TRACK = """
@@ -223,16 +233,24 @@ def twelve_steps(tmp_path_factory):
     return ["--config", folder / "tiny.toml", "--timeout-s", "10"]
 
 
+class Trained(dict):
+    """Events of one finished run of an optimizer, which is made when it is asked for."""
+
+    def __init__(self, track: Path, make_folder: Callable[[str], Path]):
+        self.track, self.make_folder = track, make_folder
+
+    def __missing__(self, optimizer: str) -> list[dict]:
+        out = self.make_folder(optimizer)
+        torch.set_num_threads(1)
+        with contextlib.redirect_stdout(io.StringIO()):  # a test that reads its console did not ask for this
+            assert train_here(self.track, out, "--optimizer", optimizer) == 0
+        self[optimizer] = events(out)
+        return self[optimizer]
+
+
 @pytest.fixture(scope="session")
 def trained(tiny_track, tmp_path_factory):
-    """Events of one finished run of each optimizer."""
-    torch.set_num_threads(1)
-    records = {}
-    for name in OPTIMIZERS:
-        out = tmp_path_factory.mktemp(name)
-        assert train_here(tiny_track, out, "--optimizer", name) == 0
-        records[name] = events(out)
-    return records
+    return Trained(tiny_track, tmp_path_factory.mktemp)
 
 
 def make_run(tiny_track, optimizer, *overrides):

@@ -14,7 +14,7 @@ from aurora.fast.forward import FastForward
 from aurora.trainer import warmup
 from aurora.trainer.attempt import Unusable, WrongNumbers, attempt
 from aurora.trainer.ranks import Ranks
-from tests.conftest import ROOT, events, make_run, train_here
+from tests.conftest import ROOT, events, make_run, often, train_here
 
 ONE_CPU = Ranks(0, 1, torch.device("cpu"))
 
@@ -146,11 +146,13 @@ def run_of(tiny_track, world_size, *overrides):
     return run
 
 
+COMPILED_AS_ONE = [often((True, False), False), often((False, False), False)]
+
+
 @pytest.mark.parametrize(
     "model", ["relu2", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])], indirect=True
 )
-@pytest.mark.parametrize("by_blocks", [False, True])
-@pytest.mark.parametrize("is_fast", [False, True])
+@pytest.mark.parametrize("is_fast, by_blocks", [(True, True), (False, True), *COMPILED_AS_ONE])
 def test_compilers_take_the_model_and_the_operations(model, is_fast, by_blocks, tiny_track, compiled):
     plain, run = gradients(model), run_of(tiny_track, 2 if by_blocks else 1)
     called = warmup.compiled_fast(hopper.HopperForward(model), run) if is_fast else warmup.compiled_plain(model, run)

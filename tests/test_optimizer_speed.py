@@ -13,7 +13,7 @@ import train_gpt
 from aurora.config import load_config
 from aurora.trainer.gradients import GradientSum
 from aurora.trainer.optimizers import build_optimizers
-from tests.conftest import ROOT
+from tests.conftest import ROOT, often
 from tests.test_rules import RULES, make
 
 SHAPES = [(48, 16), (16, 48), (24, 24), (48, 16)]
@@ -42,7 +42,7 @@ class SyncCounter(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", [often(rule, rule != "riemannian_aurora") for rule in RULES])
 def test_fifty_steps_with_changing_lr_make_no_host_sync(rule):
     optimizer = make(rule, new_params(), **({"cg_steps": 3} if rule == "riemannian_aurora" else {}))
     with SyncCounter() as counter:
@@ -56,11 +56,7 @@ def test_fifty_steps_with_changing_lr_make_no_host_sync(rule):
     assert counter.found == ["_local_scalar_dense"], "the counter counts"
 
 
-COMPILED = [
-    rule if rule in ("muon", "aurora folded") else pytest.param(rule, marks=pytest.mark.slow)
-    for rule in RULES
-    if rule != "riemannian_aurora"
-]
+COMPILED = [often(rule, rule == "aurora folded") for rule in RULES if rule != "riemannian_aurora"]
 
 
 @pytest.mark.parametrize("rule", COMPILED)

@@ -341,7 +341,15 @@ def test_report_of_the_committed_runs_as_json(monkeypatch, capsys):
     assert "no record in" in capsys.readouterr().err
 
 
-def test_compare_runs_skips_what_is_finished_and_goes_on_after_a_failure(tiny_track, tmp_path, monkeypatch, capsys):
+def test_compare_runs_skips_what_is_finished_and_goes_on_after_a_failure(
+    tiny_track, launch, tmp_path, monkeypatch, capsys
+):
+    def run_one(self, argv, folder, nproc, progress, *rest):  # in a process that need not import torch first
+        outcome = launch(*argv, "--out", folder)
+        progress.write(outcome.out[0])
+        return outcome.codes[0]
+
+    monkeypatch.setattr(runs.Workers, "run_one", run_one)
     arguments = ["--optimizers", "muon", "aurora", "--set", "optimizer.muon.lr=1e30", "--set", "train.steps=10"]
     assert run_compare(monkeypatch, "--config", tiny_track, "--out", tmp_path, *arguments) == 1
     out, err = capsys.readouterr()
