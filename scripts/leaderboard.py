@@ -3,6 +3,7 @@
     python scripts/leaderboard.py                write the page and its curves
     python scripts/leaderboard.py --check        exit 1 if they are not what the records give
     python scripts/leaderboard.py add DIR        check the records in DIR and copy them to results/<name of DIR>
+    python scripts/leaderboard.py unpack PATH --out NEW       restore a record, or a folder, as the run wrote it
 
 One section for each task_hash: a row for each rule, setting, code, hardware and folder. Records in a folder whose name
 ends with _tuning are no rows, they count as tuning budget. Text by hand comes from notes.md in results/ and its
@@ -22,8 +23,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from aurora.trainer.record import RecordError, Run, read_record
+from aurora.trainer.record import STORE, RecordError, Run, read_record, record_paths
 from scripts.analysis.page import Page
+from scripts.analysis.store import packed_files, unpack
 from scripts.analysis.text import plain
 from scripts.analysis.verdict import Group
 from scripts.verification.checks import verify_folder
@@ -75,7 +77,7 @@ def write(results: Path, page: Page) -> None:
 
 
 def add(source: Path, results: Path) -> list[Path]:
-    """Copy the records of a folder to results/<its name>; all of them or, with an error, none.
+    """Copy the records of a folder, packed, to results/<its name>; all of them or, with an error, none.
 
     Raises:
         RecordError: one is refuted by scripts/verification/checks.py, is not whole, or is there already.
@@ -87,7 +89,7 @@ def add(source: Path, results: Path) -> list[Path]:
         raise RecordError(f"{source}: the name of the folder is to be of letters, digits, '.', '_' and '-'")
     known = {tuple(run.validations): run.path for run in read_results(results)}
     refuted = {verdict.path: verdict.reasons[0] for verdict in verify_folder(source) if verdict.reasons}
-    copies = {}
+    contents = {}
     for run in runs:
         if run.end is None:
             raise RecordError(f"{run.path} has no end event; end the run, or record why it was cut short")
@@ -99,19 +101,35 @@ def add(source: Path, results: Path) -> list[Path]:
         target = results / source.resolve().name / run.path.relative_to(source)
         if target.exists():
             raise RecordError(f"{target} exists; rename {run.path}")
-        copies[run.path] = target
-    copy_all(copies)
-    return list(copies.values())
+        contents[target] = unpack(run.path)
+    write_all(packed_files(contents, results / STORE))
+    return list(contents)
 
 
-def copy_all(copies: dict[Path, Path]) -> None:
-    """Copy files, all of them or, with an error, none. A target gets its name when all are whole and on the disk."""
-    temporary = {target: target.with_name(f"{target.name}.tmp") for target in copies.values()}
+def restore(source: Path, out: Path) -> list[Path]:
+    """Write a record, or the records below a folder, as their runs wrote them; returns the new files.
+
+    Raises:
+        RecordError: one cannot be restored, or out exists.
+    """
+    if out.exists():
+        raise RecordError(f"{out} exists; name a new file or folder with --out")
+    paths = record_paths(source) if source.is_dir() else [source]
+    if not paths:
+        raise RecordError(f"{source} holds no record")
+    contents = {out / path.relative_to(source) if source.is_dir() else out: unpack(path) for path in paths}
+    write_all(contents)
+    return list(contents)
+
+
+def write_all(contents: dict[Path, bytes]) -> None:
+    """Write new files, all of them or, with an error, none. One gets its name when all are whole and on the disk."""
+    temporary = {target: target.with_name(f"{target.name}.tmp") for target in contents}
     try:
-        for path, target in copies.items():
+        for target, content in contents.items():
             target.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary[target], "wb") as file:
-                file.write(path.read_bytes())
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
         for target, whole in temporary.items():
@@ -124,20 +142,27 @@ def copy_all(copies: dict[Path, Path]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", nargs="?", choices=("write", "add"), default="write")
-    parser.add_argument("folder", nargs="?", type=Path, metavar="DIR", help="of add: the new records")
+    parser.add_argument("command", nargs="?", choices=("write", "add", "unpack"), default="write")
+    parser.add_argument("path", nargs="?", type=Path, help="add: a folder of new records; unpack: a record or a folder")
+    parser.add_argument("--out", type=Path, help="of unpack: the new file or folder")
     parser.add_argument("--check", action="store_true", help="write nothing, exit 1 if the page is stale")
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of the records and the page")
     args = parser.parse_args(argv)
-    if (args.command == "add") != (args.folder is not None):
-        parser.error("add needs the folder of the new records, nothing else takes one")
+    if (args.command == "write") != (args.path is None):
+        parser.error("add and unpack need a path, nothing else takes one")
+    if (args.command == "unpack") != (args.out is not None):
+        parser.error("unpack needs --out, nothing else takes it")
     if not args.results.is_dir():
         print(f"error: there is no folder {args.results}", file=sys.stderr)
         return 2
     try:
         if args.command == "add":
-            for path in add(args.folder, args.results):
+            for path in add(args.path, args.results):
                 print(path)
+        if args.command == "unpack":
+            for path in restore(args.path, args.out):
+                print(path)
+            return 0
         page = Page(args.results, read_results(args.results))
         if args.check:
             stale = stale_files(args.results, page)

@@ -200,7 +200,7 @@ def test_add_copies_new_records_once_and_refuses_what_is_refuted(results, tmp_pa
     (honest,) = (ROOT / "results" / "quick").rglob("*-adamw-s0-*.jsonl")
     shutil.copy(honest, new / "a.jsonl")
     assert run("add", new, "--results", results) == 0
-    assert (results / "mine" / "a.jsonl").read_bytes() == honest.read_bytes()
+    assert (results / "mine" / "a.jsonl").read_bytes() == honest.read_bytes()  # which is packed, too
     assert "mine" in (results / "README.md").read_text() and run("--results", results, "--check") == 0
     capsys.readouterr()
     assert run("add", new, "--results", results) == 2

@@ -1,12 +1,14 @@
 """The record of a run: one JSONL file, one event a line. Written here and read here.
 
-Events: run, train, val, neurons (of aurora/trainer/neurons.py), resume, end.
+Events: run, train, val, neurons (of aurora/trainer/neurons.py), resume, end. A run writes its sources into the run
+event. Records in results/ have source_hashes in their place and share a store of the texts. Readers see no difference.
 
 Needs nothing but Python, so that results can be analysed on any machine.
 """
 
 import contextlib
 import errno
+import functools
 import hashlib
 import itertools
 import json
@@ -262,7 +264,8 @@ def read_events(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 if number > MAX_EVENTS:
                     raise RecordError(f"{path} has more than {MAX_EVENTS:,} lines")
                 if line.endswith(b"\n"):
-                    yield number, read_event(line, f"{path}, line {number}", is_first=number == 1)
+                    event = read_event(line, f"{path}, line {number}", is_first=number == 1)
+                    yield number, with_sources(event, path) if number == 1 else event
     except OSError as error:
         raise RecordError(f"{path} cannot be read: {error.strerror}") from error
 
@@ -288,6 +291,49 @@ def read_event(line: bytes, where: str, is_first: bool) -> dict[str, Any]:
         if isinstance(value, NUMBER) and not is_sane(value):
             raise RecordError(f"{where}: {key} is no finite number")
     return event
+
+
+STORE = "sources"  # the folder, beside a record or above it, of the texts to which the record refers by their sha256
+
+
+def with_sources(start: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The run event of the record at path, with sources in the place of source_hashes.
+
+    Raises:
+        RecordError: a text is not in the store, or not what its hash says, or the event has both keys.
+    """
+    if "source_hashes" not in start:
+        return start
+    if "sources" in start or not isinstance(start["source_hashes"], dict):
+        raise RecordError(f"{path}: source_hashes is no table, or stands beside sources")
+    folder = path.absolute().parent
+    texts = {name: stored_source(folder, digest) for name, digest in start["source_hashes"].items()}
+    if missing := sorted(name for name, text in texts.items() if text is None):
+        names = f"{ascii(missing[0])[:80]} and {len(missing) - 1} more" if missing[1:] else ascii(missing[0])[:80]
+        raise RecordError(f"{path} refers to texts that no folder {STORE}/ beside or above it holds whole: {names}")
+    renamed = {"source_hashes": ("sources", texts)}
+    return dict(renamed.get(key, (key, value)) for key, value in start.items())
+
+
+def stored_source(folder: Path, digest: Any) -> str | None:
+    """A text by the sha256 of its UTF-8, for records in a folder; None where no store holds it."""
+    if not isinstance(digest, str) or len(digest) != 64 or set(digest) - set("0123456789abcdef"):
+        return None
+    try:
+        return _stored_source(folder, digest)
+    except FileNotFoundError:
+        return None
+
+
+@functools.lru_cache(maxsize=10_000)  # hundreds of records share their texts; what is not found is looked for again
+def _stored_source(folder: Path, digest: str) -> str:
+    for place in (*(parent / STORE for parent in (folder, *folder.parents)), ROOT / "results" / STORE):
+        path = place / digest
+        if path.is_file() and not path.is_symlink() and path.stat().st_size <= MAX_LINE_BYTES:
+            text = path.read_bytes()
+            if hashlib.sha256(text).hexdigest() == digest:
+                return text.decode("utf-8", "surrogatepass")  # as JSON can have it
+    raise FileNotFoundError(digest)
 
 
 def is_sane(value: int | float) -> bool:

@@ -2,7 +2,7 @@
 
 from pathlib import Path, PurePosixPath
 
-from aurora.trainer.record import RecordError, Run, read_record
+from aurora.trainer.record import ROOT, STORE, RecordError, Run, read_record, stored_source
 from scripts.analysis.text import plain
 
 SEPARATOR = "=" * 100
@@ -25,7 +25,11 @@ with tempfile.TemporaryDirectory() as folder:
     code = subprocess.run([*command, *sys.argv[1:]]).returncode
 sys.exit(code)
 """
-ACCESSORIES = Path(__file__).parent / "accessories"  # <module>.txt: what some old records import and do not embed
+# Records of code 1aef6f23 import these and do not embed them. These are their texts of the commit that they name.
+LACKING = {
+    "results/momentum.py": "c592320d84a6703157e2c0d804f1c92b91ac4dd53d12461439157381a86485f5",
+    "results/tracking.py": "5a1db90e8bbf04a35ec63e5eebd44248840b6b5c03a58c21735470ee4bbac3a4",
+}
 
 
 def export_record(path: Path, out: Path) -> None:
@@ -70,9 +74,12 @@ def whole_sources(run: Run) -> dict[str, str]:
     if "train_gpt.py" not in sources or sum(name.endswith(".toml") for name in sources) != 1:
         raise RecordError(f"{run.path} does not embed the sources and the config of its run")
     whole = dict(sources)
-    for path in ACCESSORIES.glob("*.txt"):
-        if f"from {path.stem} import" in sources["train_gpt.py"]:
-            whole.setdefault(path.stem.replace(".", "/") + ".py", path.read_text(encoding="utf-8"))
+    for name, digest in LACKING.items():
+        if f"from {name.removesuffix('.py').replace('/', '.')} import" in sources["train_gpt.py"] and name not in whole:
+            text = stored_source(ROOT / "results", digest)
+            if text is None:
+                raise RecordError(f"{run.path} imports {name}, of which results/{STORE}/ lacks the text")
+            whole[name] = text
     return whole
 
 
