@@ -118,7 +118,7 @@ def test_looks_that_are_far_apart_give_a_bracket_and_no_mean_test_or_ratio(tmp_p
     assert cells == {"muon": ("100 to 200", "50 to 100"), "aurora": ("0 to 300", "0 to 150")}
     (pair,) = verdict.compare_pairs(groups)
     assert math.isnan(pair.p) and pair.target_ratio is None and pair.step_ratio
-    assert pair.verdict == "not comparable: looks of aurora, muon too far apart around the target"
+    assert pair.verdict == "not comparable: validations of aurora, muon too far apart around the target"
     text = report.markdown_report(groups)
     assert "too far apart around the target to say" in text and "First at the target" not in text
     plot.plot_groups(groups, tmp_path / "curves.png")
@@ -139,7 +139,7 @@ def test_verdicts_say_what_the_seeds_can_tell_apart(tmp_path):
     pairs = {(pair.first.label, pair.second.label): pair for pair in verdict.compare_pairs(groups_of(tmp_path))}
     close = pairs["aurora", "muon"]
     assert close.difference == pytest.approx(-1 / 300) and close.p == pytest.approx(0.966, abs=1e-3)
-    assert re.fullmatch("not supported: it takes a fresh comparison with about [0-9]+ seeds a side", close.verdict)
+    assert re.fullmatch("not supported: a new comparison would need about [0-9]+ seeds a side", close.verdict)
     clear = pairs["muon", "adamw"]
     assert clear.p == pytest.approx(0.00026, abs=1e-5) and 2 * clear.p <= clear.p_holm <= 3 * clear.p
     assert clear.verdict == "supported: muon is lower"
@@ -208,7 +208,7 @@ def test_across_schedules_runs_that_never_arrive_are_ranked_last_and_none_is_dro
     for seed in (3, 4):
         (tmp_path / f"adamw_500-{seed}.jsonl").unlink()
     (pair,) = verdict.compare_pairs(groups_of(tmp_path))
-    assert pair.verdict == "not supported: it takes a fresh comparison with at least 4 seeds a side"
+    assert pair.verdict == "not supported: a new comparison would need at least 4 seeds a side"
     write_schedules(tmp_path, muon_200=[2.6, 2.7, 2.8], adamw_500=[2.6, 2.7, 2.8])
     assert "no run of either met the target" in verdict.compare_pairs(groups_of(tmp_path))[0].verdict
 
