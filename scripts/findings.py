@@ -172,7 +172,7 @@ def summary(columns: dict[str, list[Finding]], overall: list[Finding]) -> str:
 
     rows = [(found[0].claim, *map(short, found)) for found in zip(*columns.values(), strict=True)]
     lines = [markdown_table(("claim", *columns), rows), ""]
-    return "\n".join([*lines, *(f"- {f.claim}: **{f.verdict}** {f.figure}".rstrip() for f in overall)])
+    return "\n".join([*lines, *(f"- Claim {f.claim}: **{f.verdict}** {f.figure}".rstrip() for f in overall)])
 
 
 def claims_table(findings: list[Finding], links: dict[str, str]) -> str:

@@ -68,7 +68,7 @@ def read_notes(folder: Path) -> Notes:
     text = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
     title = cell(folder.name)
     if text.startswith("# "):
-        title, _, text = text[2:].partition("\n")
+        title, _, text = text.removeprefix("# ").partition("\n")
     summary, _, rest = text.strip().partition("\n\n")
     return Notes(title, " ".join(summary.split()), rest.strip("\n"))
 
@@ -89,6 +89,10 @@ class Table(NamedTuple):
     def num_runs(self) -> int:
         return sum(len(group.runs) for group in self.groups)
 
+    @property
+    def begin(self) -> str:
+        return min(run.start["utc"] for group in self.groups for run in group.runs)
+
 
 def make_tables(runs: Iterable[Run], results: Path) -> list[Table]:
     """Runs by task and folder, there by optimizer, setting, code and hardware; without tuning trials."""
@@ -108,9 +112,9 @@ def make_tables(runs: Iterable[Run], results: Path) -> list[Table]:
 
 
 def by(key: str, tables: Iterable[Table]) -> dict[str, list[Table]]:
-    """Tables by task or by folder: the one with most runs first, of equal ones by name."""
+    """Tables by task or by folder: the one with most runs first, of equal ones the oldest."""
     found: dict[str, list[Table]] = {}
-    for table in sorted(tables, key=lambda table: (-table.num_runs, table.folder, table.task)):
+    for table in sorted(tables, key=lambda table: (-table.num_runs, table.begin, table.folder)):
         found.setdefault(getattr(table, key), []).append(table)
     return found
 
@@ -187,10 +191,11 @@ class Pages:
 
     def main_page(self, trials: dict[str, list[Run]]) -> list[str]:
         """Contents, and a section for each experiment: first the one with most runs, which is the main track."""
-        notes, sections = read_notes(self.results), {}
+        notes = read_notes(self.results)
+        sections: dict[str, list[list[Table]]] = {}
         for tables in self.by_task.values():
             sections.setdefault(tables[0].folder, []).append(tables)
-        body = []
+        body: list[str] = []
         for folder in sorted(sections, key=lambda name: -sum(t.num_runs for tables in sections[name] for t in tables)):
             body += self.section(folder, sections[folder])
         body += reference_section(self.by_task, self.results)
@@ -212,7 +217,7 @@ class Pages:
         notes, others = self.notes[folder], {table.folder for tables in tasks for table in tables} - {folder}
         lines = [f"## {notes.title}", "", f"{notes.summary} [Details]({quote(folder)}/{PAGE}).".lstrip(), ""]
         lines += [f"- {self.introduction(name)}" for name in sorted(others)]
-        for tables in sorted(tasks, key=lambda tables: min(run.start["utc"] for run in tables[0].groups[0].runs)):
+        for tables in tasks:
             rows = [(group, table.folder) for table in tables for group in table.groups]
             rows.sort(key=lambda row: order_of_arrival(row[0]))
             lines += ["", f"{describe(tables[0].first_run)}.", ""]
@@ -226,7 +231,8 @@ class Pages:
         return name, steps, *reached, end_loss(group), trials, f"[{cell(folder)}]({quote(folder)}/{PAGE})"
 
     def folder_page(self, folder: str, tables: list[Table], trials: list[Run]) -> list[str]:
-        notes, links = self.notes[folder], {}
+        notes = self.notes[folder]
+        links: dict[str, str] = {}
         lines = [WRITTEN, "", f"# {notes.title}", "", notes.summary, "", notes.rest, ""]
         lines += [f"All results, and how to read the tables: [{PAGE}](../{PAGE}).", ""]
         for table in tables:
@@ -345,7 +351,7 @@ def in_a_line(pairs: Sequence[Pair]) -> str:
         ahead.setdefault((verbs, ", ".join(backs)), []).append(front)
     words = [f"{', '.join(fronts)} {verbs[len(fronts) > 1]} {backs}" for (verbs, backs), fronts in ahead.items()]
     for word, names in others.items():
-        words.append(f"{word}: {'every pair' if len(names) == len(pairs) else ', '.join(names)}")
+        words.append(f"every pair {word}" if len(names) == len(pairs) else f"{word}: {', '.join(names)}")
     return "; ".join(words or ["nothing to compare"]) + "."
 
 
