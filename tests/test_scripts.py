@@ -155,7 +155,7 @@ def test_verdicts_follow_holm_and_advise_a_fresh_comparison_at_its_level(tmp_pat
     assert [pair.p for pair in close] == pytest.approx([0.03, 0.03], abs=1e-3)
     assert all(pair.p_holm > 0.05 and pair.verdict.startswith("not supported") for pair in close)
     first_of_the_two = min(close, key=lambda pair: pair.p)
-    assert f"with about {runs_needed(0.027, 0.01, 0.025)} seeds a side" in first_of_the_two.verdict
+    assert f"need about {runs_needed(0.027, 0.01, 0.025)} seeds a side" in first_of_the_two.verdict
     assert pairs["muon", "adamw"].verdict == "supported: muon is lower"
 
 
@@ -164,7 +164,7 @@ def test_advice_is_for_holms_level_of_each_pair_also_where_the_adjusted_p_is_cap
     write_seeds(tmp_path, muon=low, aurora=[x + 0.004 for x in low], adamw=[x + 0.010 for x in low])
     pairs = sorted(verdict.compare_pairs(groups_of(tmp_path)), key=lambda pair: pair.p)
     for pair, difference, level in zip(pairs, (0.010, 0.006, 0.004), (0.05 / 3, 0.05 / 2, 0.05), strict=True):
-        assert f"with about {runs_needed(difference, 0.01, level)} seeds a side" in pair.verdict
+        assert f"need about {runs_needed(difference, 0.01, level)} seeds a side" in pair.verdict
 
 
 def write_schedules(folder, **losses_of):
