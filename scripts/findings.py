@@ -48,19 +48,24 @@ from scripts.analysis.text import cell, markdown_table
 from scripts.analysis.verdict import Group, group_runs
 
 PAGE = "FINDINGS.md"
-INTRODUCTION = (
-    "The claims are those of [the paper](https://arxiv.org/abs/2606.27715) and "
-    "[its blog](https://blog.tilderesearch.com/blog/aurora). A verdict holds for the conditions that stand above its "
-    "figures and no others. *Supported*: the test or the 95 % interval shows what is claimed; *contradicted*: it shows "
-    "the opposite; *undecided*: it leaves both possible. *Beats* means a lower loss at the end of equally long "
-    "schedules, or fewer steps to the target where each rule has a schedule of its own.\n\n"
-    "Differences are those of means, the first-named minus the second: in claims 1 and 3 negative says that the "
-    "first-named is better, in steps to the target or, where lengths are equal, in nats of final loss; in claim 2 "
-    "positive says that it starves more, in percentage points of rows. Brackets are 95 % intervals of single figures. "
-    "Each p is corrected (Holm) for the tests of its claim in one setting, of which there are two in 2a and 2b and in "
-    "3a and 3b, and for no more, so among many settings one verdict in twenty may be chance; the tables of "
-    "[README.md](README.md) correct over all pairs of a folder, so their p may be larger."
-)
+INTRODUCTION = """\
+The claims are those of [the paper](https://arxiv.org/abs/2606.27715) and
+[its blog](https://blog.tilderesearch.com/blog/aurora). A verdict holds only for the conditions that stand above its
+figures.
+
+- *Supported*: the test or the 95 % interval shows what is claimed. *Contradicted*: it shows the opposite.
+  *Undecided*: it leaves both possible. *Not testable*: the records do not suffice.
+- *Beats* means a lower loss at the end of equally long schedules. Where each optimizer has a schedule of its own, it
+  means fewer steps to the target.
+- A row of `up` is *starved* if it gets under a tenth of an even share of the update's energy. A neuron is *dead* if
+  its part in the output of its layer is under a hundredth of the mean neuron's.
+- Differences are between means: the first-named minus the second. In claims 1 and 3 a negative difference means that
+  the first-named is better. It is in steps to the target or, where lengths are equal, in nats of final loss. In claim 2
+  a positive difference means that the first-named starves more. It is in percentage points of rows.
+- Brackets hold the 95 % interval of one figure.
+- Each p is corrected (Holm) for the tests of its claim in one setting: two in 2a and 2b, two in 3a and 3b, one
+  elsewhere. There is no correction over settings, so one verdict in twenty may be chance. The pages of the experiments
+  ([README.md](README.md)) correct over all pairs of a folder, so their p may be larger."""
 # Cells of report.group_cells() that the page shows, and three of its own.
 CELLS = {
     0: "optimizer",
@@ -71,7 +76,7 @@ CELLS = {
     7: "reached",
     8: "steps to target [95 %]",
 }
-OWN_CELLS = ("starved rows of up, mean of looks", "at the last look", "dead neurons, last look")
+OWN_CELLS = ("starved rows of up, mean", "at the end", "dead neurons at the end")
 GAINS = [("muon", "aurora"), ("muon", "unormuon")]
 
 
@@ -108,19 +113,13 @@ class Page:
         """Claims 1 to 4a in one setting: what was found, and its section of the page."""
         groups, flaw = single_groups(groups_in(self.results, folder))
         groups = {} if flaw else groups
-        loss, neurons = "", ""
-        if groups:
-            looks = [
-                (g.label, g.runs[0].target, g.steps_to_target(), [run.validations for run in g.runs])
-                for g in groups.values()
-            ]
-            loss = self.plot(f"{folder}/findings-loss.png", looks, lambda p, d: draw_loss(groups, p, d))
+        experiment, neurons = f"[details]({folder.partition('/')[0]}/README.md)" if groups else "", ""
         if groups and all(map(has_telemetry, groups.values())):
             events = [(g.label, run.neuron_events) for g in groups.values() for run in g.runs]
             neurons = self.plot(f"{folder}/findings-neurons.png", events, lambda p, d: draw_neurons(groups, p, d))
         findings = order_findings(groups) + neuron_findings(groups) + [step_cost_finding(groups)]
         findings.sort(key=lambda finding: finding.claim)
-        links = {finding.claim: neurons if finding.claim.startswith("2") else loss for finding in findings}
+        links = {finding.claim: neurons if finding.claim.startswith("2") else experiment for finding in findings}
         lines = [f"## {title}", "", f"Not comparable: {flaw}." if flaw else conditions(groups), "", note, ""]
         lines += [*indented(command), "", claims_table(findings, links), ""]
         if groups:
@@ -173,7 +172,7 @@ def summary(columns: dict[str, list[Finding]], overall: list[Finding]) -> str:
 
     rows = [(found[0].claim, *map(short, found)) for found in zip(*columns.values(), strict=True)]
     lines = [markdown_table(("claim", *columns), rows), ""]
-    return "\n".join([*lines, *(f"- {f.claim}: **{f.verdict}** {f.figure}".rstrip() for f in overall)])
+    return "\n".join([*lines, *(f"- Claim {f.claim}: **{f.verdict}** {f.figure}".rstrip() for f in overall)])
 
 
 def claims_table(findings: list[Finding], links: dict[str, str]) -> str:
@@ -223,12 +222,6 @@ def gain_rows(widths: Widths) -> list[tuple[str, ...]]:
 # Plots
 
 
-def draw_loss(groups: dict[str, Group], path: Path, description: str) -> None:
-    from scripts.plot import plot_groups
-
-    plot_groups(list(groups.values()), path, description)
-
-
 def draw_neurons(groups: dict[str, Group], path: Path, description: str) -> None:
     from scripts.neurons import plot_neurons
 
@@ -265,7 +258,7 @@ def draw_widths(widths: Widths, path: Path, description: str) -> None:
                 axis.plot(
                     *zip(*points.items(), strict=True), linestyle=line, marker=marker, color=color, label=NAMES[name]
                 )
-        axis.set_ylabel(f"{title} at the last look (%)")
+        axis.set_ylabel(f"{title} at the end (%)")
         axis.set_ylim(bottom=0)
     for axis in (left, *axes):
         axis.set_xscale("log", base=2)

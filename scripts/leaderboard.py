@@ -1,13 +1,13 @@
-"""The page of all results, results/README.md, computed from the records beside it.
+"""The pages of results, results/README.md and one for each folder, computed from the records beside them.
 
-    python scripts/leaderboard.py                write the page and its curves
+    python scripts/leaderboard.py                write the pages and their curves
     python scripts/leaderboard.py --check        exit 1 if they are not what the records give
     python scripts/leaderboard.py add DIR        check the records in DIR and copy them to results/<name of DIR>
     python scripts/leaderboard.py unpack PATH --out NEW       restore a record, or a folder, as the run wrote it
 
-One section for each task_hash: a row for each rule, setting, code, hardware and folder. Records in a folder whose name
-ends with _tuning are no rows, they count as tuning budget. Text by hand comes from notes.md in results/ and its
-folders, public results from reference.toml.
+The main page has a section for each experiment, the page of a folder all details. Records in a folder whose name ends
+with _tuning are no rows, they count as tuning budget. Text by hand comes from notes.md in results/ and its folders,
+public results from reference.toml.
 """
 
 import argparse
@@ -24,13 +24,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from aurora.trainer.record import STORE, RecordError, Run, read_record, record_paths
-from scripts.analysis.page import Page
+from scripts.analysis.page import PAGE, Pages
 from scripts.analysis.store import packed_files, unpack
 from scripts.analysis.text import plain
 from scripts.analysis.verdict import Group
 from scripts.verification.checks import verify_folder
-
-PAGE = "README.md"
 
 
 def read_results(results: Path) -> list[Run]:
@@ -58,22 +56,25 @@ def digest(groups: Iterable[Group]) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
-def stale_files(results: Path, page: Page) -> list[Path]:
-    """The page and its pictures, as far as they are not what the records give."""
-    path = results / PAGE
-    stale = [] if path.is_file() and path.read_text(encoding="utf-8") == page.text else [path]
-    for path, groups in page.pictures.items():
+def stale_files(pages: Pages) -> list[Path]:
+    """The pages and their pictures, as far as they are not what the records give."""
+    stale = [
+        path for path, text in pages.texts.items() if not path.is_file() or path.read_text(encoding="utf-8") != text
+    ]
+    for path, groups in pages.pictures.items():
         if not path.is_file() or digest(groups).encode() not in path.read_bytes():
             stale.append(path)
-    return stale
+    return sorted(stale)
 
 
-def write(results: Path, page: Page) -> None:
+def write(pages: Pages) -> None:
     from scripts.plot import plot_groups
 
-    for path in page.pictures.keys() & set(stale_files(results, page)):
-        plot_groups(page.pictures[path], path, description=digest(page.pictures[path]))
-    (results / PAGE).write_text(page.text, encoding="utf-8")
+    for path in stale_files(pages):
+        if path in pages.texts:
+            path.write_text(pages.texts[path], encoding="utf-8")
+        else:
+            plot_groups(pages.pictures[path], path, description=digest(pages.pictures[path]))
 
 
 def add(source: Path, results: Path) -> list[Path]:
@@ -145,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("command", nargs="?", choices=("write", "add", "unpack"), default="write")
     parser.add_argument("path", nargs="?", type=Path, help="add: a folder of new records; unpack: a record or a folder")
     parser.add_argument("--out", type=Path, help="of unpack: the new file or folder")
-    parser.add_argument("--check", action="store_true", help="write nothing, exit 1 if the page is stale")
+    parser.add_argument("--check", action="store_true", help="write nothing, exit 1 if a page is stale")
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of the records and the page")
     args = parser.parse_args(argv)
     if (args.command == "write") != (args.path is None):
@@ -163,13 +164,13 @@ def main(argv: list[str] | None = None) -> int:
             for path in restore(args.path, args.out):
                 print(path)
             return 0
-        page = Page(args.results, read_results(args.results))
+        pages = Pages(args.results, read_results(args.results))
         if args.check:
-            stale = stale_files(args.results, page)
+            stale = stale_files(pages)
             for path in stale:
                 print(f"error: {path} is not what the records give: python scripts/leaderboard.py", file=sys.stderr)
             return 1 if stale else 0
-        write(args.results, page)
+        write(pages)
     except (RecordError, OSError, tomllib.TOMLDecodeError) as error:
         print(f"error: {plain(error, 500)}", file=sys.stderr)
         return 2

@@ -5,6 +5,7 @@ python scripts/plot.py neurons results/quick --out neurons.svg      starved and 
 """
 
 import argparse
+import io
 import math
 import statistics
 import sys
@@ -40,6 +41,7 @@ SHOWN_FROM_FRAC = 0.2
 # Markers of one curve; every curve begins with another offset, so that they do not cover each other.
 MARKERS = 6
 LABEL_WIDTH = 26
+DPI = 120
 
 
 def plot_loss_curves(runs: Sequence[Run], path: Path) -> None:
@@ -55,7 +57,7 @@ def plot_groups(groups: Sequence[Group], path: Path, description: str = "") -> N
     time of each step. The same runs give the same bytes.
 
     Args:
-        groups: of one task; each needs a look at a common step.
+        groups: of one task; each needs a validation at a common step.
         path: PNG or SVG, by its suffix.
         description: kept in the file's metadata.
     """
@@ -95,9 +97,17 @@ def plot_groups(groups: Sequence[Group], path: Path, description: str = "") -> N
 
 
 def save_figure(figure, path: Path, description: str = "") -> None:
-    """As PNG or SVG, without a date."""
-    metadata = {"Description": description} | ({"Date": None} if path.suffix == ".svg" else {"Software": None})
-    figure.savefig(path, dpi=120, metadata=metadata)
+    """As PNG or SVG, without a date. A PNG gets a palette of 256 colours: a third of the bytes, no visible loss."""
+    if path.suffix != ".png":
+        figure.savefig(path, dpi=DPI, metadata={"Description": description, "Date": None})
+        return
+    from PIL import Image, PngImagePlugin
+
+    buffer, info = io.BytesIO(), PngImagePlugin.PngInfo()
+    figure.savefig(buffer, format="png", dpi=DPI)
+    info.add_text("Description", description)
+    picture = Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    picture.save(path, format="png", optimize=True, pnginfo=info)
 
 
 def styles_of(groups: Sequence[Group]) -> list[tuple]:

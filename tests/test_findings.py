@@ -186,9 +186,9 @@ def test_check_finds_a_page_or_plot_that_the_records_do_not_give(results, capsys
     assert findings.main(["--results", str(results), "--check"]) == 1
     assert "FINDINGS.md is not what the records give" in capsys.readouterr().err
     verdicts(results)
-    (results / "quick" / "findings-loss.png").unlink()
+    (results / "quick" / "findings-neurons.png").unlink()
     assert findings.main(["--results", str(results), "--check"]) == 1
-    assert "findings-loss.png is not what the records give" in capsys.readouterr().err
+    assert "findings-neurons.png is not what the records give" in capsys.readouterr().err
     (results / "findings.toml").unlink()
     assert findings.main(["--results", str(results)]) == 2
 

@@ -181,7 +181,7 @@ def test_runs_stopped_where_they_meet_the_target_flatter(tmp_path):
     for i, stop in enumerate((225, 250, 275)):
         log(tmp_path, trial_text((10.8 + i, 3.29, 3.279), steps=(0, 200, stop), total=300), f"{i}.txt")
     finding = claims.check([tmp_path], claims.Claim("row", None, None, None), 3.28)
-    assert any("own first look below the target" in problem for problem in finding["problems"])
+    assert any("own first validation below the target" in problem for problem in finding["problems"])
     folder = tmp_path / "fixed"
     folder.mkdir()
     rows(folder, GOOD)

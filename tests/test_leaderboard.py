@@ -1,5 +1,6 @@
-"""The page of results and its plots, from records made up here and from the committed ones."""
+"""The pages of results and their plots, from records made up here and from the committed ones."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -61,16 +62,52 @@ def run(*arguments):
     return leaderboard.main([str(argument) for argument in arguments])
 
 
+def pages_of(results):
+    """The main page and those of the folders, by folder, without writing them."""
+    pages = leaderboard.Pages(results, leaderboard.read_results(results))
+    return pages, {path.parent.name: text for path, text in pages.texts.items()}
+
+
+def targets(page):
+    """Of all links of a page, those by reference among them."""
+    found = re.findall(r"(?<!\\)\]\(([^)]*)\)|^\[r\d+\]: (.*)$", re.sub("^    .*$", "", page, flags=re.M), re.M)
+    return ["".join(target) for target in found]
+
+
 def cells(page, rule):
-    """The row of a rule in the leaderboard and its row of evidence, without the row's number."""
+    """The row of a rule in the table of a folder's page and its row of evidence, without the row's number."""
     lines = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in page.splitlines() if line[:2] == "| "]
     number = next(line[0] for line in lines if line[1] == rule)
     found = [line[1:] for line in lines if line[0] == number]
     return found[0], found[1]
 
 
-def test_the_committed_page_is_what_the_records_give(capsys):
+def test_the_committed_pages_are_what_the_records_give(capsys):
     assert run("--check") == 0, capsys.readouterr().err
+
+
+def test_the_main_page_is_short_and_begins_with_the_main_track():
+    page = (ROOT / "results" / "README.md").read_text()
+    headings = re.findall("^## (.*)$", page, re.M)
+    assert len(page.splitlines()) <= 250 and headings[0] == "The quick track" and len(set(headings)) == len(headings)
+    contents = re.findall(r"^- \[(.*)\]\(#(.*)\)$", page.partition("\n## ")[0], re.M)
+    assert [name for name, _ in contents] == headings
+    assert [link for _, link in contents] == [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings]
+    for folder in {path.relative_to(ROOT / "results").parts[0] for path in ROOT.glob("results/**/*.jsonl")}:
+        assert f"({folder}/README.md)" in page, f"no link to the details of {folder}"
+
+
+def test_links_of_all_pages_of_results_lead_somewhere_and_no_picture_is_stored_twice():
+    shown = set()
+    for path in ROOT.glob("results/**/*.md"):
+        for target in targets(path.read_text()):
+            if not target.startswith(("https://", "#")):
+                shown.add((path.parent / target).resolve())
+                assert (path.parent / target).exists(), f"{path} links {target}"
+    pictures = [path.resolve() for path in ROOT.glob("results/**/*.png")]
+    assert shown.issuperset(pictures)
+    assert len({hashlib.sha256(path.read_bytes()).digest() for path in pictures}) == len(pictures)
+    assert sum(path.stat().st_size for path in pictures) < 2e6
 
 
 def test_page_is_stale_after_every_change_of_what_it_shows(results, capsys):
@@ -78,7 +115,15 @@ def test_page_is_stale_after_every_change_of_what_it_shows(results, capsys):
     assert run("--results", results) == 0 and run("--results", results, "--check") == 0
     (results / "quick" / "notes.md").write_text("What it shows.\n")
     assert run("--results", results, "--check") == 1
-    assert run("--results", results) == 0 and "What it shows." in (results / "README.md").read_text()
+    assert run("--results", results) == 0
+    for page in (results / "README.md", results / "quick" / "README.md"):
+        assert "What it shows." in page.read_text()
+    for page in (*results.glob("*/README.md"), results / "README.md"):
+        text = page.read_text()
+        page.write_text(text + "More.\n")
+        capsys.readouterr()
+        assert run("--results", results, "--check") == 1 and f"error: {page} is not" in capsys.readouterr().err
+        page.write_text(text)
     path = results / "quick" / "muon-1.jsonl"
     path.write_text(path.read_text().replace("3.001", "3.0011"))
     capsys.readouterr()
@@ -87,17 +132,20 @@ def test_page_is_stale_after_every_change_of_what_it_shows(results, capsys):
 
 
 def test_row_counts_seeds_arrivals_and_tuning_trials(results):
-    run("--results", results)
-    page = (results / "README.md").read_text()
+    _, pages = pages_of(results)
+    main, page = pages["results"], pages["quick"]
     # Straight line from 3 at step 100 to 1.5 at step 200: the target of 2 is met at 166.7.
     muon, muon_evidence = cells(page, "muon")
     assert muon[:7] == ["muon", "200", "3", "3/3", "166.7 [166.6, 166.9]", "83.4 [83.3, 83.4]", "A"]
-    assert muon[7] == "2" and muon[8] == "quick" and muon_evidence[4] == "168"
+    assert muon[7] == "2" and muon_evidence[4] == "168"
     adamw, adamw_evidence = cells(page, "adamw")
     assert adamw[2:6] == ["3", "0/3", "> 200.0", "> 100.0"] and adamw[7] == "0" and adamw_evidence[4] == "-"
     name = re.search(r"\[2\]\[(r\d+)\]", muon_evidence[-1])[1]
-    assert f"[{name}]: quick/muon-2.jsonl" in page and "quick_tuning/muon-7.jsonl" not in page
-    assert "supported: muon is lower" in page
+    assert f"[{name}]: muon-2.jsonl" in page and "muon-7.jsonl" not in page and "supported: muon is lower" in page
+    row = ["muon", "200", "3/3", *muon[4:6], muon_evidence[0], "2", "[quick](quick/README.md)"]
+    assert re.search(r" +\| ".join(map(re.escape, row)), main)
+    assert "- **quick**: muon has a lower loss at the end than adamw." in main
+    assert re.search(r"\| muon +\| 2 +\| 7 8 ", pages["quick_tuning"]) and "2 trials." in main
 
 
 def test_longer_schedule_is_a_row_that_is_compared_by_its_arrival(results):
@@ -107,8 +155,7 @@ def test_longer_schedule_is_a_row_that_is_compared_by_its_arrival(results):
             "normuon", seed, (4.0, 3.2, 1.4), steps=500, env={"device_name": "GPU", "torch": "2"}, device="cuda"
         )
         (results / "quick" / f"normuon-{seed}.jsonl").write_text(slow)
-    assert run("--results", results) == 0
-    page = (results / "README.md").read_text()
+    page = pages_of(results)[1]["quick"]
     row, evidence = cells(page, "normuon")
     assert row[1:4] == ["500", "3", "3/3"] and float(row[4].split()[0]) > 400 and evidence[0] == "1.4010"
     assert {cells(page, "muon")[0][6], row[6]} == {"A", "B"} and "- machine B: " in page
@@ -129,10 +176,11 @@ def test_variation_of_a_track_has_a_table_of_its_own_and_is_not_set_beside_publi
         changed = config | {"model": model, "eval": config["eval"] | {"every": 5}}
         text = record(config=changed, task_hash=folder, sources=sources)
         (results / folder / "muon-0.jsonl").write_text(text)
-    page = leaderboard.Page(results, leaderboard.read_results(results)).text
-    assert "## plain, head\\_dtype float8, num\\_layers 3: target 2, 512 tokens a step\n\nTask varied." in page
-    assert "## plain: target 2, 512 tokens a step\n\nTask plain." in page
-    assert page.count("| ours") == 3, "of the rules of quick, and of plain"
+    _, pages = pages_of(results)
+    name = "Track plain with head\\_dtype float8, num\\_layers 3: target 2, 512 tokens a step"
+    assert f"## {name}\n\nTask varied." in pages["varied"] and f"\n{name}.\n" in pages["results"]
+    assert "## Track plain: target 2, 512 tokens a step\n\nTask plain." in pages["plain"]
+    assert pages["results"].count("| ours") == 3, "of the rules of quick, and of plain"
 
 
 def test_page_of_a_record_that_lacks_what_it_shows_is_an_error_in_one_line(results, capsys):
@@ -148,8 +196,7 @@ def test_failed_run_stays_in_its_row(results):
     path = results / "quick" / "muon-1.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(line for line in lines if json.loads(line).get("step", 0) <= 150))
-    run("--results", results)
-    page = (results / "README.md").read_text()
+    page = pages_of(results)[1]["quick"]
     assert cells(page, "muon")[0][2:5] == ["3", "2/3", "> 161.2"]
     assert "without a final loss: seed 1 \\(cut short\\)" in page or "without a final loss: seed 1 (cut short)" in page
 
@@ -158,16 +205,16 @@ def test_text_of_a_record_is_text_on_the_page_and_in_the_plot(results):
     for seed in range(3):
         (results / "quick" / f"evil-{seed}.jsonl").write_text(record(HOSTILE, seed, (4.0, 3.0, 1.4), HOSTILE))
     assert run("--results", results) == 0
-    page = (results / "README.md").read_text()
-    outside_comment = page.replace(page.splitlines()[0], "")
-    assert "<" not in outside_comment and "\x1b" not in page
-    assert not re.search(r"(?<!\\)\]\((http|javascript)", page) and "\n# x" not in page
-    for target in re.findall(r"(?<!\\)\]\(([^)]*)\)|^\[r\d+\]: (.*)$", page, re.M):
-        target = "".join(target)
-        assert (results / target).resolve().is_relative_to(results.resolve())
-    for line in page.splitlines():
-        if line.startswith("|"):
-            assert len(re.findall(r"(?<!\\)\|", line)) in (8, 9, 11), "a cell ran into the next"
+    for path in results.rglob("README.md"):
+        page = path.read_text()
+        outside_comment = page.replace(page.splitlines()[0], "")
+        assert "<" not in outside_comment and "\x1b" not in page
+        assert not re.search(r"(?<!\\)\]\((http|javascript)", page) and "\n# x" not in page
+        for target in targets(page):
+            assert target.startswith("#") or (path.parent / target).resolve().is_relative_to(results.resolve())
+        for line in page.splitlines():
+            if line.startswith("|"):
+                assert len(re.findall(r"(?<!\\)\|", line)) in (8, 9, 10, 11), "a cell ran into the next"
     task = [found for found in read_folder(results / "quick")[0] if found.start["optimizer"] == HOSTILE]
     plot.plot_loss_curves(task, results / "evil.svg")
     assert "<script" not in (results / "evil.svg").read_text()
@@ -200,8 +247,9 @@ def test_add_copies_new_records_once_and_refuses_what_is_refuted(results, tmp_pa
     (honest,) = (ROOT / "results" / "quick").rglob("*-adamw-s0-*.jsonl")
     shutil.copy(honest, new / "a.jsonl")
     assert run("add", new, "--results", results) == 0
-    assert (results / "mine" / "a.jsonl").read_bytes() == honest.read_bytes()  # which is packed, too
-    assert "mine" in (results / "README.md").read_text() and run("--results", results, "--check") == 0
+    assert (results / "mine" / "a.jsonl").read_bytes() == honest.read_bytes()
+    assert "(mine/README.md)" in (results / "README.md").read_text()
+    assert "[0][r1]" in (results / "mine" / "README.md").read_text() and run("--results", results, "--check") == 0
     capsys.readouterr()
     assert run("add", new, "--results", results) == 2
     assert "has the losses and times of" in capsys.readouterr().err
@@ -246,12 +294,14 @@ def test_folder_is_labelled_by_what_differs_inside_and_its_notes_stand_once(resu
             path = results / folder / f"muon-{task}-{seed}.jsonl"
             path.parent.mkdir(exist_ok=True)
             path.write_text(record("aurora", seed, hparams={"lr": lr, "b_lr": lr}, task_hash=task))
-    (results / "slow" / "notes.md").write_text("How it was made.\n")
-    page = leaderboard.Page(results, leaderboard.read_results(results))
-    assert "| aurora b\\_lr=lr=0.1 |" in page.text and "| aurora b\\_lr=lr=0.2 |" in page.text
-    labels = {path.parent.name: [group.label for group in groups] for path, groups in page.pictures.items()}
-    assert labels["slow"] == ["aurora"]
-    assert page.text.count("How it was made.") == 1 and page.text.count("Notes and command: above.") == 1
+    (results / "slow" / "notes.md").write_text("# Slow\n\nWhat it is,\nin short.\n\nHow it was made.\n")
+    pages, text = pages_of(results)
+    assert {group.label for groups in pages.pictures.values() for group in groups} == {"aurora", "muon", "adamw"}
+    for folder in ("results", "slow"):
+        assert "What it is, in short." in text[folder]
+    assert "\n# Slow\n" in text["slow"] and text["slow"].count("How it was made.") == 1
+    assert "How it was made." not in text["results"]
+    assert "\nThe same task: [quick](../quick/README.md).\n" in text["slow"]
 
 
 @pytest.mark.parametrize("suffix", [often("png", False), "svg"])

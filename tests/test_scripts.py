@@ -118,7 +118,7 @@ def test_looks_that_are_far_apart_give_a_bracket_and_no_mean_test_or_ratio(tmp_p
     assert cells == {"muon": ("100 to 200", "50 to 100"), "aurora": ("0 to 300", "0 to 150")}
     (pair,) = verdict.compare_pairs(groups)
     assert math.isnan(pair.p) and pair.target_ratio is None and pair.step_ratio
-    assert pair.verdict == "not comparable: looks of aurora, muon too far apart around the target"
+    assert pair.verdict == "not comparable: validations of aurora, muon too far apart around the target"
     text = report.markdown_report(groups)
     assert "too far apart around the target to say" in text and "First at the target" not in text
     plot.plot_groups(groups, tmp_path / "curves.png")
@@ -139,7 +139,7 @@ def test_verdicts_say_what_the_seeds_can_tell_apart(tmp_path):
     pairs = {(pair.first.label, pair.second.label): pair for pair in verdict.compare_pairs(groups_of(tmp_path))}
     close = pairs["aurora", "muon"]
     assert close.difference == pytest.approx(-1 / 300) and close.p == pytest.approx(0.966, abs=1e-3)
-    assert re.fullmatch("not supported: it takes a fresh comparison with about [0-9]+ seeds a side", close.verdict)
+    assert re.fullmatch("not supported: a new comparison would need about [0-9]+ seeds a side", close.verdict)
     clear = pairs["muon", "adamw"]
     assert clear.p == pytest.approx(0.00026, abs=1e-5) and 2 * clear.p <= clear.p_holm <= 3 * clear.p
     assert clear.verdict == "supported: muon is lower"
@@ -155,7 +155,7 @@ def test_verdicts_follow_holm_and_advise_a_fresh_comparison_at_its_level(tmp_pat
     assert [pair.p for pair in close] == pytest.approx([0.03, 0.03], abs=1e-3)
     assert all(pair.p_holm > 0.05 and pair.verdict.startswith("not supported") for pair in close)
     first_of_the_two = min(close, key=lambda pair: pair.p)
-    assert f"with about {runs_needed(0.027, 0.01, 0.025)} seeds a side" in first_of_the_two.verdict
+    assert f"need about {runs_needed(0.027, 0.01, 0.025)} seeds a side" in first_of_the_two.verdict
     assert pairs["muon", "adamw"].verdict == "supported: muon is lower"
 
 
@@ -164,7 +164,7 @@ def test_advice_is_for_holms_level_of_each_pair_also_where_the_adjusted_p_is_cap
     write_seeds(tmp_path, muon=low, aurora=[x + 0.004 for x in low], adamw=[x + 0.010 for x in low])
     pairs = sorted(verdict.compare_pairs(groups_of(tmp_path)), key=lambda pair: pair.p)
     for pair, difference, level in zip(pairs, (0.010, 0.006, 0.004), (0.05 / 3, 0.05 / 2, 0.05), strict=True):
-        assert f"with about {runs_needed(difference, 0.01, level)} seeds a side" in pair.verdict
+        assert f"need about {runs_needed(difference, 0.01, level)} seeds a side" in pair.verdict
 
 
 def write_schedules(folder, **losses_of):
@@ -208,7 +208,7 @@ def test_across_schedules_runs_that_never_arrive_are_ranked_last_and_none_is_dro
     for seed in (3, 4):
         (tmp_path / f"adamw_500-{seed}.jsonl").unlink()
     (pair,) = verdict.compare_pairs(groups_of(tmp_path))
-    assert pair.verdict == "not supported: it takes a fresh comparison with at least 4 seeds a side"
+    assert pair.verdict == "not supported: a new comparison would need at least 4 seeds a side"
     write_schedules(tmp_path, muon_200=[2.6, 2.7, 2.8], adamw_500=[2.6, 2.7, 2.8])
     assert "no run of either met the target" in verdict.compare_pairs(groups_of(tmp_path))[0].verdict
 

@@ -116,7 +116,9 @@ def check(paths: Sequence[Path], claim: Claim, target: float, metric: str | None
     if summary["p_sd"] is not None and summary["p_sd"] < ALPHA:
         remarks.append(f"seeds differ more than the {GATE_SIGMA} that the gate assumes (p = {summary['p_sd']:.2g})")
     if were_stopped_at_target(trials, metric, target):
-        problems.append("each run ends at its own first look below the target: runs that were lucky early flatter")
+        problems.append(
+            "each run ends at its own first validation below the target: runs that were lucky early flatter"
+        )
     counts = Counter(trial.status for trial in trials)
     return {
         "name": claim.name,
@@ -186,7 +188,7 @@ def claimed_part(trials: Sequence[Trial], claim: Claim, metric: str, step: int |
     for words, key in (
         ("in the folder {}", lambda trial: trial.path.parent.name),
         ("in the file {}", lambda trial: trial.path.name),
-        ("whose last look is at step {}", lambda trial: trial.last_step),
+        ("whose last validation is at step {}", lambda trial: trial.last_step),
     ):
         for value in sorted({key(trial) for trial in trials}):
             inside = [trial for trial in trials if key(trial) == value]

@@ -84,7 +84,7 @@ def order_findings(groups: dict[str, Group]) -> list[Finding]:
                 not_testable(claim, pair.verdict.removeprefix("not comparable: "), figure_of(pair, names[0]))
             )
         else:
-            is_ahead = ahead(pair) == names[0]
+            is_ahead = pair.front.optimizer == names[0]
             why = f"{corrected(p, count)}; {pair.measure}"
             if pair.measure == "steps to target":
                 why += ": " + ", ".join(arrivals(groups[name]) for name in names)
@@ -96,11 +96,6 @@ def order_findings(groups: dict[str, Group]) -> list[Finding]:
 def corrected(p: float, count: int) -> str:
     """count: the tests over which p is Holm's."""
     return f"p = {p:.2g}" + (f", Holm over {count}" if count > 1 else "")
-
-
-def ahead(pair: Pair) -> str:
-    """The optimizer of a pair with the lower losses, or whose runs arrive earlier."""
-    return (pair.second if pair.difference > 0 else pair.first).optimizer
 
 
 def figure_of(pair: Pair, name: str) -> str:
@@ -132,7 +127,7 @@ def starved_in(event: dict[str, Any]) -> float:
 
 
 def starved_mean(run: Run) -> float:
-    """Over the looks of a run."""
+    """Over the validations of a run."""
     return float(np.mean([starved_in(event) for event in run.neuron_events]))
 
 
@@ -175,13 +170,13 @@ def starved_findings(groups: dict[str, Group]) -> list[Finding]:
             findings.append(not_testable(claim, flaws[name] or "no spread between seeds"))
             continue
         test, is_real = tests[name], adjusted[name] < ALPHA
-        why = f"{corrected(adjusted[name], len(tests))}; mean over the looks of a run"
+        why = f"{corrected(adjusted[name], len(tests))}; mean over the validations of a run"
         figure = signed(*test[:3], unit=" points")
         findings.append(judged(claim, is_real and test.difference > 0, is_real, figure, why))
     claim = "2c. Muon starves more than a quarter of the rows of up"
     if flaw := neuron_flaw(groups, "muon"):
         return [*findings, not_testable(claim, flaw)]
-    why = f"mean over the looks of a run; at the last look {starved_last(groups['muon']):.1f} %"
+    why = f"mean over the validations of a run; at the last one {starved_last(groups['muon']):.1f} %"
     return [*findings, above_quarter(claim, shares["muon"], why)]
 
 

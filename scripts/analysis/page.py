@@ -1,23 +1,38 @@
-"""The text of results/README.md: one section for each task, from the runs of its records."""
+"""The pages of results: results/README.md with a section for each experiment, and one page of details a folder.
 
+Notes by hand, notes.md in results/ and its folders: a title, a first paragraph that says in a sentence what it is, and
+the rest. The main page shows titles and first paragraphs, the page of a folder all of its notes.
+"""
+
+import html
 import json
 import math
 import re
 import statistics
 import tomllib
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from aurora.trainer.record import LATER_SETTINGS, Run, model_of
 from scripts.analysis.report import LONG, PAIR_HEADER, as_p, pair_cells, remarks, to_target
 from scripts.analysis.statistics import MIN_RUNS, common_step, gate, t_below
 from scripts.analysis.text import cell, markdown_table
-from scripts.analysis.verdict import Group, Pair, compare_pairs, label_groups, mean_loss, stack_of
+from scripts.analysis.verdict import (
+    Group,
+    Pair,
+    compare_pairs,
+    label_groups,
+    mean_loss,
+    order_of_arrival,
+    stack_of,
+)
 
-NOTES = "notes.md"
+PAGE, NOTES = "README.md", "notes.md"
+WRITTEN = "<!-- Written by scripts/leaderboard.py from the records and notes.md; edit those. -->"
 
 
 def folder_of(run: Run, results: Path) -> str:
@@ -40,14 +55,68 @@ def variant(run: Run) -> str | None:
     return run.start["hparams"].get("variant", "iterated" if run.start["optimizer"] == "aurora" else None)
 
 
-def make_groups(runs: Iterable[Run], results: Path) -> list[Group]:
-    """Runs of one task by rule, setting, code, hardware and folder; those that arrive first come first."""
-    by_row: dict[tuple, list[Run]] = {}
+class Notes(NamedTuple):
+    """What is written by hand of a folder, in Markdown. summary: the first paragraph, on one line."""
+
+    title: str
+    summary: str
+    rest: str
+
+
+def read_notes(folder: Path) -> Notes:
+    path = folder / NOTES
+    text = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+    title = cell(folder.name)
+    if text.startswith("# "):
+        title, _, text = text.removeprefix("# ").partition("\n")
+    summary, _, rest = text.strip().partition("\n\n")
+    return Notes(title, " ".join(summary.split()), rest.strip("\n"))
+
+
+class Table(NamedTuple):
+    """The groups of one task in one folder, and their tests."""
+
+    task: str
+    folder: str
+    groups: list[Group]
+    pairs: list[Pair]
+
+    @property
+    def first_run(self) -> Run:
+        return self.groups[0].runs[0]
+
+    @property
+    def num_runs(self) -> int:
+        return sum(len(group.runs) for group in self.groups)
+
+    @property
+    def begin(self) -> str:
+        return min(run.start["utc"] for group in self.groups for run in group.runs)
+
+
+def make_tables(runs: Iterable[Run], results: Path) -> list[Table]:
+    """Runs by task and folder, there by optimizer, setting, code and hardware; without tuning trials."""
+    found: dict[tuple[str, str], dict[tuple, list[Run]]] = {}
     for run in runs:
-        setting = run.start["optimizer"], json.dumps(run.setting, sort_keys=True)
-        key = setting, run.start["code_hash"], stack_of(run), folder_of(run, results)
-        by_row.setdefault(key, []).append(run)
-    return label_groups(by_row.values())
+        if not is_tuning(run, results):
+            key = run.start["task_hash"], folder_of(run, results)
+            setting = run.start["optimizer"], json.dumps(run.setting, sort_keys=True)
+            row = setting, run.start["code_hash"], stack_of(run)
+            found.setdefault(key, {}).setdefault(row, []).append(run)
+    tables = []
+    for (task, folder), rows in found.items():
+        groups = label_groups(rows.values())
+        tell_apart(groups)
+        tables.append(Table(task, folder, groups, compare_pairs(groups)))
+    return tables
+
+
+def by(key: str, tables: Iterable[Table]) -> dict[str, list[Table]]:
+    """Tables by task or by folder: the one with most runs first, of equal ones the oldest."""
+    found: dict[str, list[Table]] = {}
+    for table in sorted(tables, key=lambda table: (-table.num_runs, table.begin, table.folder)):
+        found.setdefault(getattr(table, key), []).append(table)
+    return found
 
 
 def hardware(run: Run) -> str:
@@ -59,12 +128,16 @@ def hardware(run: Run) -> str:
     return ", ".join([f"{run.start['world_size']} x {env['device_name']}{threads}", *versions, *compiled])
 
 
+MAIN_HEADER = (
+    *("optimizer", "steps", "reached", "steps to target [95 %]", "seconds to target [95 %]", "loss at the end"),
+    *("tuning trials", "experiment"),
+)
 HEADER = (
-    *("row", "rule", "steps", "n", "reached", "steps to target [95 %]", "seconds to target [95 %]"),
-    *("machine", "tuning trials", "experiment"),
+    *("row", "optimizer", "steps", "runs", "reached", "steps to target [95 %]", "seconds to target [95 %]"),
+    *("machine", "tuning trials"),
 )
 EVIDENCE_HEADER = (
-    *("row", "val loss at the end", "sd", "margin", "p below target", "gate from step", "date", "commit", "code"),
+    *("row", "loss at the end", "sd", "margin", "p below target", "gate from step", "date", "commit", "code"),
     "records by seed",
 )
 
@@ -79,15 +152,6 @@ def unlike_first(run: Run) -> dict[str, Any]:
     return {key: value for key, value in model_of(run.start["config"]).items() if key in LATER_SETTINGS}
 
 
-def by_task(runs: Iterable[Run], results: Path) -> dict[str, list[Run]]:
-    """Runs by task_hash, without tuning trials."""
-    tasks: dict[str, list[Run]] = {}
-    for run in runs:
-        if not is_tuning(run, results):
-            tasks.setdefault(run.start["task_hash"], []).append(run)
-    return tasks
-
-
 def changes_of_track(run: Run) -> dict[str, Any]:
     """What the command changed of the track's model and evaluation: tasks of one track differ in it."""
     try:
@@ -95,82 +159,115 @@ def changes_of_track(run: Run) -> dict[str, Any]:
     except (KeyError, TypeError, tomllib.TOMLDecodeError):
         track = {}
     config, found = run.start["config"], unlike_first(run)
-    for name in ("model", "eval"):
+    for name, prefix in (("model", ""), ("eval", "eval.")):
         tables = track.get(name), config.get(name)
         if all(isinstance(table, dict) for table in tables):
             theirs, own = tables
-            found |= {key: own[key] for key in theirs if key != "target" and own.get(key, theirs[key]) != theirs[key]}
+            changed = {key: own[key] for key in theirs if own.get(key, theirs[key]) != theirs[key]}
+            found |= {prefix + key: value for key, value in changed.items() if key != "target"}
     return found
 
 
-class Page:
-    """The text, and the groups of each picture that it shows."""
+class Pages:
+    """The text of each page, and the groups of each picture that they show."""
 
     def __init__(self, results: Path, runs: Sequence[Run]):
         self.results = results
-        self.trials = [run for run in runs if is_tuning(run, results)]
-        self.links: dict[str, str] = {}
+        self.texts: dict[Path, str] = {}
         self.pictures: dict[Path, list[Group]] = {}
-        self.noted: set[str] = set()
-        tasks = by_task(runs, results)
-        lines = ["<!-- Written by scripts/leaderboard.py from the records and notes.md; edit those. -->", ""]
-        lines += ["# Results", "", *notes(results)]
-        for task in sorted(tasks, key=lambda task: max(run.start["utc"] for run in tasks[task]), reverse=True):
-            lines += [*self.task_section(task, tasks[task]), ""]
-        lines += reference_section(tasks, results)
-        for folder in sorted({folder_of(run, results) for run in self.trials}):
-            inside = [run for run in runs if folder_of(run, results) == folder]
-            lines += [f"## {cell(folder)}", "", *notes(results / folder), tuning_table(inside), ""]
-        lines += [f"[{name}]: {target}" for name, target in self.links.items()]
-        self.text = "\n".join(lines).rstrip("\n") + "\n"
+        trials: dict[str, list[Run]] = {}
+        self.trial_times: dict[str, list[str]] = {}  # by family
+        for run in sorted(runs, key=lambda run: run.start["utc"]):
+            if is_tuning(run, results):
+                trials.setdefault(folder_of(run, results), []).append(run)
+                self.trial_times.setdefault(setting_family(run), []).append(run.start["utc"])
+        tables = make_tables(runs, results)
+        self.by_task, by_folder = by("task", tables), by("folder", tables)
+        self.notes = {folder: read_notes(results / folder) for folder in by_folder.keys() | trials.keys()}
+        for folder in self.notes:
+            page = self.folder_page(folder, by_folder.get(folder, []), trials.get(folder, []))
+            self.texts[results / folder / PAGE] = as_text(page)
+        self.texts[results / PAGE] = as_text(self.main_page(trials))
 
-    def task_section(self, task: str, runs: Sequence[Run]) -> list[str]:
-        """Heading, leaderboard, and for each folder its notes, curves and tests."""
-        groups, batch_tokens = make_groups(runs, self.results), runs[0].start["config"]["train"]["batch_tokens"]
+    def main_page(self, trials: dict[str, list[Run]]) -> list[str]:
+        """Contents, and a section for each experiment: first the one with most runs, which is the main track."""
+        notes = read_notes(self.results)
+        sections: dict[str, list[list[Table]]] = {}
+        for tables in self.by_task.values():
+            sections.setdefault(tables[0].folder, []).append(tables)
+        body: list[str] = []
+        for folder in sorted(sections, key=lambda name: -sum(t.num_runs for tables in sections[name] for t in tables)):
+            body += self.section(folder, sections[folder])
+        body += reference_section(self.by_task, self.results)
+        if trials:
+            body += ["## Tuning", ""]
+        for folder in sorted(trials):
+            body += [f"- {self.introduction(folder)} {len(trials[folder])} trials."]
+        body += ["", notes.rest]
+        headings = [line.removeprefix("## ") for line in "\n".join(body).splitlines() if line.startswith("## ")]
+        contents = [f"- [{heading}](#{anchor(heading)})" for heading in headings]
+        return [WRITTEN, "", f"# {notes.title}", "", notes.summary, "", *contents, "", *body]
+
+    def introduction(self, folder: str) -> str:
+        notes = self.notes[folder]
+        return f"[{notes.title}]({quote(folder)}/{PAGE}){': ' * bool(notes.summary)}{notes.summary}"
+
+    def section(self, folder: str, tasks: list[list[Table]]) -> list[str]:
+        """What the experiment is, and for each of its tasks the leaderboard and a verdict for each folder."""
+        notes, others = self.notes[folder], {table.folder for tables in tasks for table in tables} - {folder}
+        lines = [f"## {notes.title}", "", f"{notes.summary} [Details]({quote(folder)}/{PAGE}).".lstrip(), ""]
+        lines += [f"- {self.introduction(name)}" for name in sorted(others)]
+        for tables in tasks:
+            rows = [(group, table.folder) for table in tables for group in table.groups]
+            rows.sort(key=lambda row: order_of_arrival(row[0]))
+            lines += ["", f"{describe(tables[0].first_run)}.", ""]
+            lines += [markdown_table(MAIN_HEADER, [self.main_row(*row) for row in rows]), ""]
+            lines += [f"- **{cell(table.folder)}**: {in_a_line(table.pairs)}" for table in tables]
+        return [*lines, ""]
+
+    def main_row(self, group: Group, folder: str) -> tuple[str, ...]:
+        """Cells under MAIN_HEADER, as Markdown."""
+        _, name, steps, _, *reached, _, trials = self.row(0, group, [stack_of(group.runs[0])])
+        return name, steps, *reached, end_loss(group), trials, f"[{cell(folder)}]({quote(folder)}/{PAGE})"
+
+    def folder_page(self, folder: str, tables: list[Table], trials: list[Run]) -> list[str]:
+        notes = self.notes[folder]
+        links: dict[str, str] = {}
+        lines = [WRITTEN, "", f"# {notes.title}", "", notes.summary, "", notes.rest, ""]
+        lines += [f"All results, and how to read the tables: [{PAGE}](../{PAGE}).", ""]
+        for table in tables:
+            lines += self.details(table, links)
+        if trials:
+            lines += ["## Trials", "", tuning_table(trials), ""]
+        return [*lines, *(f"[{name}]: {target}" for name, target in links.items())]
+
+    def details(self, table: Table, links: dict[str, str]) -> list[str]:
+        """All that is known of one task in one folder."""
+        groups, run = table.groups, table.first_run
         machines = list({stack_of(group.runs[0]): hardware(group.runs[0]) for group in groups}.items())
         stacks = [stack for stack, _ in machines]
-        track = ", ".join(sorted({Path(config_name(run)).stem for run in runs}))
-        variation = "".join(f", {cell(key)} {cell(value)}" for key, value in changes_of_track(runs[0]).items())
-        numbered = list(enumerate(groups, start=1))
-        lines = [
-            f"## {cell(track)}{variation}: target {runs[0].target:g}, {batch_tokens:,} tokens a step",
-            "",
-            f"Task {cell(task[:12])}. Seconds compare within one folder only, of runs of one command.",
-            "",
-            *(f"- machine {letter(i)}: {cell(name)}" for i, (_, name) in enumerate(machines)),
-            "",
-            markdown_table(HEADER, [self.row(i, group, stacks) for i, group in numbered]),
-            "",
-            "The records behind these rows, and whether each rule is below the target at its last step:",
-            "",
-            markdown_table(EVIDENCE_HEADER, [self.evidence(i, group) for i, group in numbered]),
-        ]
-        sections = by_folder(groups, self.results)
-        # The widest comparison comes first.
-        for folder in sorted(sections, key=lambda name: (-len({group.optimizer for group in sections[name]}), name)):
-            lines += self.folder_section(folder, sections[folder])
-        return lines
-
-    def folder_section(self, folder: str, groups: list[Group]) -> list[str]:
-        picture = picture_of(groups, self.results)
+        others = [t.folder for t in self.by_task[table.task] if t.folder != table.folder]
+        picture = picture_of(table, self.results)
         self.pictures[picture] = groups
-        text = notes(self.results / folder)
-        if text and folder in self.noted:
-            text = ["Notes and command: above.", ""]
-        self.noted.add(folder)
-        link = quote(picture.relative_to(self.results).as_posix())
-        lines = ["", f"### {cell(folder)}", "", *text, f"![validation loss of {cell(folder)}]({link})", ""]
-        if pairs := compare_pairs(groups):
-            lines += [markdown_table(PAIR_HEADER, [escaped_pair(pair) for pair in pairs]), ""]
-        return lines + [f"- {cell(remark, LONG)}" for remark in remarks(groups, pairs)]
+        numbered = list(enumerate(groups, start=1))
+        lines = [f"## {describe(run)}", "", f"Task {cell(table.task[:12])}."]
+        if others:
+            lines += ["The same task: " + ", ".join(f"[{cell(f)}](../{quote(f)}/{PAGE})" for f in others) + "."]
+        lines += ["", *(f"- machine {letter(i)}: {cell(name)}" for i, (_, name) in enumerate(machines)), ""]
+        lines += [markdown_table(HEADER, [self.row(i, group, stacks) for i, group in numbered]), ""]
+        lines += [f"![validation loss of {cell(table.folder)}]({quote(picture.name)})", ""]
+        if table.pairs:
+            lines += ["The tests of all pairs:", ""]
+            lines += [markdown_table(PAIR_HEADER, [escaped_pair(pair) for pair in table.pairs]), ""]
+        lines += [f"- {cell(remark, LONG)}" for remark in remarks(groups, table.pairs)]
+        lines += ["", "The records behind the rows, and whether the loss at the end is below the target:", ""]
+        rows = [self.evidence(i, group, links) for i, group in numbered]
+        return [*lines, markdown_table(EVIDENCE_HEADER, rows), ""]
 
     def row(self, number: int, group: Group, machines: Sequence[tuple]) -> tuple[str, ...]:
         """Cells under HEADER, as Markdown."""
         found, run = group.steps_to_target(), group.runs[0]
         begin = min(run.start["utc"] for run in group.runs)  # later trials chose settings of other rows
-        family = setting_family(run)
-        num_trials = sum(setting_family(trial) == family and trial.start["utc"] <= begin for trial in self.trials)
-        folder = folder_of(run, self.results)
         return (
             str(number),
             cell(group.label),
@@ -180,25 +277,24 @@ class Page:
             to_target(found, 1),
             to_target(group.seconds_to_target(), 1),
             letter(machines.index(stack_of(run))),
-            str(num_trials),
-            cell(folder),
+            str(bisect_right(self.trial_times.get(setting_family(run), []), begin)),
         )
 
-    def evidence(self, number: int, group: Group) -> tuple[str, ...]:
+    def evidence(self, number: int, group: Group, links: dict[str, str]) -> tuple[str, ...]:
         """Cells under EVIDENCE_HEADER. Links are by reference, or the table could not be read as text."""
         run, losses = group.runs[0], group.losses(group.last_step)
-        looks = [{look.step: look.val_loss for look in run.validations} for run in group.runs]
-        is_whole, step = len(losses) == len(group.runs), common_step(looks, run.target)
+        by_step = [{found.step: found.val_loss for found in run.validations} for run in group.runs]
+        is_whole, step = len(losses) == len(group.runs), common_step(by_step, run.target)
         commits = {(run.start.get("git") or {}).get("commit", "")[:8] for run in group.runs}
         is_dirty = any((run.start.get("git") or {}).get("dirty") for run in group.runs)
         seeds = []
         for found in group.runs:
-            name = f"r{len(self.links) + 1}"
-            self.links[name] = quote(found.path.relative_to(self.results).as_posix())
+            name = f"r{len(links) + 1}"
+            links[name] = quote(found.path.relative_to(self.results / folder_of(found, self.results)).as_posix())
             seeds.append(f"[{cell(found.start['seed'])}][{name}]")
         return (
             str(number),
-            f"{mean_loss(group):.4f}" if math.isfinite(mean_loss(group)) else "-",
+            end_loss(group),
             "-" if len(losses) < 2 else f"{statistics.stdev(losses):.4f}",
             f"{gate(losses, run.target).margin:+.4f}" if is_whole and len(losses) >= MIN_RUNS else "-",
             cell(as_p(t_below(losses, run.target))) if is_whole else "-",
@@ -210,20 +306,58 @@ class Page:
         )
 
 
+def as_text(lines: Iterable[str]) -> str:
+    """With one newline at the end, and one empty line at a time."""
+    return re.sub("\n{3,}", "\n\n", "\n".join(lines)).rstrip("\n") + "\n"
+
+
+def anchor(heading: str) -> str:
+    """What GitHub makes of a heading for links to it."""
+    text = html.unescape(heading.replace("\\", "")).lower()
+    return re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
+
+
+def describe(run: Run) -> str:
+    """The task of a run in words: its track, what was changed of that, and the target."""
+    changes = ", ".join(f"{cell(key)} {cell(value)}" for key, value in changes_of_track(run).items())
+    tokens = run.start["config"]["train"]["batch_tokens"]
+    track = cell(Path(config_name(run)).stem) + " with " * bool(changes) + changes
+    return f"Track {track}: target {run.target:g}, {tokens:,} tokens a step"
+
+
+def end_loss(group: Group) -> str:
+    return f"{mean_loss(group):.4f}" if math.isfinite(mean_loss(group)) else "-"
+
+
+# The verbs of verdicts, of one optimizer and of several.
+LOWER = "has a lower loss at the end than", "have a lower loss at the end than"
+EARLIER = "reaches the target before", "reach the target before"
+
+
+def in_a_line(pairs: Sequence[Pair]) -> str:
+    """What the tests of one table support, and what they leave open."""
+    behind: dict[tuple[str, tuple[str, str]], list[str]] = {}
+    others: dict[str, list[str]] = {}
+    for pair in pairs:
+        front, back = cell(pair.front.label), cell(pair.back.label)
+        if pair.verdict.startswith("supported"):
+            verbs = LOWER if pair.measure.startswith("loss") else EARLIER
+            behind.setdefault((front, verbs), []).append(back)
+        else:
+            word = "undecided" if pair.verdict.startswith("not supported") else "not comparable"
+            others.setdefault(word, []).append(f"{front} - {back}")
+    ahead: dict[tuple[tuple[str, str], str], list[str]] = {}
+    for (front, verbs), backs in behind.items():
+        ahead.setdefault((verbs, ", ".join(backs)), []).append(front)
+    words = [f"{', '.join(fronts)} {verbs[len(fronts) > 1]} {backs}" for (verbs, backs), fronts in ahead.items()]
+    for word, names in others.items():
+        words.append(f"every pair {word}" if len(names) == len(pairs) else f"{word}: {', '.join(names)}")
+    return "; ".join(words or ["nothing to compare"]) + "."
+
+
 def escaped_pair(pair: Pair) -> list[str]:
     name, *numbers, words = pair_cells(pair)
     return [cell(name), *(text.replace("<", "&lt;") for text in numbers), cell(words, LONG)]
-
-
-def by_folder(groups: Iterable[Group], results: Path) -> dict[str, list[Group]]:
-    """Groups of one task by the folder of their runs, with labels that tell them apart there."""
-    found: dict[str, list[Group]] = {}
-    for group in groups:
-        found.setdefault(folder_of(group.runs[0], results), []).append(group)
-    tables = {folder: label_groups(group.runs for group in inside) for folder, inside in found.items()}
-    for inside in tables.values():
-        tell_apart(inside)
-    return tables
 
 
 def tell_apart(groups: Sequence[Group]) -> None:
@@ -239,12 +373,7 @@ def config_name(run: Run) -> str:
     return next((name for name in run.start["sources"] if name.endswith(".toml")), "unknown track")
 
 
-def notes(folder: Path) -> list[str]:
-    path = folder / NOTES
-    return [path.read_text(encoding="utf-8").strip(), ""] if path.is_file() else []
-
-
-def reference_section(tasks: dict[str, list[Run]], results: Path) -> list[str]:
+def reference_section(tasks: dict[str, list[Table]], results: Path) -> list[str]:
     """Public results of the same tasks beside ours."""
     path = results / "reference.toml"
     if not path.is_file():
@@ -256,15 +385,15 @@ def reference_section(tasks: dict[str, list[Run]], results: Path) -> list[str]:
             for entry in track["result"]
         ]
         same = ("target", "batch_tokens", "vocab_size")
-        for runs in tasks.values():
-            config = runs[0].start["config"]
-            own = runs[0].target, config["train"]["batch_tokens"], config["model"]["vocab_size"]
-            if own == tuple(track[key] for key in same) and not unlike_first(runs[0]):
-                for group in make_groups(runs, results):
-                    steps, mean = to_target(group.steps_to_target(), 0), f"{mean_loss(group):.4f}"
-                    rows.append((cell(group.label), steps, mean, str(len(group.runs)), "ours"))
+        for table in (table for tables in tasks.values() for table in tables):
+            config = table.first_run.start["config"]
+            own = table.first_run.target, config["train"]["batch_tokens"], config["model"]["vocab_size"]
+            if own == tuple(track[key] for key in same) and not unlike_first(table.first_run):
+                for group in table.groups:
+                    steps = to_target(group.steps_to_target(), 0)
+                    rows.append((cell(group.label), steps, end_loss(group), str(len(group.runs)), "ours"))
         lines += [f"## Public results: {track['name']}", "", track["text"].strip(), ""]
-        lines += [markdown_table(("rule", "steps", "mean loss", "n", "source"), rows), ""]
+        lines += [markdown_table(("optimizer", "steps", "mean loss", "runs", "source"), rows), ""]
         if not any(cells[-1] == "ours" for cells in rows):
             lines += ["No run of ours on this task is recorded yet.", ""]
     return lines
@@ -287,10 +416,9 @@ def tuning_table(runs: Sequence[Run]) -> str:
         cells += ["-"] * (4 - len(cells))
         seeds = " ".join(str(seed) for seed in sorted({run.start["seed"] for run in trials}))
         rows.append([cell(text) for text in (name, len(trials), seeds, *cells)])
-    return markdown_table(("rule", "trials", "seed", "best", "loss", "next best", "loss"), sorted(rows))
+    return markdown_table(("optimizer", "trials", "seed", "best", "loss", "next best", "loss"), sorted(rows))
 
 
-def picture_of(groups: Sequence[Group], results: Path) -> Path:
+def picture_of(table: Table, results: Path) -> Path:
     """Path of the curves of one task in one folder."""
-    task = re.sub("[^0-9a-f]", "", groups[0].runs[0].start["task_hash"])[:8]
-    return results / folder_of(groups[0].runs[0], results) / f"curves-{task}.png"
+    return results / table.folder / f"curves-{re.sub('[^0-9a-f]', '', table.task)[:8]}.png"

@@ -129,9 +129,9 @@ def remarks(groups: Sequence[Group], pairs: Sequence[Pair]) -> list[str]:
     lengths = sorted({group.planned_steps for group in groups})
     if len(lengths) > 1:
         lines.append(
-            f"Schedules of {', '.join(map(str, lengths))} steps, each cooled down at its own end: losses compare "
-            "within one alone, across them steps and seconds to the target. With another length a run may arrive "
-            "earlier or later."
+            f"Schedules of {', '.join(map(str, lengths))} steps, each cooled down at its own end: compare losses "
+            "between equal lengths only, and steps or seconds to the target between unequal ones. With another length "
+            "a run may reach the target earlier or later."
         )
     few = min(len(group.runs) for group in groups)
     if few < MIN_RUNS:
@@ -145,22 +145,23 @@ def remarks(groups: Sequence[Group], pairs: Sequence[Pair]) -> list[str]:
     wide = [group.label for group in groups if sd_test(group.losses(group.last_step)) < ALPHA]
     if wide and few >= MIN_RUNS:
         lines.append(
-            f"Seeds of {', '.join(wide)} differ more than the {GATE_SIGMA} that the gate assumes: go by the t-test."
+            f"The seeds of {', '.join(wide)} differ by more than the {GATE_SIGMA} that the public rule assumes: "
+            "trust the t-test instead."
         )
     if len(set.union(*(group.surroundings for group in groups))) > 1:
         lines.append("Times are not comparable: the runs come from more than one machine, stack or folder.")
     if coarse := [group.label for group in groups if group.is_coarse]:
         lines.append(
-            f"Looks of {', '.join(coarse)} are too far apart around the target to say when it was met: steps and "
-            "seconds are those between which it was."
+            f"Validations of {', '.join(coarse)} are too far apart around the target to say when it was met: the "
+            "tables show the steps and seconds between which it was."
         )
     resumed = [f"{group.label} seed {run.start['seed']}" for group in groups for run in group.runs if was_resumed(run)]
     if resumed:
         lines.append(f"Stopped and resumed, so that their seconds are not comparable: {', '.join(resumed)}.")
     if any(pair.step_ratio or pair.target_ratio for pair in pairs):
         lines.append(
-            "A ratio of times is real where its interval leaves out 1; the intervals are of each pair alone, paired "
-            "by seed."
+            "A ratio of times differs from 1 where its interval leaves out 1. The intervals are paired by seed and not "
+            "corrected for the number of pairs."
         )
     return lines
 

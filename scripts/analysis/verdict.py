@@ -101,7 +101,7 @@ class Group:
             [by_step.get(step, 0) for step in hit.bracket] for hit, by_step in zip(hits, values, strict=True) if hit
         ]
         bracket = min(low for low, _ in ends), max(high for _, high in ends)
-        nothing = Interval(math.nan, math.nan, "looks too far apart")
+        nothing = Interval(math.nan, math.nan, "validations too far apart")
         return Reached(found.count, found.runs, *[math.nan] * 3, nothing, bracket)
 
     def flaws(self) -> list[str]:
@@ -230,6 +230,15 @@ class Pair:
     target_ratio: tuple[float, Interval] | None
     verdict: str
 
+    @property
+    def front(self) -> Group:
+        """The one with the lower losses, or whose runs arrive earlier."""
+        return self.second if self.difference > 0 else self.first
+
+    @property
+    def back(self) -> Group:
+        return self.first if self.difference > 0 else self.second
+
 
 def compare_pairs(groups: Sequence[Group]) -> list[Pair]:
     """Every pair of groups of one task, with Holm's correction over all pairs that can be tested."""
@@ -253,7 +262,7 @@ def compare(one: Group, other: Group) -> Pair:
     elif not np.isfinite([*a, *b]).any():
         reasons.append("no run of either met the target")
     elif not is_same_schedule and (coarse := [group.label for group in (first, second) if group.is_coarse]):
-        reasons.append(f"looks of {', '.join(coarse)} too far apart around the target")
+        reasons.append(f"validations of {', '.join(coarse)} too far apart around the target")
         a, b = [], []
     is_ranked = not np.isfinite([*a, *b]).all()
     test, share, spread = Welch(*[math.nan] * 4), math.nan, math.nan
@@ -295,14 +304,14 @@ def verdict_of(pair: Pair, level: float) -> str:
     """supported or not, for a pair with a p; level: what Holm's procedure asks that p to be below."""
     is_loss = pair.measure.startswith("loss")
     if pair.p_holm < ALPHA:
-        front, back = (pair.second, pair.first) if pair.difference > 0 else (pair.first, pair.second)
-        return f"supported: {front.label} " + ("is lower" if is_loss else f"arrives before {back.label}")
+        words = "is lower" if is_loss else f"arrives before {pair.back.label}"
+        return f"supported: {pair.front.label} {words}"
     is_ranked = math.isfinite(pair.share)
     n = ranks_needed(level) if is_ranked else runs_needed(pair.difference, pair.spread, level)
     if n <= min(len(pair.first.runs), len(pair.second.runs)):
         return "not supported"
     # Not so many more: adding runs until a test succeeds makes it succeed.
-    return f"not supported: it takes a fresh comparison with {'at least' if is_ranked else 'about'} {n} seeds a side"
+    return f"not supported: a new comparison would need {'at least' if is_ranked else 'about'} {n} seeds a side"
 
 
 def step_seconds(run: Run) -> float | None:
