@@ -15,6 +15,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Callable
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ class Page:
         loss, neurons = "", ""
         if groups:
             looks = [
-                (g.label, g.runs[0].target, g.steps_to_target(), [run.validations for run in g.runs])
+                (g.label, g.runs[0].target, astuple(g.steps_to_target()), [run.validations for run in g.runs])
                 for g in groups.values()
             ]
             loss = self.plot(f"{folder}/findings-loss.png", looks, lambda p, d: draw_loss(groups, p, d))
@@ -210,7 +211,7 @@ def group_row(group: Group) -> tuple[str, ...]:
 
 
 def gain_rows(widths: Widths) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for base, other in GAINS:
         for expansion, by_seed in gains(widths, base, other).items():
             values = list(by_seed.values())
