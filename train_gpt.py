@@ -66,8 +66,8 @@ class Rotary(nn.Module):
         super().__init__()
         frequencies = F.pad((1 / base) ** torch.linspace(0, 1, head_dim // 4), (0, head_dim // 4))
         angles_T1F = torch.outer(torch.arange(seq_len, dtype=torch.float32), frequencies)[:, None, :]
-        self.register_buffer("cos_T1F", angles_T1F.cos(), persistent=False)
-        self.register_buffer("sin_T1F", angles_T1F.sin(), persistent=False)
+        self.cos_T1F = nn.Buffer(angles_T1F.cos(), persistent=False)
+        self.sin_T1F = nn.Buffer(angles_T1F.sin(), persistent=False)
 
     def forward(self, x_BTHK: Tensor) -> Tensor:
         cos, sin = self.cos_T1F[: x_BTHK.size(1)], self.sin_T1F[: x_BTHK.size(1)]
@@ -155,18 +155,19 @@ class GPT(nn.Module):
         """Projections and head 0, embedding N(0, 1), others N(0, 0.33 / fan-in); drawn on the CPU, alike everywhere."""
         generator = torch.Generator().manual_seed(seed)
         nn.init.normal_(self.embed.weight, generator=generator)
-        zero = {self.head, *(layer for block in self.blocks for layer in (block.attention.out, block.mlp.down))}
-        for layer in self.modules():
+        for name, layer in self.named_modules():
             if isinstance(layer, nn.Linear):
-                std = 0.0 if layer in zero else math.sqrt(0.33 / layer.in_features)
+                is_zero = name == "head" or name.endswith(("attention.out", "mlp.down"))
+                std = 0.0 if is_zero else math.sqrt(0.33 / layer.in_features)
                 nn.init.normal_(layer.weight, std=std, generator=generator)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
 
     def roles(self) -> list[aurora.Param]:
         """Every parameter with its role; the head's bias is a vector, as in the public benchmark."""
-        matrices = {id(layer.weight) for layer in self.blocks.modules() if isinstance(layer, nn.Linear)}
-        roles = {id(self.embed.weight): "embed", id(self.head.weight): "head", **dict.fromkeys(matrices, "matrix")}
+        matrices = [layer.weight for layer in self.blocks.modules() if isinstance(layer, nn.Linear)]
+        roles: dict[int, aurora.Role] = dict.fromkeys(map(id, matrices), "matrix")
+        roles |= {id(self.embed.weight): "embed", id(self.head.weight): "head"}
         return [aurora.Param(name, p, roles.get(id(p), "vector")) for name, p in self.named_parameters()]
 
 
@@ -196,7 +197,7 @@ def validation_steps(config: Config) -> set[int]:
 
 def forward_backward(run: Run, model: Model, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
     """Accumulate this rank's gradients of the mean loss over the global batch; returns its share of that loss."""
-    losses = []
+    losses: list[Tensor] = []
     for inputs, targets in run.plan.micro_batches(inputs_BT, targets_BT):
         if len(losses) == run.plan.micro_steps - 1:
             run.gradients.overlap()  # the sum over ranks begins while the last backward pass runs

@@ -136,7 +136,8 @@ def load_config(path: Path, optimizer: str, overrides: Iterable[str] = ()) -> Co
     for override in overrides:
         apply_override(tables, override)
 
-    sections = {name: hint for name, hint in get_type_hints(Config).items() if dataclasses.is_dataclass(hint)}
+    hints = get_type_hints(Config).items()
+    sections = {name: hint for name, hint in hints if isinstance(hint, type) and dataclasses.is_dataclass(hint)}
     optimizer_tables = tables.pop("optimizer", {})
     entries = optimizer_tables.values() if isinstance(optimizer_tables, dict) else [optimizer_tables]
     if not all(isinstance(entry, dict) for entry in entries):
@@ -154,7 +155,7 @@ def load_config(path: Path, optimizer: str, overrides: Iterable[str] = ()) -> Co
     hparams = dict(optimizer_tables[optimizer])
     if (steps := pop_steps(hparams, overrides)) is not None and isinstance(tables["train"], dict):
         tables["train"] = tables["train"] | {"steps": coerce(f"optimizer.{optimizer}.steps", steps, int)}
-    parts = {
+    parts: dict[str, Any] = {
         name: cls(**typed_table(tables[name], get_type_hints(cls), name, with_default(cls)))
         for name, cls in sections.items()
     }

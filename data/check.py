@@ -6,7 +6,7 @@ from pathlib import Path
 
 from aurora.tokens.manifest import NAME, check_against_manifest, read_manifest
 from aurora.tokens.overlap import check_val_is_unseen
-from aurora.tokens.shards import ShardError, check_numbering, fingerprint, open_shard, verify_shard
+from aurora.tokens.shards import ShardError, ShardInfo, check_numbering, fingerprint, open_shard, verify_shard
 from data.hub import DATASETS, file_sha256
 
 PUBLIC_VAL_TOKENS = 10_485_760
@@ -41,7 +41,7 @@ def check_folder(folder: Path, vocab_size: int) -> Iterator[str]:
     except ShardError as error:
         yield Problem(error)
 
-    infos = {}
+    infos: dict[Path, ShardInfo] = {}
     for path in paths:
         try:
             info = verify_shard(path, vocab_size)

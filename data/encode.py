@@ -285,12 +285,12 @@ def cut_into_shards(
 
     Yields each shard's tokens and the position of the token that follows them: which document, which token in it.
     """
-    num_skipped, next_document = position["token"], position["document"]
+    num_skipped, document = position["token"], position["document"]
     buffer, filled = np.empty(shard_tokens, dtype=np.uint16), 0
-    document = start = None  # the last document that began, and how far before the coming batch
+    # The last document that began, and how far before the coming batch; before the first batch none has.
+    last_start = np.empty(0, dtype=np.int64)
     for tokens, document_starts in batches:
-        starts = document_starts if document is None else np.concatenate([[start], document_starts])
-        first = next_document if document is None else document
+        starts = np.concatenate([last_start, document_starts])
         begin = min(num_skipped, len(tokens))
         num_skipped -= begin
         while begin < len(tokens):
@@ -299,11 +299,11 @@ def cut_into_shards(
             filled, begin = filled + taken, begin + taken
             if filled == shard_tokens:
                 index = int(np.searchsorted(starts, begin, side="right")) - 1
-                yield buffer, {"document": first + index, "token": begin - int(starts[index])}
+                yield buffer, {"document": document + index, "token": begin - int(starts[index])}
                 filled = 0
-        document, start = first + len(starts) - 1, int(starts[-1]) - len(tokens)
+        document, last_start = document + len(starts) - 1, starts[-1:] - len(tokens)
     if filled:
-        yield buffer[:filled], {"document": document, "token": -start}
+        yield buffer[:filled], {"document": document, "token": -int(last_start[0])}
 
 
 @contextlib.contextmanager
@@ -327,9 +327,11 @@ def worker_pool(num_workers: int) -> Iterator[Executor | None]:
 
 def end_with_parent() -> None:
     """Leave no worker behind when the main process is killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # for this is a worker
 
     def watch() -> None:
-        multiprocessing.parent_process().join()
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -129,7 +129,7 @@ def shards_needed(config: Config) -> int:
 def run_tokenize(args: argparse.Namespace) -> int:
     begun = (read_manifest(args.out) or {"source": {}})["source"].get("revision")
     if args.files:
-        source = LocalFiles(args.files)
+        source: LocalFiles | HubText = LocalFiles(args.files)
     else:
         source = HubText(args.repo or "HuggingFaceFW/fineweb", args.sample, args.revision or begun or "main")
     tokenize(source, args.out, args.shard_tokens, args.train_shards, args.workers)

@@ -268,8 +268,8 @@ def with_retries(action: Callable[[], Any], what: str) -> Any:
                 raise
             answer = next((e for e in (error, error.__cause__) if isinstance(e, HfHubHTTPError)), None)
             response = answer.response if answer else None
-            is_refused = response is not None and 400 <= response.status_code < 500
-            is_final = is_refused and response.status_code not in (408, 429)
+            status = response.status_code if response is not None else None
+            is_final = status is not None and 400 <= status < 500 and status not in (408, 429)
             if is_final or isinstance(error, OfflineModeIsEnabled) or attempt == ATTEMPTS:
                 reason = " ".join(str(answer or error).split()) or type(error).__name__
                 fix = "check name, token and network, then run the same command again"

@@ -74,9 +74,9 @@ def checking(folder: Path, num_tokens: int, rounds: int) -> list[str]:
     verify_s = statistics.median(seconds(lambda: verify_shard(paths[1], GPT2_VOCAB_SIZE)) for _ in range(rounds))
     unseen = partial(check_val_is_unseen, paths[0], val, [(paths[1], train)], GPT2_VOCAB_SIZE)
     unseen_s = statistics.median(seconds(unseen) for _ in range(rounds))
-    size = f"{num_tokens / 1e6:.0f}M tokens"
+    train_size = f"{num_tokens / 1e6:.0f}M tokens"
     return [
-        f"| hash a shard of {size}, and check its tokens' range | {verify_s:.2f} s | | |",
+        f"| hash a shard of {train_size}, and check its tokens' range | {verify_s:.2f} s | | |",
         f"| look in it for {len(val) / 1e6:.0f}M validation tokens | {unseen_s:.2f} s | | |",
     ]
 

@@ -111,7 +111,8 @@ def plan_runs(args: argparse.Namespace) -> list[Planned]:
 
 def run_all(args: argparse.Namespace, plan: Sequence[Planned], progress: TextIO) -> list[Outcome]:
     """The planned runs, --jobs at a time, in the order of the plan. None starts after one was stopped on request."""
-    workers, durations_s, is_stopped = Workers(args.jobs, args.out), [], threading.Event()
+    workers, is_stopped = Workers(args.jobs, args.out), threading.Event()
+    durations_s: list[float] = []
     signal.signal(signal.SIGTERM, workers.end)
 
     def run_planned(number: int, title: str, argv: list[str]) -> Outcome:

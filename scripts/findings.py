@@ -15,6 +15,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Callable
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -209,7 +210,7 @@ def group_row(group: Group) -> tuple[str, ...]:
 
 
 def gain_rows(widths: Widths) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for base, other in GAINS:
         for expansion, by_seed in gains(widths, base, other).items():
             values = list(by_seed.values())

@@ -18,6 +18,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterable
+from dataclasses import astuple
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,7 +51,7 @@ def read_results(results: Path) -> list[Run]:
 def digest(groups: Iterable[Group]) -> str:
     """Of all values that a picture shows. It is written into the file, whose bytes depend on matplotlib's version."""
     values = [
-        (group.label, group.steps_to_target(), [(run.target, run.validations) for run in group.runs])
+        (group.label, astuple(group.steps_to_target()), [(run.target, run.validations) for run in group.runs])
         for group in groups
     ]
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()

@@ -12,6 +12,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -25,8 +26,9 @@ except ImportError as error:
     print(f"error: {error}; pip install -e '.[report]'", file=sys.stderr)
     sys.exit(2)
 
+Style = tuple[str, Any, str]  # colour, line style and marker, as matplotlib names them
 # Okabe and Ito's palette, told apart by colour-blind readers; line styles and markers tell them apart in grey print.
-STYLES = {
+STYLES: dict[str, Style] = {
     "adamw": ("#000000", ":", "o"),
     "muon": ("#0072B2", "-.", "s"),
     "normuon": ("#CC79A7", (0, (3, 1, 1, 1)), "v"),
@@ -35,7 +37,11 @@ STYLES = {
     "riemannian_aurora": ("#56B4E9", (0, (5, 1)), "P"),
 }
 # For a second setting of the same optimizer, and for optimizers without a style of their own.
-SPARE_STYLES = [("#E69F00", (0, (1, 1)), "X"), ("#56B4E9", (0, (5, 1)), "P"), ("#CC79A7", (0, (3, 1, 1, 1)), "v")]
+SPARE_STYLES: list[Style] = [
+    ("#E69F00", (0, (1, 1)), "X"),
+    ("#56B4E9", (0, (5, 1)), "P"),
+    ("#CC79A7", (0, (3, 1, 1, 1)), "v"),
+]
 # Curves begin here: the fall from the loss of a uniform guess would squeeze everything else.
 SHOWN_FROM_FRAC = 0.2
 # Markers of one curve; every curve begins with another offset, so that they do not cover each other.
@@ -110,12 +116,16 @@ def save_figure(figure, path: Path, description: str = "") -> None:
     picture.save(path, format="png", optimize=True, pnginfo=info)
 
 
-def styles_of(groups: Sequence[Group]) -> list[tuple]:
+def styles_of(groups: Sequence[Group]) -> list[Style]:
     """Of each group its own, where another has not taken that, else the least used spare one."""
     own = [STYLES.get(group.optimizer) for group in groups]
-    styles = [style if style not in own[:i] else None for i, style in enumerate(own)]
-    for i, style in enumerate(styles):
-        styles[i] = style or min(SPARE_STYLES, key=styles.count)
+    free = [style if style not in own[:i] else None for i, style in enumerate(own)]
+    used, styles = [style for style in free if style], []
+    for style in free:
+        if style is None:
+            style = min(SPARE_STYLES, key=used.count)
+            used.append(style)
+        styles.append(style)
     return styles
 
 

@@ -138,8 +138,10 @@ class Workers:
             launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
         own, final = (os.path.relpath(path.absolute(), ROOT) for path in (folder, self.out))
         command = [*launcher, "train_gpt.py", *argv, "--out", own, *(["--resume"] if go_on else [])]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        child = subprocess.Popen(command, cwd=ROOT, env=self.environment, **pipes)
+        child = subprocess.Popen(
+            command, cwd=ROOT, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        assert child.stdout is not None  # a pipe
         self.children.add(child)
         if self.is_ended.is_set():  # between the start and the line above
             child.terminate()

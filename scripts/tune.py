@@ -95,8 +95,10 @@ class Ledger:
     def trials(self, optimizer: str) -> list[Trial]:
         own = [entry for entry in self.entries if entry["optimizer"] == optimizer]
         losses = [math.inf if entry["val_loss"] is None else entry["val_loss"] for entry in own]
-        keys = ("trial", "knob", "setting", "why")
-        return [Trial(*(entry[key] for key in keys), loss) for entry, loss in zip(own, losses, strict=True)]
+        return [
+            Trial(entry["trial"], entry["knob"], entry["setting"], entry["why"], loss)
+            for entry, loss in zip(own, losses, strict=True)
+        ]
 
 
 class Tuner:
@@ -119,11 +121,11 @@ class Tuner:
             if run is None:
                 self.say(f"{place} {why}: {as_words(setting)}")
                 run, is_found = self.train(argv, place), False
-            loss = run.end["val_loss"] if run.is_done else math.inf
-            self.say(f"{place} {'found' if is_found else 'done'}: {run.end['status']}, val_loss {loss:.5f}")
+            loss = run.end_event["val_loss"] if run.is_done else math.inf
+            self.say(f"{place} {'found' if is_found else 'done'}: {run.end_event['status']}, val_loss {loss:.5f}")
             self.ledger.add({
                 "optimizer": optimizer, "trial": number, "knob": knob, "value": setting[knob], "setting": setting,
-                "why": why, "status": run.end["status"], "val_loss": loss if is_finite(loss) else None,
+                "why": why, "status": run.end_event["status"], "val_loss": loss if is_finite(loss) else None,
                 "record": run.path.name,
             })  # fmt: skip
             return loss

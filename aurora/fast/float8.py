@@ -42,7 +42,7 @@ class Float8Matmul(torch.autograd.Function):
         z_NV = torch._scaled_mm(
             *(x8, weight8.t(), x_scale, weight_scale), bias=None if is_float32 else bias_V, out_dtype=x_ND.dtype
         )
-        return z_NV.add_(bias_V) if is_float32 and ctx.has_bias else z_NV
+        return z_NV.add_(bias_V) if is_float32 and bias_V is not None else z_NV
 
     @staticmethod
     def backward(ctx: Any, grad_NV: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

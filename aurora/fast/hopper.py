@@ -11,16 +11,19 @@ in the dtype of x. Gradients of biases come as float32 sums over blocks of SUM_R
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from aurora.config import Config
 from aurora.errors import is_out_of_memory
 
 from .forward import FastForward, packed
+
+if TYPE_CHECKING:
+    from train_gpt import MLP, Attention
 
 SUM_ROWS = 128
 EPS = torch.finfo(torch.float32).eps
@@ -29,11 +32,11 @@ EPS = torch.finfo(torch.float32).eps
 class HopperForward(FastForward):
     """FastForward with kernels for queries, keys and values, and for the squared-ReLU MLP."""
 
-    def heads(self, x_BTD: Tensor, attention: nn.Module, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    def heads(self, x_BTD: Tensor, attention: "Attention", rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
         weight, bias = packed(x_BTD, attention.q, attention.k, attention.v)
         return RotatedHeads.apply(x_BTD, weight, zeros_if_none(bias, weight), *rotation)
 
-    def mlp(self, x_BTD: Tensor, mlp: nn.Module) -> Tensor:
+    def mlp(self, x_BTD: Tensor, mlp: "MLP") -> Tensor:
         if mlp.gate is not None:
             return super().mlp(x_BTD, mlp)
         (up, up_bias), (down, down_bias) = packed(x_BTD, mlp.up), packed(x_BTD, mlp.down)
@@ -62,7 +65,8 @@ def shorten_compiler_errors() -> None:
     with contextlib.suppress(ImportError, AttributeError):
         from torch._inductor import exc
 
-        exc.OperatorIssue.operator_str = staticmethod(lambda target, args, kwargs: f"  target: {target}")
+        short = staticmethod(lambda target, args, kwargs: f"  target: {target}")
+        exc.OperatorIssue.operator_str = short  # type: ignore[method-assign]  # a patch of torch
 
 
 # ----------------------------------------------------------------------------------------------------------------------

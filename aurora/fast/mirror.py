@@ -24,7 +24,7 @@ ROOT_CLASS = "GPT"
 OTHER = "other statements"  # at the top of the file, which may change anything, as `MLP.forward = ...` does
 MIRRORED = {
     "other statements": "f9c71d54928965bf",
-    "GPT": "af8ef0b6ee45769f",
+    "GPT": "69ba3594114fd800",
     "Block": "dfd439a97a5304d8",
     "Attention": "65856d6c850fcffa",
     "F": "5af419e14b127f8e",
@@ -32,7 +32,7 @@ MIRRORED = {
     "Tensor": "ec817b63d0ea9625",
     "nn": "6dde0dc74dfbde17",
     "ModelConfig": "e26a83988cd38cb1",
-    "Rotary": "81e8b71ec175e855",
+    "Rotary": "042ec21878ff8a93",
     "torch": "cf1070d3a16f24b2",
     "MLP": "9cfba49d3394dfe0",
     "RMSNorm": "27cfddf5bbf68956",
@@ -103,8 +103,9 @@ def bindings(node: ast.stmt) -> Iterator[tuple[str, ast.stmt]]:
     """The names that a statement at the top of a file binds, each with the part that binds it."""
     if isinstance(node, ast.Import | ast.ImportFrom):
         for alias in node.names:
-            is_import = isinstance(node, ast.Import)
-            alone = ast.Import([alias]) if is_import else ast.ImportFrom(node.module, [alias], node.level)
+            alone: ast.stmt = ast.Import([alias])
+            if isinstance(node, ast.ImportFrom):
+                alone = ast.ImportFrom(node.module, [alias], node.level)
             yield OTHER if alias.name == "*" else (alias.asname or alias.name).split(".")[0], alone
     elif isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         yield node.name, node

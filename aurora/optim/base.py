@@ -119,7 +119,7 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
         return polar(X_KMN, SCHEDULES[group["polar_schedule"]], self.polar_dtype(X_KMN, group), **options)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every matrix that has a gradient. No host sync.
 
         A non-finite gradient makes its matrix non-finite and sets found_non_finite, a 0-dim tensor on the device that
@@ -149,7 +149,8 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
             if not state:
                 state.update(self.new_state(p, group))
         buffers = [state["momentum_buffer"] for state in states]
-        torch._foreach_lerp_(buffers, [p.grad.float() for p in stack], _weights(1 - group["momentum"], stack))
+        grads = [grad.float() for grad in gradients_of(stack)]
+        torch._foreach_lerp_(buffers, grads, _weights(1 - group["momentum"], stack))
         X_KMN = torch.stack(self.lookahead(stack, group))
         O_KMN = self.direction(X_KMN, states, group)
 
@@ -172,7 +173,8 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
         buffers = [self.state[p]["momentum_buffer"] for p in stack]
         if not group["nesterov"]:
             return buffers
-        return torch._foreach_lerp([p.grad.float() for p in stack], buffers, _weights(group["momentum"], stack))
+        grads = [grad.float() for grad in gradients_of(stack)]
+        return list(torch._foreach_lerp(grads, buffers, _weights(group["momentum"], stack)))
 
     # ---- sharding over ranks ----
 
@@ -227,7 +229,7 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
             if p.grad is None:
                 raise ValueError(f"reduce_gradients: {name} of shape {tuple(p.shape)} has no gradient")
         params, owners = self._params_and_owners()
-        complete([sum_to_owners([p.grad for p in params], owners, wire_dtype)])
+        complete([sum_to_owners(gradients_of(params), owners, wire_dtype)])
         for p, owner in zip(params, owners, strict=True):
             if owner != self._rank:
                 p.grad = None
@@ -274,10 +276,10 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
         named = self._named_params()
         if state_dict.get("rule") != type(self).__name__:
             raise ValueError(f"state of rule {state_dict.get('rule')!r} cannot be loaded into {type(self).__name__}")
-        ours, theirs = ([g.get("param_names", g["params"]) for g in d["param_groups"]]
-                        for d in (super().state_dict(), state_dict))  # fmt: skip
-        if ours != theirs:
-            raise ValueError(f"state belongs to parameters {theirs}, this optimizer has {ours}")
+        our_params, their_params = ([g.get("param_names", g["params"]) for g in d["param_groups"]]
+                                    for d in (super().state_dict(), state_dict))  # fmt: skip
+        if our_params != their_params:
+            raise ValueError(f"state belongs to parameters {their_params}, this optimizer has {our_params}")
         for ours, theirs in zip(self.param_groups, state_dict["param_groups"], strict=True):
             if ours.keys() != theirs.keys():
                 differing = ", ".join(sorted(ours.keys() ^ theirs.keys()))
@@ -310,6 +312,11 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
             if self._owners[p] == self._rank:
                 self.state[p] = {key: value.to(p.device, copy=True) for key, value in state.items()}
         self.found_non_finite.zero_()
+
+
+def gradients_of(params: Iterable[Tensor]) -> list[Tensor]:
+    """The gradients of the parameters that have one."""
+    return [p.grad for p in params if p.grad is not None]
 
 
 def _weights(weight: float | Tensor, stack: list[Tensor]) -> float | list[Tensor]:

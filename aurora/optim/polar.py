@@ -177,8 +177,9 @@ def polar(
         scale = torch.where(norm_K11.isinf(), torch.nan, 1 / norm_K11.clamp(min=TINY_NORM))
     if not schedule.coefficients:
         X = _polar_svd(scale * X_KMN, schedule.min_singular_value)
-        for _ in range(2 if interlude else 0):
-            X = _polar_svd(interlude(X), schedule.min_singular_value)
+        if interlude is not None:
+            for _ in range(2):
+                X = _polar_svd(interlude(X), schedule.min_singular_value)
         return X
     X = _scaled(X_KMN, scale / schedule.norm_margin, dtype)
     steps = schedule.coefficients

@@ -96,8 +96,9 @@ def build(name: str, params: Sequence[Param], hparams: dict[str, Any]) -> list[t
         ValueError: no such rule, a value out of range, or a parameter not covered exactly once.
         KeyError, TypeError: a hyper-parameter that is missing or unknown.
     """
-    rule, adamw = find_rule(name), find_rule("adamw")
-    rule_hparams = dict(hparams)
+    from .adamw import AdamW  # a rule, too: imported when it is used, not before
+
+    rule, rule_hparams = find_rule(name), dict(hparams)
     aux = AuxHparams(**{field.name: rule_hparams.pop(field.name) for field in fields(AuxHparams)})
     by_role: dict[str, list[tuple[str, torch.nn.Parameter]]] = {role: [] for role in ROLES}
     for param in params:
@@ -110,10 +111,10 @@ def build(name: str, params: Sequence[Param], hparams: dict[str, Any]) -> list[t
         if not lr >= 0:
             raise ValueError(f"{role}_lr must be at least 0, got {lr!r}")
     aux_groups = [dict(params=by_role[role], lr=lr, role=role) for role, lr in aux_lr.items() if by_role[role]]
-    optimizers = []
+    optimizers: list[torch.optim.Optimizer] = []
     if aux_groups:
         optimizers.append(
-            adamw(aux_groups, lr=0.0, weight_decay=aux.aux_weight_decay, betas=aux.aux_betas, eps=aux.aux_eps)
+            AdamW(aux_groups, lr=0.0, weight_decay=aux.aux_weight_decay, betas=aux.aux_betas, eps=aux.aux_eps)
         )
     if by_role["matrix"]:
         optimizers.append(rule([dict(params=by_role["matrix"], role="matrix")], **rule_hparams))
@@ -131,7 +132,7 @@ def hparam_types(name: str) -> dict[str, Any]:
     Raises:
         ValueError: no such rule, or its constructor has an argument without a type.
     """
-    constructors = [cls.__init__ for cls in find_rule(name).__mro__ if "__init__" in vars(cls)]
+    constructors = [vars(cls)["__init__"] for cls in find_rule(name).__mro__ if "__init__" in vars(cls)]
     types: dict[str, Any] = get_type_hints(AuxHparams)
     for constructor in constructors:
         parameters = inspect.signature(constructor).parameters.values()

@@ -159,17 +159,17 @@ class TokenLoader:
     def next_batch(self) -> Any:
         """The batch of self.step, which moves on by one."""
         begin_s = time.perf_counter()
-        if self.ahead is None or self.ahead[0] != self.step:
-            self._read_ahead()
-        batch = self.ahead[1].result()
+        ahead = self.ahead if self.ahead and self.ahead[0] == self.step else self._read_ahead()
+        batch = ahead[1].result()
         self.wait_s += time.perf_counter() - begin_s
         self.step += 1
         self._read_ahead()
         return batch
 
-    def _read_ahead(self) -> None:
+    def _read_ahead(self) -> tuple[int, Future]:
         step = self.step
         self.ahead = step, self.reader.submit(lambda: self.prepare(self.window(step)))
+        return self.ahead
 
     def state_dict(self) -> dict[str, int]:
         return {"step": self.step}

@@ -51,18 +51,18 @@ def plan_batch(config: Config, world_size: int, micro_batch: int | None = None) 
                 f"use a number of ranks that divides {math.gcd(sequences, val_sequences)}",
             )
     own_sequences = sequences // world_size
-    micro_batch = micro_batch or config.train.micro_batch
-    if micro_batch == "auto":
+    size = micro_batch or config.train.micro_batch
+    if isinstance(size, str):  # "auto"
         most = max(1, AUTO_MICRO_BATCH_TOKENS // seq_len)
-        micro_batch = max(size for size in range(1, most + 1) if own_sequences % size == 0)
-    micro_batch = min(micro_batch, own_sequences)
-    if own_sequences % micro_batch:
+        size = max(size for size in range(1, most + 1) if own_sequences % size == 0)
+    size = min(size, own_sequences)
+    if own_sequences % size:
         raise HarnessError(
             Exit.CONFIG,
-            f"train.micro_batch = {micro_batch} does not divide the {own_sequences} sequences "
+            f"train.micro_batch = {size} does not divide the {own_sequences} sequences "
             f"of a rank; set it to a divisor of {own_sequences}",
         )
-    return BatchPlan(own_sequences // micro_batch, micro_batch, val_sequences // world_size)
+    return BatchPlan(own_sequences // size, size, val_sequences // world_size)
 
 
 def halvings(plan: BatchPlan) -> list[int]:

@@ -64,4 +64,7 @@ def time_mark(device: torch.device) -> torch.cuda.Event | int:
 
 def elapsed_ms(start: torch.cuda.Event | int, end: torch.cuda.Event | int) -> float:
     """Milliseconds between two marks; on CUDA, only once the device has passed both."""
-    return (end - start) / 1e6 if isinstance(start, int) else start.elapsed_time(end)
+    if isinstance(start, int) and isinstance(end, int):
+        return (end - start) / 1e6
+    assert not isinstance(start, int) and not isinstance(end, int)  # both are marks of one device
+    return start.elapsed_time(end)

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aurora.optim.base import MatrixOptimizer
+from aurora.optim.base import MatrixOptimizer, gradients_of
 from aurora.optim.sharding import complete, sum_to_all, sum_to_owners
 
 BUCKET_ELEMENTS = 2**23  # enough that a collective's latency does not count
@@ -75,11 +75,11 @@ class GradientSum:
                 p.grad = torch.zeros_like(p)
         owned, shared = ([p for p in bucket if (p in self.owners) == is_owned] for is_owned in (True, False))
         if owned:
-            grads, owners = [p.grad for p in owned], [self.owners[p] for p in owned]
-            self.sums.append(sum_to_owners(grads, owners, self.wire_dtype))
+            owners = [self.owners[p] for p in owned]
+            self.sums.append(sum_to_owners(gradients_of(owned), owners, self.wire_dtype))
             next(self.sums[-1])
         if shared:
-            self.sums.append(sum_to_all([p.grad for p in shared], self.wire_dtype))
+            self.sums.append(sum_to_all(gradients_of(shared), self.wire_dtype))
             next(self.sums[-1])
 
     @torch.no_grad()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from aurora.errors import Exit, HarnessError
 from aurora.fast.mirror import strange_parts
+from aurora.optim.base import gradients_of
 from aurora.trainer.process import stop_signals
 from aurora.trainer.ranks import Ranks, digest
 
@@ -49,8 +50,8 @@ class Guard:
 
     def first_bad(self) -> Tensor:
         """Code of the first parameter here whose gradient is not finite, or more than any code."""
-        norms = iter(torch._foreach_norm([p.grad for p in self.params if p.grad is not None]))
-        norms = torch.stack([self.zero if p.grad is None else next(norms).float() for p in self.params])
+        found = iter(torch._foreach_norm(gradients_of(self.params)))
+        norms = torch.stack([self.zero if p.grad is None else next(found).float() for p in self.params])
         return torch.where(norms.isfinite(), len(self.params) * self.ranks.world_size, self.codes).min()
 
     def look(self, loss: Tensor) -> None:

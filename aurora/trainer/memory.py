@@ -1,6 +1,7 @@
 """The memory that a run needs, and how large a part of a batch fits into that of every rank."""
 
 import contextlib
+import functools
 import gc
 import os
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ def available_gib(ranks: Ranks) -> float:
     """Memory that the rank with the least may use. Collective."""
     if ranks.device.type == "cuda":
         torch.cuda.empty_cache()  # what torch keeps for later use counts as taken
-        num_bytes = torch.cuda.mem_get_info(ranks.device)[0]
+        num_bytes: float = torch.cuda.mem_get_info(ranks.device)[0]
     else:
         num_bytes = host_bytes() / ranks.world_size
     least = torch.tensor([num_bytes / 2**30], dtype=torch.float32, device=ranks.device)
@@ -54,9 +55,9 @@ def first_that_fits(sizes: Sequence[int], try_size: Callable[[int], None], ranks
         Unusable: where an attempt fails for that, on any rank.
     """
     for size in sizes:
-        does_fit = attempt(ranks, lambda size=size: fits(size, try_size, ranks, taken_gib))
-        has_failed = torch.tensor([not does_fit], device=ranks.device, dtype=torch.int64)
-        has_failed = ranks.all_reduce(has_failed, dist.ReduceOp.MAX).item()
+        does_fit = attempt(ranks, functools.partial(fits, size, try_size, ranks, taken_gib))
+        failure = torch.tensor([not does_fit], device=ranks.device, dtype=torch.int64)
+        has_failed = ranks.all_reduce(failure, dist.ReduceOp.MAX).item()
         gc.collect()
         if ranks.device.type == "cuda":
             torch.cuda.empty_cache()  # libraries beside torch need some memory, too
@@ -123,7 +124,8 @@ def memory_estimate_gib(
     """
     counts, model = params_by_role(params), config.model
     num_params, is_sharded_rule = sum(counts.values()), isinstance(optimizers[-1], aurora.MatrixOptimizer)
-    state = 2 * (num_params - counts["matrix"])  # AdamW keeps two floats a weight, a matrix rule one, on its owner
+    # AdamW keeps two floats a weight, a matrix rule one, on its owner.
+    state: float = 2 * (num_params - counts["matrix"])
     state += counts["matrix"] / world_size if is_sharded_rule else 2 * counts["matrix"]
     width = 4 if model.activation_dtype == "float32" else 2
     kept_by_mlp = (4 if model.mlp == "swiglu" else 2) * model.mlp_expansion

@@ -19,7 +19,7 @@ class Dump(NamedTuple):
 
 
 def checked_dump(
-    optimizer: torch.optim.Optimizer, pattern: str, first_step: str, last_step: str, num_steps: int
+    optimizer: torch.optim.Optimizer, num_steps: int, pattern: str, first_step: str, last_step: str
 ) -> Dump:
     """The arguments of --dump-momentum as numbers and names. The pattern is as of a shell.
 

@@ -5,7 +5,7 @@ momentum it holds; only the numbers are gathered.
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from aurora.optim.diagnostics import (
 )
 from aurora.trainer.ranks import Ranks
 
+if TYPE_CHECKING:
+    from train_gpt import GPT
+
 TOKENS = 2048  # of the validation tokens, from the first: whole sequences, at least one
 
 
@@ -34,9 +37,7 @@ class Neurons:
     before is not kept over a resume.
     """
 
-    def __init__(
-        self, config: Config, looks: Iterable[int], model: nn.Module, rule: torch.optim.Optimizer, ranks: Ranks
-    ):
+    def __init__(self, config: Config, looks: Iterable[int], model: "GPT", rule: torch.optim.Optimizer, ranks: Ranks):
         """looks: the validation steps. rule: the optimizer of the matrices."""
         last, every = config.train.steps, config.eval.every
         is_on = config.eval.telemetry
@@ -66,8 +67,9 @@ class Neurons:
         self.dead_before: dict[nn.Module, Tensor] | None = None
 
     def _owner(self, index: int, p: Tensor) -> int:
-        is_sharded = isinstance(self.rule, aurora.MatrixOptimizer)
-        return self.rule.owner_of(p) if is_sharded else index % self.ranks.world_size
+        if isinstance(self.rule, aurora.MatrixOptimizer):
+            return self.rule.owner_of(p)
+        return index % self.ranks.world_size
 
     @torch.no_grad()
     def before_update(self) -> None:
@@ -119,7 +121,7 @@ class Neurons:
         dead_now: dict[nn.Module, Tensor] = {}
         layers: dict[nn.Module, dict[str, Any]] = {}
 
-        def look(down: nn.Module, args: tuple[Tensor]) -> None:
+        def look(down: nn.Linear, args: tuple[Tensor]) -> None:
             (activations,) = args
             dead = dead_now[down] = dead_neurons(activations, down.weight)
             layers[down] = {

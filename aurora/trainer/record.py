@@ -189,6 +189,12 @@ class Run:
         return self.end is not None and self.end["status"] == "done"
 
     @property
+    def end_event(self) -> dict[str, Any]:
+        """Of a run that is known to have one."""
+        assert self.end is not None, f"{self.path} has no end event"
+        return self.end
+
+    @property
     def target(self) -> float:
         return self.start["config"]["eval"]["target"]
 
@@ -213,7 +219,7 @@ MAX_LINE_BYTES = 2**22
 MAX_EVENTS = 100_000
 
 NUMBER = (int, float)
-FIELD_TYPES = {
+FIELD_TYPES: dict[str, dict[str, Any]] = {
     "run": {
         **dict.fromkeys(("run_id", "utc", "task_hash", "optimizer", "code_hash", "device"), str),
         **dict.fromkeys(("config", "hparams", "sources", "data", "env"), dict),
@@ -380,9 +386,10 @@ def read_record(path: Path) -> Run:
     Raises:
         RecordError: as read_events, or the file holds no event, or lacks what readers need.
     """
-    start, *rest = [event for _, event in read_events(path)] or [None]
-    if start is None:
+    events = [event for _, event in read_events(path)]
+    if not events:
         raise RecordError(f"{path} holds no event")
+    start, *rest = events
     check_needed(start, NEEDED_OF_RUN, path)
     run = Run(path, start)
     validations: dict[int, Validation] = {}

@@ -4,10 +4,9 @@ import argparse
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import nn
 
 import aurora
 from aurora.config import Config, ModelConfig, load_config
@@ -26,7 +25,10 @@ from aurora.trainer.process import check_writable, lock_folder
 from aurora.trainer.ranks import Ranks
 from aurora.trainer.state import Run
 
-MakeModel = Callable[[ModelConfig], nn.Module]
+if TYPE_CHECKING:
+    from train_gpt import GPT
+
+MakeModel = Callable[[ModelConfig], "GPT"]
 LrScale = Callable[[int, Config], float]
 
 
@@ -55,7 +57,7 @@ def check_run(args: argparse.Namespace, ranks: Ranks, make_model: MakeModel, lr_
                 ranks.say(f"--set {override} changes nothing for {args.optimizer}")
         if config.model.head_dtype == "float8":
             check_float8(ranks.device)
-        dump = args.dump_momentum and checked_dump(optimizers[-1], *args.dump_momentum, config.train.steps)
+        dump = args.dump_momentum and checked_dump(optimizers[-1], config.train.steps, *args.dump_momentum)
         if args.dry_run:
             ranks.say(dry_run_report(config, params, optimizers, ranks.world_size, plan.micro_steps, plan.micro_batch))
         return Checked(config, plan, dump)
@@ -110,8 +112,8 @@ def open_run(
         run.checkpoint = ranks.all_or_none(find_checkpoint) if args.resume else None
         ranks.check_agree(checkpoint_step=run.checkpoint["step"] if run.checkpoint else None)
         run.start["run_id"] = ranks.all_gather_object((run.checkpoint or run.start)["run_id"])[0]
-        same = "auto", run.checkpoint["world_size"] if run.checkpoint else None
-        if (run.config.train.micro_batch, ranks.world_size) == same:
+        is_auto = run.config.train.micro_batch == "auto"
+        if run.checkpoint and is_auto and run.checkpoint["world_size"] == ranks.world_size:
             run.plan = plan_batch(run.config, ranks.world_size, run.checkpoint["micro_batch"])  # which was found before
         if args.resume and not run.checkpoint:
             ranks.say(f"resume: no unfinished run with a checkpoint in {args.out}, starting at step 0")

@@ -4,11 +4,11 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from aurora.config import Config
 from aurora.tokens.loader import TokenLoader
@@ -20,6 +20,9 @@ from aurora.trainer.ranks import Ranks
 from aurora.trainer.record import Progress
 from aurora.trainer.timeline import Timeline, timeline
 
+if TYPE_CHECKING:
+    from train_gpt import GPT
+
 
 @dataclass
 class Run:
@@ -29,7 +32,7 @@ class Run:
     plan: BatchPlan
     ranks: Ranks
     clock: Clock
-    model: nn.Module
+    model: "GPT"
     optimizers: list[torch.optim.Optimizer]  # AdamW for embed, head and vectors; last, the rule for the matrices
     loader: TokenLoader
     val_tokens: np.ndarray

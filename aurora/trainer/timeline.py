@@ -11,9 +11,9 @@ Subscriber = Callable[[str, int], None]  # called with the name of the place and
 
 
 class Place(NamedTuple):
-    """The last mark: how many marks there were, its name and step."""
+    """The last mark: how many marks were passed, its name and step."""
 
-    count: int = 0
+    passed: int = 0
     name: str = "start"
     step: int = 0
 
@@ -31,7 +31,7 @@ class Timeline:
     def mark(self, name: str, step: int | None = None) -> None:
         """This process is at the named place of the step, by default the step of the last mark."""
         step = self.place.step if step is None else step
-        self.place = Place(self.place.count + 1, name, step)
+        self.place = Place(self.place.passed + 1, name, step)
         for subscriber in self.subscribers:
             subscriber(name, step)
 

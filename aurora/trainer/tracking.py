@@ -39,9 +39,12 @@ class Tracker:
             )
             config = {key: value for key, value in event.items() if key not in NOT_CONFIG}
             self._send({"mode": mode, "run_id": event["run_id"], "group": event["task_hash"][:12], "config": config})
-            if self.child is not None and not self.child.stdout.readline():
+            if self.child is None:
+                return
+            assert self.child.stdin and self.child.stdout  # pipes, as asked for
+            if not self.child.stdout.readline():
                 self._close()
-            elif self.child is not None:
+            else:
                 # From here a child that does not read must not stop the run.
                 os.set_blocking(self.child.stdin.fileno(), False)
         except OSError as error:
@@ -60,6 +63,7 @@ class Tracker:
     def _send(self, value: dict[str, Any]) -> None:
         if self.child is None:
             return
+        assert self.child.stdin
         line = (json.dumps(value) + "\n").encode()
         try:
             is_whole = self.child.stdin.write(line) == len(line)
@@ -74,6 +78,7 @@ class Tracker:
         if self.child is None:
             return
         child, self.child = self.child, None
+        assert child.stdin and child.stdout
         child.stdin.close()
         child.stdout.close()
         exit_code = child.wait()

@@ -6,22 +6,26 @@ forward, eager; the model itself. The fast ones only for the model that they wer
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from aurora.errors import Exit, HarnessError, is_out_of_memory
 from aurora.fast import hopper
 from aurora.fast.attention import choose_attention
 from aurora.fast.forward import FastForward
 from aurora.fast.mirror import edits
+from aurora.optim.base import gradients_of
 from aurora.trainer.attempt import Unusable, WrongNumbers, attempt
 from aurora.trainer.batch import BatchPlan, to_device
 from aurora.trainer.memory import fit_micro_batch
 from aurora.trainer.process import first_line, tell
 from aurora.trainer.ranks import digest
 from aurora.trainer.state import Run
+
+if TYPE_CHECKING:
+    from train_gpt import GPT
 
 WARMUP_STEPS = 2
 Model = Callable[[Tensor, Tensor], Tensor]  # takes inputs and targets (B, T) to the summed loss
@@ -90,7 +94,7 @@ def ways(run: Run, is_edited: bool) -> Iterator[Way]:
     yield Way("eager, plain forward", lambda: model, False, False)
 
 
-def compiled_plain(model: nn.Module, run: Run) -> Model:
+def compiled_plain(model: "GPT", run: Run) -> Model:
     """The model compiled: as one graph, or with several ranks one for each block and one for the loss.
 
     A graph of the whole model hands its gradients over at its end, all at once. Block by block they arrive early, and
@@ -106,7 +110,7 @@ def compiled_plain(model: nn.Module, run: Run) -> Model:
     for block in getattr(twin, "blocks", []):
         block.compile(dynamic=False)
     if hasattr(twin, "loss"):
-        twin.loss = torch.compile(twin.loss, dynamic=False)
+        compile_methods(twin, "loss")
 
     def call(inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         if twin.training != model.training:
@@ -121,8 +125,13 @@ def compiled_fast(fast: FastForward, run: Run) -> Model:
     hopper.shorten_compiler_errors()
     if run.ranks.world_size == 1:
         return torch.compile(fast.__call__, dynamic=False)
-    fast.block, fast.loss = (torch.compile(part, dynamic=False) for part in (fast.block, fast.loss))
+    compile_methods(fast, "block", "loss")
     return fast
+
+
+def compile_methods(of: object, *names: str) -> None:
+    for name in names:
+        setattr(of, name, torch.compile(getattr(of, name), dynamic=False))
 
 
 def warmed_up(way: Way, run: Run, forward_backward: ForwardBackward) -> Model:
@@ -241,7 +250,7 @@ def compare(model: Model, run: Run, micro_batch: int, val_batches: Iterable[int]
         found = [loss.detach(), *(model(*batch) for batch in batches[1:])]
     for p in params.values():
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    norms = torch.stack(torch._foreach_norm([p.grad for p in params.values()]))
+    norms = torch.stack(torch._foreach_norm(gradients_of(params.values())))
     try:
         expected = [sum_in_parts(run.model, *batch, with_gradients=batch is batches[0]) for batch in batches]
     except RuntimeError as error:
@@ -252,9 +261,9 @@ def compare(model: Model, run: Run, micro_batch: int, val_batches: Iterable[int]
     for one, other in zip(found, expected, strict=True):
         if not (one - other).abs() <= MAX_LOSS_ERROR[dtype] * other.abs():
             raise WrongNumbers(f"it has a loss of {one.item():g}, the model itself of {other.item():g}")
-    differences = torch.stack(torch._foreach_norm([p.grad for p in params.values()]))
+    differences = torch.stack(torch._foreach_norm(gradients_of(params.values())))
     errors = (differences / norms.clamp(min=torch.finfo(norms.dtype).tiny)).nan_to_num(nan=torch.inf)
-    worst = errors.argmax().item()
+    worst = int(errors.argmax())
     if not errors[worst] <= MAX_GRADIENT_ERROR[dtype]:
         raise WrongNumbers(f"it gives another gradient of {list(params)[worst]} than the model itself")
 

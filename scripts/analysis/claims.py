@@ -94,13 +94,13 @@ def check(paths: Sequence[Path], claim: Claim, target: float, metric: str | None
     if len(losses) < len(trials):
         problems.append(f"{len(trials) - len(losses)} of {len(trials)} runs have no {metric} {where}")
     other = None
-    if claim.mean is not None and losses and not agrees(np.mean(losses), claim.mean):
+    if claim.mean is not None and losses and not agrees(losses, claim.mean):
         finding = f"the mean {metric} {where} is {np.mean(losses):.5f}, not {claim.mean}"
-        if agrees(np.mean(losses), claim.mean, tolerance=1.0):
+        if agrees(losses, claim.mean, tolerance=1.0):
             remarks.append(finding + ": the last digit")
         else:
-            other = other_metric(trials, claim, metric, step)
-            problems.append(finding + (f"; {other} has it" if other else elsewhere(trials, claim, metric, step)))
+            other = other_metric(trials, claim.mean, metric, step)
+            problems.append(finding + (f"; {other} has it" if other else elsewhere(trials, claim.mean, metric, step)))
 
     summary = summarize(losses, target)
     if len(losses) < MIN_RUNS:
@@ -193,7 +193,7 @@ def claimed_part(trials: Sequence[Trial], claim: Claim, metric: str, step: int |
         for value in sorted({key(trial) for trial in trials}):
             inside = [trial for trial in trials if key(trial) == value]
             losses, _ = values_at(inside, metric, step)
-            if len(inside) == len(losses) == claim.runs and agrees(np.mean(losses), claim.mean, tolerance=1.0):
+            if len(inside) == len(losses) == claim.runs and agrees(losses, claim.mean, tolerance=1.0):
                 return f"; the {claim.runs} {words.format(value)} have the mean that is claimed"
     return ""
 
@@ -225,30 +225,30 @@ def endings(trials: Sequence[Trial]) -> list[str]:
     return remarks
 
 
-def agrees(value: float, stated: str, tolerance: float = 0.5) -> bool:
-    """Whether the value is what is stated, to so many units of the last digit stated."""
+def agrees(values: Sequence[float], stated: str, tolerance: float = 0.5) -> bool:
+    """Whether the mean of the values is what is stated, to so many units of the last digit stated."""
     digits = len(stated.partition(".")[2])
-    return abs(value - float(stated)) < (tolerance + 1e-7) * 10**-digits
+    return abs(float(np.mean(values)) - float(stated)) < (tolerance + 1e-7) * 10**-digits
 
 
-def other_metric(trials: Sequence[Trial], claim: Claim, metric: str, step: int | None) -> str | None:
+def other_metric(trials: Sequence[Trial], mean: str, metric: str, step: int | None) -> str | None:
     """Another metric of all runs that has the claimed mean."""
     for name in sorted({name for trial in trials for look in trial.looks for name in look.metrics} - {metric}):
         values, _ = values_at(trials, name, step)
-        if len(values) == len(trials) and agrees(np.mean(values), claim.mean):
+        if len(values) == len(trials) and agrees(values, mean):
             return name
     return None
 
 
-def elsewhere(trials: Sequence[Trial], claim: Claim, metric: str, step: int | None) -> str:
+def elsewhere(trials: Sequence[Trial], mean: str, metric: str, step: int | None) -> str:
     """Where the stated mean is found instead, as the end of a sentence."""
     common = sorted(set.intersection(*(set(trial.values(metric)) for trial in trials)))
     for other in sorted(common, key=lambda other: abs(other - (step or 0))):
-        if agrees(np.mean([trial.values(metric)[other] for trial in trials]), claim.mean):
+        if agrees([trial.values(metric)[other] for trial in trials], mean):
             return f"; that is the mean at step {other}"
     best = sorted(values_at(trials, metric, step)[0])
     for n in range(1, len(best)):
-        if agrees(np.mean(best[:n]), claim.mean):
+        if agrees(best[:n], mean):
             return f"; the lowest {n} of {len(best)} have that mean"
     return ""
 

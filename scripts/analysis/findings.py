@@ -48,11 +48,11 @@ def single_groups(tasks: dict[str, list[Group]]) -> tuple[dict[str, Group], str 
     return found, f"several settings of {', '.join(several)} in one folder" if several else None
 
 
-def flaw_of(groups: dict[str, Group], *names: str) -> str | None:
-    """What forbids a test of these optimizers, in words."""
+def flaw_of(groups: dict[str, Group], *names: str) -> str:
+    """What forbids a test of these optimizers, in words; empty if nothing does."""
     if lacking := [NAMES[name] for name in names if name not in groups]:
         return f"no run of {', '.join(lacking)} is recorded here"
-    return "; ".join(f"{NAMES[name]}: {flaw}" for name in names for flaw in groups[name].flaws()) or None
+    return "; ".join(f"{NAMES[name]}: {flaw}" for name in names for flaw in groups[name].flaws())
 
 
 def signed(value: float, low: float, high: float, digits: int = 1, unit: str = "") -> str:
@@ -280,7 +280,7 @@ def gains(widths: Widths, base: str, other: str) -> dict[int, dict[int, float]]:
     found = {}
     for expansion, groups in widths.items():
         losses = {
-            name: {run.start["seed"]: run.end["val_loss"] for run in group.runs if run.is_done}
+            name: {run.start["seed"]: run.end_event["val_loss"] for run in group.runs if run.is_done}
             for name, group in groups.items()
         }
         shared = sorted(losses.get(base, {}).keys() & losses.get(other, {}).keys())

@@ -113,10 +113,10 @@ def read_log(path: Path) -> list[Trial]:
                 raise LogError(f"{path} has more than {MAX_LOOKS:,} validation lines or {MAX_TRIALS:,} trials")
             if look is not None and look.step != LAST:
                 _take(trials, path, total, look)
-            elif trials and look is None:
-                trials[-1].is_stopped = True
-            elif trials:
+            elif trials and look is not None:
                 trials[-1].looks[-1].metrics |= look.metrics
+            elif trials:
+                trials[-1].is_stopped = True
     except OSError as error:
         raise LogError(f"{path} cannot be read: {error.strerror}") from error
     if not trials:

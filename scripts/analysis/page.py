@@ -160,9 +160,8 @@ def changes_of_track(run: Run) -> dict[str, Any]:
         track = {}
     config, found = run.start["config"], unlike_first(run)
     for name, prefix in (("model", ""), ("eval", "eval.")):
-        tables = track.get(name), config.get(name)
-        if all(isinstance(table, dict) for table in tables):
-            theirs, own = tables
+        theirs, own = track.get(name), config.get(name)
+        if isinstance(theirs, dict) and isinstance(own, dict):
             changed = {key: own[key] for key in theirs if own.get(key, theirs[key]) != theirs[key]}
             found |= {prefix + key: value for key, value in changed.items() if key != "target"}
     return found
@@ -406,12 +405,14 @@ def tuning_table(runs: Sequence[Run]) -> str:
         families.setdefault(setting_family(run), []).append(run)
     rows = []
     for trials in families.values():
-        ranked = sorted((run for run in trials if run.is_done), key=lambda run: run.end["val_loss"])
+        ranked = sorted((run for run in trials if run.is_done), key=lambda run: run.end_event["val_loss"])
         keys = [k for k in trials[0].start["hparams"] if len({repr(r.start["hparams"].get(k)) for r in trials}) > 1]
         words = [", ".join(f"{key} {run.start['hparams'].get(key)}" for key in keys) for run in ranked[:2]]
         name = " ".join([trials[0].start["optimizer"], *filter(None, [trials[0].start["hparams"].get("variant")])])
         cells = [
-            cell for run, text in zip(ranked, words, strict=False) for cell in (text, f"{run.end['val_loss']:.4f}")
+            cell
+            for run, text in zip(ranked, words, strict=False)
+            for cell in (text, f"{run.end_event['val_loss']:.4f}")
         ]
         cells += ["-"] * (4 - len(cells))
         seeds = " ".join(str(seed) for seed in sorted({run.start["seed"] for run in trials}))

@@ -188,6 +188,8 @@ def as_json(groups: Sequence[Group]) -> dict[str, Any]:
     def plain(value: Any) -> Any:
         if isinstance(value, float | np.floating):
             return float(value) if math.isfinite(value) else None
+        if isinstance(value, Reached):
+            return plain(vars(value))
         if isinstance(value, tuple) and hasattr(value, "_asdict"):
             return plain(value._asdict())
         if isinstance(value, dict):

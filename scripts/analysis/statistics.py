@@ -4,6 +4,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -199,7 +200,8 @@ def crossing(looks: Sequence[tuple[int, float, float]], target: float) -> Crossi
     return None
 
 
-class Reached(NamedTuple):
+@dataclass(frozen=True)
+class Reached:
     """Steps (or seconds) of all runs of a group to the target, censored ones included.
 
     expected: ERT, the cost of all runs over the number that arrived (Auger & Hansen 2005); infinite if none did.
@@ -214,7 +216,7 @@ class Reached(NamedTuple):
     restricted_mean: float
     median: float
     interval: Interval
-    bracket: tuple[int, int] | None = None
+    bracket: tuple[float, float] | None = None
 
 
 def reached(values: Sequence[float | None], caps: Sequence[float]) -> Reached:

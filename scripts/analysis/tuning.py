@@ -41,7 +41,9 @@ class Knob:
         return self.values.index(self.start) if self.values else 0.0
 
     def value(self, position: float) -> Any:
-        return self.values[int(position)] if self.values else float(f"{self.start * self.factor**position:.4g}")
+        if self.factor is None:
+            return self.values[int(position)]
+        return float(f"{self.start * self.factor**position:.4g}")
 
     def neighbours(self, position: float) -> list[float]:
         found = [position - self.grid, position + self.grid]
@@ -104,7 +106,7 @@ class Search:
                 if self._find(self._setting(positions)) is None and self.budget - len(self.trials) <= reserved:
                     break
                 losses[position] = self._loss(positions, knob, why)
-            self.positions[knob.name] = min(losses, key=losses.get)  # the first, so here, of equals
+            self.positions[knob.name] = min(losses, key=losses.__getitem__)  # the first, so here, of equals
             if self.positions[knob.name] == here:
                 return here != begin
 

@@ -102,7 +102,7 @@ class Group:
         ]
         bracket = min(low for low, _ in ends), max(high for _, high in ends)
         nothing = Interval(math.nan, math.nan, "validations too far apart")
-        return Reached(found.count, found.runs, *[math.nan] * 3, nothing, bracket)
+        return Reached(found.count, found.runs, math.nan, math.nan, math.nan, nothing, bracket)
 
     def flaws(self) -> list[str]:
         """What forbids tests, in words."""
@@ -296,8 +296,8 @@ def losses_at_end(first: Group, second: Group) -> tuple[str, list[float], list[f
 
 def arrivals(first: Group, second: Group) -> tuple[str, list[float], list[float]]:
     """The same across schedules: steps to the target, infinite for a run that did not meet it."""
-    values = [[hit.step if hit else math.inf for hit in group.crossings()] for group in (first, second)]
-    return "steps to target", *values
+    steps, others = ([hit.step if hit else math.inf for hit in group.crossings()] for group in (first, second))
+    return "steps to target", steps, others
 
 
 def verdict_of(pair: Pair, level: float) -> str:
@@ -316,7 +316,7 @@ def verdict_of(pair: Pair, level: float) -> str:
 
 def step_seconds(run: Run) -> float | None:
     """Timed seconds a step of a finished run."""
-    return run.end["train_time_s"] / max(1, run.end["step"]) if run.is_done else None
+    return run.end_event["train_time_s"] / max(1, run.end_event["step"]) if run.is_done else None
 
 
 def target_seconds(run: Run) -> float | None:
@@ -343,7 +343,10 @@ def time_ratio(first: Group, second: Group, seconds_of: Callable[[Run], float | 
         or None in map(seconds_of, runs)
     ):
         return None
-    seconds = [{run.start["seed"]: seconds_of(run) for run in group.runs} for group in (first, second)]
+    seconds = [
+        {run.start["seed"]: value for run in group.runs if (value := seconds_of(run)) is not None}
+        for group in (first, second)
+    ]
     shared = sorted(set(seconds[0]) & set(seconds[1]))
     if len(shared) < 2:
         return None

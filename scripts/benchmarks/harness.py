@@ -20,7 +20,9 @@ QUICK = ROOT / "configs" / "quick.toml"
 UNTIMED_ROUNDS = 3
 
 
-def harness_step(hparams: dict[str, str], num_steps: int, ranks: Ranks, optimizer: str = "muon") -> Callable[[], None]:
+def harness_step(
+    hparams: dict[str, str], num_steps: int, ranks: Ranks, optimizer: str = "muon"
+) -> Callable[[], object]:
     """One call is one step of the trainer, with everything that its clock sees."""
     hparams = hparams | {"steps": str(num_steps)}
     overrides = [f"optimizer.{optimizer}.{key}={value}" for key, value in hparams.items()]
@@ -58,6 +60,7 @@ def bare_torch() -> Callable[[], None]:
 def bare_nanogpt(folder: Path) -> Callable[[], None]:
     """One call is one step of nanoGPT's model, of the quick track's size, by its optimizer, with clipped gradients."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", folder / "model.py")
+    assert spec and spec.loader  # as of any .py file
     nanogpt = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(nanogpt)
     config = load_config(QUICK, "adamw")
@@ -85,7 +88,7 @@ def bare_nanogpt(folder: Path) -> Callable[[], None]:
     return step
 
 
-def interleaved_ms(first: Callable[[], None], second: Callable[[], None], rounds: int) -> list[tuple[float, float]]:
+def interleaved_ms(first: Callable[[], object], second: Callable[[], object], rounds: int) -> list[tuple[float, float]]:
     """Milliseconds of both, in A B B A order, after the untimed rounds."""
     pairs = []
     for number in range(UNTIMED_ROUNDS + rounds):

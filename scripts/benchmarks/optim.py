@@ -1,12 +1,14 @@
 """Whole optimizer steps on a track's matrices, and the quality of the updates."""
 
 import argparse
+import functools
 import json
 import shlex
 import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,7 +22,7 @@ from aurora.trainer.ranks import keep_freed_memory
 from aurora.trainer.record import describe_machine
 
 VARIANTS = {f"aurora {variant}": ("aurora", {"variant": variant}) for variant in aurora.VARIANTS}
-CONTENDERS = {
+CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in ("muon", "normuon", "unormuon")},
     **VARIANTS,
     "riemannian_aurora": ("riemannian_aurora", {}),
@@ -34,6 +36,14 @@ def track_shapes(path: Path) -> list[torch.Size]:
     return [param.tensor.shape for param in model.roles() if param.role == "matrix"]
 
 
+def new_rule(label: str, params: list[torch.nn.Parameter], **hparams: Any) -> aurora.MatrixOptimizer:
+    """The optimizer of a contender."""
+    rule, own = CONTENDERS[label]
+    optimizer = aurora.find_rule(rule)(params, **own, **hparams)
+    assert isinstance(optimizer, aurora.MatrixOptimizer)
+    return optimizer
+
+
 def make_contenders(args: argparse.Namespace, shapes: list[torch.Size]) -> dict[str, torch.optim.Optimizer]:
     """Every rule, and torch's own AdamW and Muon, over the same parameters and gradients, each with its own state."""
     generator = torch.Generator().manual_seed(0)
@@ -41,10 +51,10 @@ def make_contenders(args: argparse.Namespace, shapes: list[torch.Size]) -> dict[
     for p in params:
         p.grad = torch.randn(p.shape, generator=generator).to(args.device) * 1e-4
     ours = dict(lr=1e-4, weight_decay=0.01, polar_dtype=args.polar_dtype)
-    theirs = dict(lr=1e-4, weight_decay=0.01)
+    theirs: dict[str, Any] = dict(lr=1e-4, weight_decay=0.01)
     contenders: dict[str, torch.optim.Optimizer] = {
-        label: aurora.find_rule(rule)(params, polar_schedule=args.schedule, **hparams, **ours)
-        for label, (rule, hparams) in CONTENDERS.items()
+        label: new_rule(label, params, polar_schedule=args.schedule, **ours)
+        for label in CONTENDERS
         if label in args.rules
     }
     # torch's Muon repeats one polynomial, in bfloat16.
@@ -74,7 +84,8 @@ def time_contenders(
     contenders: dict[str, torch.optim.Optimizer], rounds: int, device: str
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Milliseconds of each whole step, round by round, in alternating order; and the FLOPs of its matmuls."""
-    flops, times = {}, {label: [] for label in contenders}
+    flops: dict[str, int] = {}
+    times: dict[str, list[float]] = {label: [] for label in contenders}
     for label, optimizer in contenders.items():  # the untimed round
         optimizer.step()
         with FlopCounterMode(display=False) as counter:
@@ -98,7 +109,7 @@ def polar_rates(args: argparse.Namespace, shapes: list[torch.Size]) -> list[dict
         with FlopCounterMode(display=False) as counter:
             aurora.polar(X_KMN, schedule, dtype)
         ms = statistics.median(
-            time_ms(lambda X=X_KMN, s=schedule: aurora.polar(X, s, dtype), args.device) for _ in range(args.rounds)
+            time_ms(functools.partial(aurora.polar, X_KMN, schedule, dtype), args.device) for _ in range(args.rounds)
         )
         tflops = counter.get_total_flops() / ms / 1e9
         rows.append({"shape": tuple(shape), "count": shapes.count(shape), "ms": ms, "tflops": tflops})
@@ -160,13 +171,10 @@ def replay(label: str, streams: dict[str, list[torch.Tensor]], args: argparse.Na
 
     Earlier gradients have low rank, for some matrices begin at zero.
     """
-    rule, hparams = CONTENDERS[label]
     found: list[dict[str, float]] = []
     for stream in streams.values():
         p = torch.nn.Parameter(torch.zeros(stream[0].shape))
-        optimizer = aurora.find_rule(rule)(
-            [p], lr=1.0, polar_schedule=args.schedule, polar_dtype=args.polar_dtype, **hparams
-        )
+        optimizer = new_rule(label, [p], lr=1.0, polar_schedule=args.schedule, polar_dtype=args.polar_dtype)
         (group,) = optimizer.param_groups
         state = optimizer.new_state(p, group)
         for step, X_MN in enumerate(stream, start=1):

@@ -118,7 +118,8 @@ class Contender:
 
     def timings(self) -> dict[str, Any]:
         """Milliseconds of the timed steps: each, and of each part the median. The device must have done them all."""
-        step_ms, parts_ms = [], {part: [] for part in PARTS}
+        step_ms: list[float] = []
+        parts_ms: dict[str, list[float]] = {part: [] for part in PARTS}
         for marks in self.marked:
             times = dict.fromkeys(PARTS, 0.0)
             for (_, begin), (part, end) in itertools.pairwise(marks):

@@ -97,7 +97,8 @@ def verify_events(path: Path) -> tuple[Verification, Events | None]:
 
 def verify_folder(folder: Path) -> list[Verification]:
     """A verdict for each record below a folder, with what only the records together show."""
-    verdicts, groups = [], {}
+    verdicts: list[Verification] = []
+    groups: dict[tuple[str, ...], list[tuple[int, Verification]]] = {}
     by_losses: dict[tuple[float, ...], Path] = {}
     ended: set[Path] = set()
     for path in record_paths(folder):

@@ -80,8 +80,8 @@ def check_config(run: Events) -> Iterator[str]:
         table = dict(tables.pop("optimizer", {}).get(start["optimizer"], {}))
         if (steps := pop_steps(table, settings)) is not None:
             tables["train"]["steps"] = steps
-        expected = tables | {"hparams": {key: value for key, value in table.items() if key != "warmup_steps"}}
-        for name, values in expected.items():
+        wanted = tables | {"hparams": {key: value for key, value in table.items() if key != "warmup_steps"}}
+        for name, values in wanted.items():
             for key, value in values.items():
                 if config[name].get(key) != value:
                     yield f"{name}.{key} is {config[name].get(key)}, by the embedded track and argv {value}"

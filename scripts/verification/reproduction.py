@@ -27,7 +27,7 @@ def reproduce(claimed: Sequence[Run], own: Sequence[Run]) -> tuple[str, str]:
         return "not comparable", f"seeds {', '.join(map(str, sorted(shared)))} are on both sides; use others"
     if not all(run.is_done for run in (*claimed, *own)) or min(len(claimed), len(own)) < MIN_RUNS:
         return "not comparable", f"it takes {MIN_RUNS} finished runs on each side, and none unfinished"
-    test = welch([run.end["val_loss"] for run in own], [run.end["val_loss"] for run in claimed])
+    test = welch([run.end_event["val_loss"] for run in own], [run.end_event["val_loss"] for run in claimed])
     if math.isnan(test.p):
         return "not comparable", "the losses of each side have no spread"
     reason = f"own - claimed = {test.difference:+.5f} [{test.low:+.5f}, {test.high:+.5f}], Welch p = {test.p:.3g}"
