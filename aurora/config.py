@@ -21,25 +21,36 @@ def parse_args(description: str | None, argv: list[str] | None = None) -> argpar
     parser = argparse.ArgumentParser(
         prog="train_gpt.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "quick.toml", help="track (TOML)")
-    parser.add_argument("--optimizer", default="aurora", help="one of the config's [optimizer.NAME] tables")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights")
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the record <run_id>.jsonl")
     parser.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="A.B=V", help="override one config value"
+        "--config", type=Path, default=ROOT / "configs" / "quick.toml", help="track (configs/quick.toml)"
     )
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of this run in --out")
-    parser.add_argument("--wandb", choices=("online", "offline", "off"), default="off", help="mirror metrics to wandb")
+    parser.add_argument("--optimizer", default="aurora", help="name of an [optimizer.NAME] table of the track (aurora)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights (0)")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the record <run_id>.jsonl (runs)")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="A.B=V",
+        help="override one value of the track; configs/README.md explains the keys",
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from this run's newest checkpoint in --out")
+    parser.add_argument(
+        "--wandb", choices=("online", "offline", "off"), default="off", help="mirror the metrics to wandb"
+    )
     parser.add_argument(
         "--dump-momentum",
         nargs=3,
         metavar=("PATTERN", "FIRST", "LAST"),
-        help="write the momentum of the matrices of that name at those steps to <run_id>.momentum/ beside the record",
+        help="write the momentum of matrices of these names at these steps to <run_id>.momentum/ beside the record",
     )
     parser.add_argument(
-        "--timeout-s", type=float, default=60.0, help="seconds after which a rank that stands still ends the run"
+        "--timeout-s", type=float, default=60.0, help="seconds until a rank that stands still ends the run (60)"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print parameters, data and memory needed, then stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the parameters, data and memory that the run needs, then stop"
+    )
     args = parser.parse_args(argv)
     if not args.timeout_s > 0:
         parser.error(f"--timeout-s must be above 0, got {args.timeout_s:g}")
