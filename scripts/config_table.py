@@ -103,7 +103,7 @@ def keys_of_rule(name: str) -> list[Key]:
             break
         texts = described(cls) | texts
         if "__init__" in vars(cls):
-            parameters = inspect.signature(cls.__init__).parameters
+            parameters = inspect.signature(vars(cls)["__init__"]).parameters
             defaults = {key: parameter.default for key, parameter in parameters.items()} | defaults
     types = {key: hint for key, hint in hparam_types(name).items() if key not in get_type_hints(AuxHparams)}
     return [Key(key, hint, defaults[key], texts[key]) for key, hint in types.items()]
@@ -121,7 +121,8 @@ def sections() -> Iterator[str]:
     yield INTRODUCTION
     for name, hint in get_type_hints(Config).items():
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            yield f"## [{name}]\n\n{inspect.getdoc(hint).splitlines()[0]}\n\n{table(keys_of(hint))}\n"
+            summary = inspect.cleandoc(hint.__doc__ or "").partition("\n")[0]
+            yield f"## [{name}]\n\n{summary}\n\n{table(keys_of(hint))}\n"
     own = [
         Key("steps", int, None, "Length of this optimizer's schedule, instead of train.steps [steps]."),
         Key("warmup_steps", int, 0, described(Config)["warmup_steps"]),
