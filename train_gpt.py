@@ -4,10 +4,10 @@
     torchrun --standalone --nproc_per_node=8 train_gpt.py --config configs/gpt2_small.toml --optimizer muon
     python train_gpt.py --config configs/gpt2_small.toml --dry-run      what a run would train, read and need
 
-Top to bottom: the model, the schedule, one step, validation, the loop, the run. All else (ranks, clock, record,
-checkpoints, speed) is imported from aurora/. Shapes: B batch, T time, D model, C MLP width, H heads, K head dim,
+Top to bottom: the model, the schedule, one step, validation, the loop, the run. Ranks, clock, record, checkpoints and
+fast forward passes are imported from aurora/. Shapes: B batch, T time, D model, C MLP width, H heads, K head dim,
 V vocabulary. Losses are nats per token. Exit codes: 0 done, 2 usage or config, 3 data, 4 checkpoint, 5 non-finite
-number, 6 peer lost, 7 disk, 8 ranks disagree, 75 stopped on request with a checkpoint saved, 130 Ctrl-C twice.
+number, 6 a rank lost, 7 disk, 8 ranks disagree, 75 stopped on request with a checkpoint saved, 130 Ctrl-C twice.
 """
 
 import argparse

@@ -21,25 +21,36 @@ def parse_args(description: str | None, argv: list[str] | None = None) -> argpar
     parser = argparse.ArgumentParser(
         prog="train_gpt.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "quick.toml", help="track (TOML)")
-    parser.add_argument("--optimizer", default="aurora", help="one of the config's [optimizer.NAME] tables")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights")
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the record <run_id>.jsonl")
     parser.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="A.B=V", help="override one config value"
+        "--config", type=Path, default=ROOT / "configs" / "quick.toml", help="track (configs/quick.toml)"
     )
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of this run in --out")
-    parser.add_argument("--wandb", choices=("online", "offline", "off"), default="off", help="mirror metrics to wandb")
+    parser.add_argument("--optimizer", default="aurora", help="name of an [optimizer.NAME] table of the track (aurora)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights (0)")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the record <run_id>.jsonl (runs)")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="A.B=V",
+        help="override one value of the track; configs/README.md explains the keys",
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from this run's newest checkpoint in --out")
+    parser.add_argument(
+        "--wandb", choices=("online", "offline", "off"), default="off", help="mirror the metrics to wandb"
+    )
     parser.add_argument(
         "--dump-momentum",
         nargs=3,
         metavar=("PATTERN", "FIRST", "LAST"),
-        help="write the momentum of the matrices of that name at those steps to <run_id>.momentum/ beside the record",
+        help="write the momentum of matrices of these names at these steps to <run_id>.momentum/ beside the record",
     )
     parser.add_argument(
-        "--timeout-s", type=float, default=60.0, help="seconds after which a rank that stands still ends the run"
+        "--timeout-s", type=float, default=60.0, help="seconds until a rank that stands still ends the run (60)"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print parameters, data and memory needed, then stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the parameters, data and memory that the run needs, then stop"
+    )
     args = parser.parse_args(argv)
     if not args.timeout_s > 0:
         parser.error(f"--timeout-s must be above 0, got {args.timeout_s:g}")
@@ -56,36 +67,74 @@ HEAD_DTYPES = ("activation", "float8")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
+    """The model.
+
+    Attributes:
+        vocab_size: Number of different tokens; at most 65536, since shards hold uint16.
+        num_layers: Number of transformer blocks.
+        model_dim: Width of the residual stream.
+        num_heads: Attention heads of each block; model_dim / num_heads must be a multiple of 4.
+        seq_len: Length of a sequence [tokens].
+        mlp_expansion: Hidden width of the MLPs [model_dim].
+        rope_base: Base of the rotary positions, above 1; their slowest turn is 1 / rope_base of a radian a token.
+        attention_scale: Factor on the products of queries and keys, which are normed.
+        logit_softcap: Logits stay between minus and plus this value, which is in (0, 64].
+        activation_dtype: Dtype of the activations, float32 or bfloat16; weights are float32.
+        bias: Whether linear layers have a bias, the head included.
+        mlp: Kind of the MLPs, relu2 or swiglu; both are mlp_expansion x model_dim wide.
+        head_dtype: What the head's matmuls read. activation: the dtype of the activations. float8: 8-bit floats, see
+            aurora/fast/float8.py; vocab_size and model_dim must then be multiples of 16.
+    """
+
     vocab_size: int
     num_layers: int
     model_dim: int
     num_heads: int
-    seq_len: int  # tokens
-    mlp_expansion: int  # hidden width of the MLPs, in units of model_dim
-    rope_base: float  # of rotary positions: their slowest turn by 1 / rope_base of a radian a token
-    attention_scale: float  # of products of queries and keys, which are normed
-    logit_softcap: float  # logits stay between minus and plus this
-    activation_dtype: str  # of activations; weights are float32
-    bias: bool = True  # of every linear layer, the head's too
-    mlp: str = "relu2"  # or swiglu; both are mlp_expansion x model_dim wide
-    head_dtype: str = "activation"  # or float8: of what the head's matmuls read, see aurora/fast/float8.py
+    seq_len: int
+    mlp_expansion: int
+    rope_base: float
+    attention_scale: float
+    logit_softcap: float
+    activation_dtype: str
+    bias: bool = True
+    mlp: str = "relu2"
+    head_dtype: str = "activation"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    train: str  # glob of shards, relative to the folder of train_gpt.py
+    """The token shards.
+
+    Attributes:
+        train: Glob of the training shards, relative to the folder of train_gpt.py.
+        val: Glob of the validation shards, likewise.
+        allow_epochs: Whether shards may be read more than once; the record says how often.
+    """
+
+    train: str
     val: str
-    allow_epochs: bool = False  # whether shards may be read more than once
+    allow_epochs: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    steps: int  # an optimizer's own, where its table has steps
-    batch_tokens: int  # of one step, over all ranks and micro-steps
-    micro_batch: int | str  # most sequences in one forward pass of one rank; auto: as many as fit into memory
-    compile: str  # auto: on CUDA only
-    log_every: int  # steps that a train event of the record covers
-    checkpoint_every: int  # steps; 0: only when asked to stop
+    """The training steps.
+
+    Attributes:
+        steps: Length of the schedule. The optimizer's own steps come before it, --set train.steps before both [steps].
+        batch_tokens: Size of one step's batch over all ranks and micro-steps; a multiple of seq_len [tokens].
+        micro_batch: Most sequences in one forward pass of one rank. auto: as many as fit into memory [sequences].
+        compile: Whether the model is compiled: on, off, or auto, which compiles on CUDA only.
+        log_every: Steps that one train event of the record covers [steps].
+        checkpoint_every: Interval between checkpoints, with one more at the end; 0: only when asked to stop [steps].
+    """
+
+    steps: int
+    batch_tokens: int
+    micro_batch: int | str
+    compile: str
+    log_every: int
+    checkpoint_every: int
 
     def saves_at(self, step: int) -> bool:
         """Whether the run saves a checkpoint before this step, or after its last."""
@@ -94,30 +143,56 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    tokens: int  # the first of the validation shard
-    every: int  # steps from one validation to the next
-    late_every: int  # the same over the last late_frac of the run
+    """The validations.
+
+    Attributes:
+        tokens: Size of a validation: the first tokens of the validation shard; a multiple of seq_len [tokens].
+        every: Interval between validations [steps].
+        late_every: Interval between validations over the last late_frac of the run [steps].
+        late_frac: Share of the run, at its end, with a validation every late_every steps.
+        target: Validation loss to reach [nats a token].
+        telemetry: Whether the record says how neurons fare, see aurora/trainer/neurons.py.
+    """
+
+    tokens: int
+    every: int
+    late_every: int
     late_frac: float
-    target: float  # validation loss to reach, nats a token
-    telemetry: bool = True  # whether the record says how neurons fare, see aurora/trainer/neurons.py
+    target: float
+    telemetry: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    cooldown_frac: float  # share of the run over which lr falls linearly to final_lr_frac of its peak
+    """The learning rates' schedule: linear warm-up, constant, linear cooldown.
+
+    Attributes:
+        cooldown_frac: Share of the run, at its end, over which learning rates fall linearly.
+        final_lr_frac: Learning rate at the end, as a share of its peak.
+    """
+
+    cooldown_frac: float
     final_lr_frac: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
+    """All settings of a run.
+
+    Attributes:
+        optimizer: Name of the rule, whose table is [optimizer.NAME].
+        warmup_steps: Linear warm-up of the learning rates, from the optimizer's table [steps].
+        hparams: The rest of that table; see aurora.optim.registry.hparam_types().
+    """
+
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
     eval: EvalConfig
     schedule: ScheduleConfig
     optimizer: str
-    warmup_steps: int  # linear lr warm-up; an optimizer's own, from its table
-    hparams: dict[str, Any]  # the rest of its table
+    warmup_steps: int
+    hparams: dict[str, Any]
 
 
 def load_config(path: Path, optimizer: str, overrides: Iterable[str] = ()) -> Config:

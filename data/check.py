@@ -1,4 +1,4 @@
-"""What can be wrong with a folder of shards, all of it, before a run depends on them."""
+"""Find everything that can be wrong with a folder of shards, before a run depends on them."""
 
 import hashlib
 from collections.abc import Iterator

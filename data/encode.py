@@ -1,8 +1,8 @@
-"""Text to GPT-2 tokens to shards, with the same bytes on any number of cores and after any interruption.
+"""Make shards of GPT-2 tokens from text. The bytes are the same on any number of cores and after any interruption.
 
-Each document begins with token 50256, its text follows as tiktoken's encode_ordinary gives it. Documents run on across
-shards of equal size; shard 0 is for validation, the others for training. The manifest is written after each shard and
-says where the next one begins.
+Each document begins with token 50256; the tokens of tiktoken's encode_ordinary follow. Documents run on across shards
+of equal size. Shard 0 is for validation, the others are for training. The manifest is written after each shard and says
+where the next one begins.
 """
 
 import collections

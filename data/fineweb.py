@@ -1,4 +1,4 @@
-"""FineWeb as token shards: downloaded ready-made, or made from text, and checked.
+"""Make token shards of FineWeb: download them ready-made, or make them from text, and check them.
 
     python data/fineweb.py download --for configs/gpt2_small.toml --optimizer muon    what that run needs
     python data/fineweb.py download --train-shards 18                                 the first 18 train shards, 3.8 GB
@@ -6,7 +6,7 @@
     python data/fineweb.py tokenize --files a.parquet b.jsonl c.txt --out data/fineweb_mine
     python data/fineweb.py check data/fineweb10B                                      every byte, before a run
 
-Stopped, the same command goes on after the last whole file. Exit codes: 0 done, 2 usage, 3 data, 7 disk.
+After a stop the same command goes on after the last whole file. Exit codes: 0 done, 2 usage, 3 data, 7 disk.
 """
 
 import argparse
@@ -33,40 +33,61 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="download | tokenize | check")
 
-    get = commands.add_parser("download", help="ready-made shards from the Hugging Face hub")
+    get = commands.add_parser("download", help="get ready-made shards from the Hugging Face hub")
     get.set_defaults(run=run_download)
     amount = get.add_mutually_exclusive_group(required=True)
-    amount.add_argument("--train-shards", type=positive, metavar="N", help="the first N, and the validation shard")
     amount.add_argument(
-        "--for", dest="config", type=Path, metavar="CONFIG", help="as many as a run of this track reads"
+        "--train-shards", type=positive, metavar="N", help="get the first N train shards and the validation shard"
+    )
+    amount.add_argument(
+        "--for", dest="config", type=Path, metavar="CONFIG", help="get as many as a run of this track reads"
     )
     get.add_argument("--optimizer", metavar="NAME", help="with --for: the run's optimizer")
     get.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="A.B=V", help="with --for: as there"
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="A.B=V",
+        help="with --for: the run's --set options",
     )
-    get.add_argument("--dataset", choices=DATASETS, help="default: the config's, else fineweb10B")
+    get.add_argument("--dataset", choices=DATASETS, help="default: that of the track, else fineweb10B")
     get.add_argument("--revision", help="commit or branch of the dataset instead of the pinned one")
     get.add_argument("--out", type=Path, help="folder of the shards (default: data/DATASET)")
-    get.add_argument("--workers", type=positive, default=8, metavar="N", help="files at a time")
+    get.add_argument("--workers", type=positive, default=8, metavar="N", help="files at a time (8)")
 
-    make = commands.add_parser("tokenize", help="shards from text, with tiktoken's gpt2")
+    make = commands.add_parser("tokenize", help="make shards from text with tiktoken's gpt2")
     make.set_defaults(run=run_tokenize)
     text = make.add_mutually_exclusive_group(required=True)
-    text.add_argument("--sample", help="streamed from the hub: sample-10BT, sample-100BT, ...")
+    text.add_argument("--sample", help="stream this sample from the hub: sample-10BT, sample-100BT, ...")
     text.add_argument(
-        "--files", nargs="+", type=Path, metavar="FILE", help=".txt (one document), .jsonl[.gz], .parquet"
+        "--files", nargs="+", type=Path, metavar="FILE", help="read these: .txt (one document), .jsonl[.gz], .parquet"
     )
     make.add_argument("--repo", help="with --sample: the dataset (default: HuggingFaceFW/fineweb)")
-    make.add_argument("--revision", help="with --sample: its commit or branch (default: the one begun with, else main)")
+    make.add_argument(
+        "--revision", help="with --sample: its commit or branch (default: that of the first run, else main)"
+    )
     make.add_argument("--out", type=Path, required=True, help="folder of the shards")
-    make.add_argument("--train-shards", type=positive, metavar="N", help="stop after N (default: all of the text)")
-    make.add_argument("--shard-tokens", type=shard_size, default=PUBLIC_SHARD_TOKENS, metavar="N")
-    make.add_argument("--workers", type=positive, default=available_cores(), metavar="N", help="processes")
+    make.add_argument(
+        "--train-shards", type=positive, metavar="N", help="stop after N train shards (default: take all of the text)"
+    )
+    make.add_argument(
+        "--shard-tokens",
+        type=shard_size,
+        default=PUBLIC_SHARD_TOKENS,
+        metavar="N",
+        help="tokens of a shard (100 million)",
+    )
+    make.add_argument(
+        "--workers", type=positive, default=available_cores(), metavar="N", help="processes (one for each core)"
+    )
 
-    look = commands.add_parser("check", help="read every shard and say what is wrong with it")
+    look = commands.add_parser("check", help="read every shard and list what is wrong with it")
     look.set_defaults(run=run_check)
-    look.add_argument("folder", type=Path)
-    look.add_argument("--vocab-size", type=positive, default=GPT2_VOCAB_SIZE, metavar="N", help="of the model")
+    look.add_argument("folder", type=Path, help="folder of the shards")
+    look.add_argument(
+        "--vocab-size", type=positive, default=GPT2_VOCAB_SIZE, metavar="N", help="vocabulary of the model (50257)"
+    )
     args = parser.parse_args(argv)
     if args.run is run_download and not args.config and (args.optimizer or args.overrides):
         get.error("--optimizer and --set go with --for")

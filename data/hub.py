@@ -1,7 +1,6 @@
-"""Pre-tokenised FineWeb from the Hugging Face hub: a shard gets its name when it is whole and its hash is right.
+"""Download tokenized FineWeb from the Hugging Face hub. A shard gets its name when it is whole and its hash is right.
 
-HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE, HF_XET_* and the proxy variables mean what they mean everywhere: the transfer is
-huggingface_hub's.
+huggingface_hub transfers the files, so HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE, HF_XET_* and the proxy variables hold.
 """
 
 import contextlib

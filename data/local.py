@@ -1,13 +1,13 @@
-"""A corpus without a download: the Python standard library's own sources as bytes, or any text files of yours.
+"""Make a corpus without a download: bytes of the Python standard library's sources, or of your own text files.
 
     python data/local.py                          the corpus of configs/quick.toml, in data/local/
     python data/local.py --text a.txt b.txt --out data/mine
 
-Every byte is a token (vocab_size 256). The standard library's .py files are taken without tests and generated tables;
-a hash of its path puts about 6 % of the files into the validation shard. Of your own files, the last 10 % of each are
-validation. Each split is then cut into passages of 512 bytes that begin with a zero byte and stand in the order of a
-hash of path and offset: the loader reads a batch in one piece, which in file order would be a piece of a single file.
-Equal input gives equal bytes.
+Every byte is a token (vocab_size 256). Of the standard library all .py files are taken but tests and generated tables.
+A hash of the path puts about 6 % of them into the validation shard. Of your own files, the last 10 % of each are
+validation. Each split is cut into passages of 512 bytes, each behind a zero byte, in the order of a hash of path and
+offset. The loader reads a batch in one piece, and in file order that would be a piece of a single file. Equal input
+gives equal bytes.
 """
 
 import argparse
@@ -106,7 +106,9 @@ def write_corpus(train: bytes, val: bytes, folder: Path) -> Iterator[str]:
 def main(argv: list[str] | None = None) -> int:
     """Command line. Returns the exit code: 0, or 3 when the text cannot be read, 7 when the disk refuses the shards."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", nargs="+", type=Path, metavar="FILE", help="your own files instead")
+    parser.add_argument(
+        "--text", nargs="+", type=Path, metavar="FILE", help="take these files instead of the standard library"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "data" / "local", help="folder of the shards")
     args = parser.parse_args(argv)
     if args.text and args.out == parser.get_default("out"):

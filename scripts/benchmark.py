@@ -1,8 +1,8 @@
-"""Speed, always as a ratio against a peer in the same run.
+"""Measure speed and memory, where possible against a peer in the same run.
 
-python scripts/benchmark.py harness     a training step against bare loops, on CPU; or against that of another checkout
-python scripts/benchmark.py train       tokens a second of whole training steps, split into their parts
-python scripts/benchmark.py optim       whole optimizer steps on the matrices of a track, and how good the updates are
+python scripts/benchmark.py harness     our training step against bare loops on CPU, or against another checkout's
+python scripts/benchmark.py train       tokens per second of whole training steps, split into their parts
+python scripts/benchmark.py optim       whole optimizer steps on the matrices of a track, and the quality of updates
 python scripts/benchmark.py memory      memory of a training step by micro-batch
 python scripts/benchmark.py runs        whole runs, one after the other, with one compilation for all
 python scripts/benchmark.py turns       the public script and ours on the same tokens, in turns
@@ -22,14 +22,14 @@ from aurora.errors import HarnessError
 
 
 def add_output(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--out", type=Path, required=True, help="OUT.md and OUT.json are written")
+    command.add_argument("--out", type=Path, required=True, help="write OUT.md and OUT.json")
 
 
 def add_config(command: argparse._ActionsContainer, name: str = "quick") -> None:
     command.add_argument("--config", type=Path, default=ROOT / "configs" / f"{name}.toml", help="track (TOML)")
 
 
-def add_overrides(command: argparse._ActionsContainer, text: str = "as train_gpt.py") -> None:
+def add_overrides(command: argparse._ActionsContainer, text: str = "as in train_gpt.py") -> None:
     command.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=V", help=text)
 
 
@@ -44,18 +44,16 @@ def add_harness(command: argparse.ArgumentParser) -> None:
     from scripts.benchmarks.against import against
     from scripts.benchmarks.harness import harness
 
-    command.add_argument("--rounds", type=int, default=40)
-    command.add_argument(
-        "--nanogpt", type=Path, metavar="FOLDER", help="a checkout of karpathy/nanoGPT, as a third peer"
-    )
+    command.add_argument("--rounds", type=int, default=40, help="turns of each (40)")
+    command.add_argument("--nanogpt", type=Path, metavar="FOLDER", help="checkout of karpathy/nanoGPT, as a third peer")
     checkout = command.add_argument_group("against another checkout")
     checkout.add_argument("--against", type=Path, metavar="FOLDER", help="another checkout of this project")
     add_config(checkout)
     add_overrides(checkout)
     checkout.add_argument("--nproc", type=int, default=1, help="ranks of each trainer")
-    checkout.add_argument("--steps", type=int, default=5, help="steps of a turn; the first is not counted")
-    checkout.add_argument("--limit-s", type=float, default=1800.0, help="both are ended after this time")
-    checkout.add_argument("--out", type=Path, help="OUT.md and OUT.json are written, and both consoles")
+    checkout.add_argument("--steps", type=int, default=5, help="steps in a turn; the first is not counted")
+    checkout.add_argument("--limit-s", type=float, default=1800.0, help="seconds after which both are ended")
+    checkout.add_argument("--out", type=Path, help="write OUT.md, OUT.json and both consoles")
     command.set_defaults(run=lambda args: against(args) if args.against else harness(args.rounds, args.nanogpt))
 
 
@@ -70,8 +68,8 @@ def add_optim(command: argparse.ArgumentParser) -> None:
     command.add_argument("--schedule", choices=SCHEDULES, default="polar_express5")
     command.add_argument("--polar-dtype", choices=COMPUTE_DTYPES, default="auto")
     command.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    command.add_argument("--rounds", type=int, default=9)
-    command.add_argument("--momentum", type=Path, help="folder <run_id>.momentum of a run with --dump-momentum")
+    command.add_argument("--rounds", type=int, default=9, help="timings of each rule (9)")
+    command.add_argument("--momentum", type=Path, help="folder <run_id>.momentum that a run with --dump-momentum wrote")
     add_output(command)
     command.set_defaults(run=optim)
 
@@ -80,9 +78,9 @@ def add_train(command: argparse.ArgumentParser) -> None:
     from scripts.benchmarks.train import train
 
     add_track(command)
-    command.add_argument("--steps", type=int, default=10, help="timed steps of each optimizer in a round")
-    command.add_argument("--rounds", type=int, default=3)
-    command.add_argument("--profile", action="store_true", help="also write OUT.trace.json, of two steps")
+    command.add_argument("--steps", type=int, default=10, help="timed steps of each optimizer in a round (10)")
+    command.add_argument("--rounds", type=int, default=3, help="turns of each optimizer (3)")
+    command.add_argument("--profile", action="store_true", help="also write a trace of two steps, OUT.trace.json")
     command.set_defaults(run=train)
 
 
@@ -90,7 +88,9 @@ def add_memory(command: argparse.ArgumentParser) -> None:
     from scripts.benchmarks.memory import memory
 
     add_track(command)
-    command.add_argument("--sizes", type=int, nargs="+", default=[1, 4, 16, 64], help="micro-batches")
+    command.add_argument(
+        "--sizes", type=int, nargs="+", default=[1, 4, 16, 64], help="micro-batches to measure (1 4 16 64)"
+    )
     command.set_defaults(run=memory)
 
 
@@ -98,32 +98,34 @@ def add_runs(command: argparse.ArgumentParser) -> None:
     from scripts.benchmarks.runs import runs
 
     add_track(command)
-    command.add_argument("--seeds", type=int, nargs="+", default=[0])
+    command.add_argument("--seeds", type=int, nargs="+", default=[0], help="default: 0")
     command.set_defaults(run=runs)
 
 
 def add_turns(command: argparse.ArgumentParser) -> None:
     from scripts.benchmarks.turns import turns
 
-    command.add_argument("--peer", type=Path, required=True, metavar="SCRIPT", help="train_gpt_simple.py")
-    command.add_argument("--train", type=Path, required=True, help="shard of train tokens for both")
+    command.add_argument(
+        "--peer", type=Path, required=True, metavar="SCRIPT", help="the public script, train_gpt_simple.py"
+    )
+    command.add_argument("--train", type=Path, required=True, help="shard of training tokens for both")
     command.add_argument("--val", type=Path, required=True, help="shard of validation tokens for both")
-    command.add_argument("--val-tokens", type=int, default=2**20)
-    command.add_argument("--steps", type=int, default=100, help="of each")
-    command.add_argument("--every", type=int, default=50, help="steps of a turn, which ends with a validation")
-    command.add_argument("--limit-s", type=float, default=500.0, help="after which both are ended")
+    command.add_argument("--val-tokens", type=int, default=2**20, help="tokens of a validation (2^20)")
+    command.add_argument("--steps", type=int, default=100, help="steps of each (100)")
+    command.add_argument("--every", type=int, default=50, help="steps in a turn, which ends with a validation (50)")
+    command.add_argument("--limit-s", type=float, default=500.0, help="seconds after which both are ended (500)")
     add_config(command, "gpt2_small")
-    add_overrides(command, "for ours, whose micro-batch is 64")
+    add_overrides(command, "settings of ours, whose micro-batch is 64")
     add_output(command)
     command.set_defaults(run=turns)
 
 
 COMMANDS = {
     "harness": ("the trainer's step against bare loops, or against another checkout's", add_harness),
-    "optim": ("optimizer steps on a track's shapes, and the quality of the updates", add_optim),
+    "optim": ("optimizer steps on the matrices of a track, and the quality of the updates", add_optim),
     "train": ("whole training steps, split into their parts; also under torchrun", add_train),
-    "memory": ("memory by micro-batch, of the first optimizer", add_memory),
-    "runs": ("whole runs; OUT is the folder of their records", add_runs),
+    "memory": ("memory of the first optimizer's step by micro-batch", add_memory),
+    "runs": ("whole runs; --out is the folder of their records", add_runs),
     "turns": ("the public script and ours on the same tokens, in turns", add_turns),
 }
 

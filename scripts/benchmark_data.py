@@ -1,6 +1,8 @@
-"""Speed of the data path: making shards, checking them, handing out batches. Prints a Markdown table.
+"""Measure the data path: making shards, checking them, handing out batches. Prints a Markdown table.
 
-python scripts/benchmark_data.py        needs the [data] extra and GPT-2's vocabulary (a network or TIKTOKEN_CACHE_DIR)
+    python scripts/benchmark_data.py
+
+It needs the extra `data` and GPT-2's vocabulary, from the network or TIKTOKEN_CACHE_DIR.
 """
 
 import argparse
@@ -105,9 +107,9 @@ def read_all(loader: TokenLoader) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--text-mb", type=int, default=150)
-    parser.add_argument("--shard-tokens", type=int, default=100_000_000)
+    parser.add_argument("--rounds", type=int, default=5, help="timings of each part (5)")
+    parser.add_argument("--text-mb", type=int, default=150, help="megabytes of text to tokenize (150)")
+    parser.add_argument("--shard-tokens", type=int, default=100_000_000, help="tokens of a shard (100 million)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -1,18 +1,18 @@
-"""Run optimizers x seeds on one track and say who won, and whether it is real.
+"""Run several optimizers and seeds on one track, and compare them with tests.
 
-    python scripts/compare.py                                       the laptop track, one seed an optimizer
+    python scripts/compare.py                                       the laptop track, one seed for each optimizer
     python scripts/compare.py --seeds 0 1 2 3 4 --out runs/quick
     python scripts/compare.py --grid optimizer.lr=0.01,0.02,0.04    every value, for every optimizer
     python scripts/compare.py --config configs/gpt2_small.toml --nproc 8 --seeds 0 1 2 3
     python scripts/compare.py --jobs 2 --seeds 0 1 2                two runs at a time, half of the cores each
-    python scripts/compare.py tune --help                           tuning, every optimizer with as many trials
-    python scripts/compare.py --report results/quick                the tables of runs that are there
+    python scripts/compare.py tune --help                           tuning, equally many trials for each optimizer
+    python scripts/compare.py --report results/quick                the tables of runs that exist
 
-Settings are checked before the first run. Each run is a process of its own. One that has finished with the same
-arguments and the same code is not repeated, one that was stopped with a checkpoint in --out goes on from there, and one
-that fails does not stop the others and is shown. Optimizers alternate within each seed, so that a machine that slows
-down slows all alike (--no-interleave: one optimizer after the other). Ends with the tables and writes comparison.md,
-comparison.json and loss_curves.png to --out.
+Settings are checked before the first run. Each run is a process of its own. A run that has finished with the same
+arguments and code is not repeated. A run that was stopped with a checkpoint in --out goes on from there. A run that
+fails is reported and does not stop the others. Optimizers alternate within each seed, so that a machine that slows down
+slows all alike (--no-interleave: one optimizer after the other). At the end the tables are printed, and comparison.md,
+comparison.json and loss_curves.png are written to --out. scripts/README.md explains the tables.
 """
 
 import argparse
@@ -42,24 +42,33 @@ DEFAULT_OPTIMIZERS = ["adamw", "muon", "unormuon", "aurora"]
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/quick.toml", help="track (TOML)")
-    parser.add_argument("--optimizers", nargs="+", default=DEFAULT_OPTIMIZERS, metavar="NAME")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N")
+    parser.add_argument("--optimizers", nargs="+", default=DEFAULT_OPTIMIZERS, metavar="NAME", help="default: all four")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="default: 0")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder of the records and the report")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=V", help="as train_gpt.py")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="A.B=V", help="as in train_gpt.py"
+    )
     parser.add_argument(
         "--grid",
         action="append",
         default=[],
         metavar="A.B=V,W",
         type=grid_values,
-        help="every value; optimizer.lr means that of each optimizer; several grids multiply",
+        help="run every value; optimizer.lr means the lr of each optimizer; several grids are combined",
     )
-    parser.add_argument("--nproc", type=int, default=1, help="processes a run, under torchrun when more than 1")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time on a CPU, with cores / N each")
+    parser.add_argument("--nproc", type=int, default=1, help="processes of each run, under torchrun if more than 1")
     parser.add_argument(
-        "--interleave", action=argparse.BooleanOptionalAction, default=True, help="alternate optimizers (default)"
+        "--jobs", type=int, default=1, metavar="N", help="runs at a time on a CPU, each with 1/N of the cores"
     )
-    parser.add_argument("--report", nargs="+", type=Path, metavar="FOLDER", help="run nothing, report these records")
+    parser.add_argument(
+        "--interleave",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="alternate between optimizers (default)",
+    )
+    parser.add_argument(
+        "--report", nargs="+", type=Path, metavar="FOLDER", help="run nothing; print the tables of these records"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON; progress goes to standard error")
     args = parser.parse_args(argv)
     if args.jobs < 1 or (args.jobs > 1 and args.nproc > 1):

@@ -1,11 +1,11 @@
-"""The published claims against our own records: results/FINDINGS.md and its plots.
+"""Test the published claims on our own records: results/FINDINGS.md and its plots.
 
     python scripts/findings.py              write the page
     python scripts/findings.py --check      exit 1 if it is not what the records give
 
-results/findings.toml names the evidence: the settings in which claims 1 to 4a are tested, one folder of records each,
-and what claims 4b and 5 rest on. Every number on the page is computed from records by scripts/analysis/findings.py; a
-claim without sufficient records is "not testable", never skipped.
+results/findings.toml names the evidence. For claims 1 to 4a that is one folder of records for each setting; claims 4b
+and 5 have entries of their own. scripts/analysis/findings.py computes every number on the page from records. A claim
+without sufficient records is "not testable"; none is skipped.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import re
 import sys
 import tomllib
 from collections.abc import Callable
-from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 

@@ -5,9 +5,9 @@
     python scripts/leaderboard.py add DIR        check the records in DIR and copy them to results/<name of DIR>
     python scripts/leaderboard.py unpack PATH --out NEW       restore a record, or a folder, as the run wrote it
 
-The main page has a section for each experiment, the page of a folder all details. Records in a folder whose name ends
-with _tuning are no rows, they count as tuning budget. Text by hand comes from notes.md in results/ and its folders,
-public results from reference.toml.
+The main page has one section for each experiment; the page of a folder has all details. Records in a folder whose name
+ends with _tuning have no rows; they count as tuning budget. The text comes from notes.md in results/ and its folders,
+public results come from reference.toml.
 """
 
 import argparse
@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", nargs="?", choices=("write", "add", "unpack"), default="write")
     parser.add_argument("path", nargs="?", type=Path, help="add: a folder of new records; unpack: a record or a folder")
-    parser.add_argument("--out", type=Path, help="of unpack: the new file or folder")
+    parser.add_argument("--out", type=Path, help="with unpack: the new file or folder")
     parser.add_argument("--check", action="store_true", help="write nothing, exit 1 if a page is stale")
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of the records and the page")
     args = parser.parse_args(argv)

@@ -1,13 +1,13 @@
-"""Read public training logs, and say whether what is claimed of them follows from them.
+"""Read public training logs, and check whether a claim about them follows from them.
 
-    python scripts/logs.py FOLDER...                                          what they hold
+    python scripts/logs.py FOLDER...                                          what the logs hold
     python scripts/logs.py FOLDER --steps 3250 --mean 3.2787 --runs 10        does the claim follow?
     python scripts/logs.py --claims claims.json                               many: [{"row", "steps", "mean", "n"}, ...]
     python scripts/logs.py FOLDER_A --against FOLDER_B --steps 3250           whose loss is lower? (or who is earlier)
-    python scripts/logs.py --export runs/quick/RUN.jsonl --out log.txt        one of our records as such a log
+    python scripts/logs.py --export runs/quick/RUN.jsonl --out log.txt        a record of ours as such a log
 
-A FOLDER of --claims is rowNN beside claims.json. Formats: see scripts/analysis/foreign.py. Exit code 0, 1 when a claim
-does not follow, 2 when there is nothing to read.
+The logs of a row of claims.json are in the folder rowNN beside it. scripts/analysis/foreign.py describes the formats.
+Exit codes: 0 done, 1 a claim does not follow, 2 there is nothing to read.
 """
 
 import argparse
@@ -22,17 +22,17 @@ from scripts.analysis.text import plain
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("logs", nargs="*", type=Path, metavar="FOLDER")
-    parser.add_argument("--target", type=float, default=3.28, help="loss to reach (default 3.28)")
-    parser.add_argument("--metric", help="instead of val_loss")
-    parser.add_argument("--steps", type=int, help="step of the claim")
-    parser.add_argument("--mean", help="mean loss at that step, to as many digits as are claimed")
-    parser.add_argument("--runs", type=int, help="number of runs that are claimed")
-    parser.add_argument("--claims", type=Path)
-    parser.add_argument("--against", type=Path, metavar="FOLDER")
-    parser.add_argument("--export", type=Path, metavar="RECORD")
-    parser.add_argument("--out", type=Path, help="of --export")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("logs", nargs="*", type=Path, metavar="FOLDER", help="folders of logs")
+    parser.add_argument("--target", type=float, default=3.28, help="loss to reach (3.28)")
+    parser.add_argument("--metric", help="name of the loss (val_loss)")
+    parser.add_argument("--steps", type=int, help="step of the claimed loss")
+    parser.add_argument("--mean", help="claimed mean loss at that step, with all its digits")
+    parser.add_argument("--runs", type=int, help="claimed number of runs")
+    parser.add_argument("--claims", type=Path, metavar="FILE", help="check every claim of this file")
+    parser.add_argument("--against", type=Path, metavar="FOLDER", help="compare with the logs of this folder")
+    parser.add_argument("--export", type=Path, metavar="RECORD", help="write this record as a log to --out")
+    parser.add_argument("--out", type=Path, help="with --export: the log to write")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
     if not (args.logs or args.claims or args.export):
         parser.error("name logs, --claims or --export")

@@ -1,4 +1,4 @@
-"""The plot `python scripts/plot.py neurons DIR --out FILE`: how neurons fare over training, by layer and optimizer."""
+"""The plot of `scripts/plot.py neurons`: starved rows and dead neurons over training, by layer and optimizer."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

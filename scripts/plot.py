@@ -1,4 +1,4 @@
-"""Plots of run records: loss against steps and seconds, the neighbourhood of the target, steps to the target.
+"""Plot records: loss against steps and seconds, the neighbourhood of the target, steps to the target.
 
 python scripts/plot.py results/quick --out curves.png
 python scripts/plot.py neurons results/quick --out neurons.svg      starved and dead neurons, see scripts/neurons.py
@@ -204,7 +204,7 @@ def draw_steps_to_target(axis, groups: Sequence[Group], styles: Sequence[tuple])
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=("loss", "neurons"), default="loss", help="to draw (default: loss)")
+    parser.add_argument("what", nargs="?", choices=("loss", "neurons"), default="loss", help="what to draw (loss)")
     parser.add_argument("folder", type=Path, help="records of one task")
     parser.add_argument("--out", type=Path, required=True, help="PNG or SVG to write")
     args = parser.parse_args()

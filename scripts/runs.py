@@ -1,4 +1,4 @@
-"""Runs of train_gpt.py as child processes: check, start and resume them, find them again among the records."""
+"""Runs of train_gpt.py as child processes: check, start and resume them, and find their records."""
 
 import contextlib
 import os

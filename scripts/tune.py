@@ -1,13 +1,13 @@
-"""The command `python scripts/compare.py tune`: as many trials for each optimizer, chosen values into the track.
+"""Tune optimizers with equally many trials each: the command `python scripts/compare.py tune`.
 
     python scripts/compare.py tune --trials 20 --jobs 2 --out runs/quick_tuning
     python scripts/compare.py tune --trials 20 --jobs 2 --out runs/quick_tuning --write
     python scripts/compare.py tune --set model.mlp=swiglu --out runs/quick_swiglu_tuning
 
-The search and its space are declared in advance: scripts/analysis/tuning.py and --space. Each trial is an ordinary run
-with a record in --out. A trial that diverged counts, at an infinite loss. Stopped, the same command goes on: a trial
-whose arguments, config and code have a record is not run again. Writes ledger.json (one trial a line) and tuning.md to
---out, where optimizers that are not searched this time keep their lines.
+The search is that of scripts/analysis/tuning.py, in the space that --space declares. Each trial is an ordinary run with
+a record in --out. A trial that diverged counts, with an infinite loss. The same command goes on where it was stopped: a
+trial whose arguments, config and code have a record is not run again. ledger.json (one trial a line) and tuning.md are
+written to --out. Optimizers that are not searched this time keep their lines there.
 """
 
 import argparse
@@ -48,10 +48,16 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--config", default="configs/quick.toml", help="track (TOML)")
     parser.add_argument("--space", type=Path, help="search space (default: configs/tuning/<name of the track>.toml)")
     parser.add_argument("--optimizers", nargs="+", metavar="NAME", help="default: all of the search space")
-    parser.add_argument("--trials", type=int, default=20, metavar="N", help="of each optimizer")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="optimizers at a time, with cores / N each")
-    parser.add_argument("--out", type=Path, default=Path("runs/quick_tuning"), help="folder of records and ledger")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=V", help="as train_gpt.py")
+    parser.add_argument("--trials", type=int, default=20, metavar="N", help="trials of each optimizer (20)")
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="optimizers at a time, each with 1/N of the cores"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/quick_tuning"), help="folder of the records and the ledger"
+    )
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="A.B=V", help="as in train_gpt.py"
+    )
     parser.add_argument("--write", action="store_true", help="at the end, write the chosen values into the track")
     args = parser.parse_args(argv)
     if args.trials < 1 or args.jobs < 1:

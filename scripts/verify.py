@@ -1,16 +1,25 @@
-"""Verify records: are they consistent with themselves, and with --replay: does their code give their losses?
+"""Verify records. Are they consistent with themselves? With --replay: does their code give their losses again?
 
-python scripts/verify.py RECORD_OR_FOLDER... [--json]
-python scripts/verify.py RECORD --replay [--looks 2]    # RUNS THE CODE IN THE RECORD: only if you would run it anyway
-python scripts/verify.py FOLDER --against FOLDER        # records of your own, of the same setting with other seeds
+    python scripts/verify.py RECORD_OR_FOLDER... [--json]
+    python scripts/verify.py RECORD --replay [--looks 2]    RUNS THE CODE IN THE RECORD: only if you would run it anyway
+    python scripts/verify.py FOLDER --against FOLDER        runs of your own, of the same setting with other seeds
 
-Of a record: consistent (its own numbers fit), gaps (they do, but seeds are missing beside it), refuted (with reasons),
-replayed (its code and seed gave all its losses again; "to step N of M" if only the first ones were run, "within T on
-another stack" if they differ by up to T nats).
-Of --against, by Welch's test of the losses at the end: reproduced (with 95 % confidence, the claim exaggerates by less
-than 0.005 nats), contradicted (your losses are higher, p < 0.01), not contradicted (too few runs to tell), not
-comparable. What each check can and cannot catch stands in scripts/verification/checks.py.
+Verdicts on a record:
 
+    consistent          its own numbers fit together
+    gaps                they do, but seeds are missing beside it
+    refuted             they do not; the reasons follow
+    replayed            its code and seed gave its losses again: all, or "to step N of M"; "within T on another stack"
+                        if they differ by up to T nats
+
+Verdicts of --against, by Welch's test of the losses at the end:
+
+    reproduced          with 95 % confidence the claim exaggerates by less than 0.005 nats
+    contradicted        your losses are higher, p < 0.01
+    not contradicted    too few runs to tell
+    not comparable      there is no test: another task or setting, shared seeds, or too few finished runs
+
+scripts/verification/checks.py says what each check can and cannot catch.
 Exit codes: 0 nothing refuted, 1 something refuted, or not replayed or reproduced as asked, 2 usage.
 """
 
@@ -30,13 +39,17 @@ from scripts.verification.checks import Verification, verify_folder, verify_run
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paths", nargs="+", type=Path)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("paths", nargs="+", type=Path, metavar="RECORD_OR_FOLDER")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--replay", action="store_true", help="run the code embedded in each record")
     parser.add_argument(
-        "--looks", type=int, default=2, metavar="N", help="validations to replay, the one at step 0 included (2)"
+        "--looks",
+        type=int,
+        default=2,
+        metavar="N",
+        help="number of validations to replay, the one at step 0 included (2)",
     )
-    parser.add_argument("--against", type=Path, metavar="FOLDER", help="records of your own with other seeds")
+    parser.add_argument("--against", type=Path, metavar="FOLDER", help="runs of your own with other seeds")
     args = parser.parse_args(argv)
     if args.looks < 1:
         parser.error(f"--looks must be at least 1, got {args.looks}")

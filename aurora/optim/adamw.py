@@ -7,10 +7,15 @@ import torch
 
 
 class AdamW(torch.optim.AdamW):
-    """torch.optim.AdamW, fused on CUDA and CPU. lr is about the RMS of a step's change per weight.
+    """torch.optim.AdamW, fused on CUDA and CPU.
 
-    eps is compared with the gradient's size, so it depends on the loss: for a mean over T tokens use 1/T of the value
-    that suits a sum.
+    Args:
+        params: as for any torch optimizer.
+        lr: Step size: about the RMS change of a weight in a step.
+        weight_decay: Decoupled decay: a step multiplies W by 1 - lr * weight_decay.
+        betas: Decays of the averages of gradients and of their squares, both in [0, 1).
+        eps: Added to the root of the average of squares. It depends on the loss: for a mean over T tokens take 1/T of
+            the value that suits a sum.
     """
 
     def __init__(

@@ -42,9 +42,9 @@ class Aurora(MatrixOptimizer):
     M leaves out zero rows. Where the rank is low rows stay below r, see evening_factors(). lr as for Muon.
 
     Args:
-        variant: see above.
-        balance_steps: polar factors a step of the iterated variant; 2 is the paper's (there pp_iterations).
-        balance_power: exponent of the row correction, in (0, 1]; 0.5 is the paper's (there pp_beta).
+        variant: How the row weights are found: folded, warm, refined or iterated.
+        balance_steps: Polar factors a step of the iterated variant; 2 is the paper's (there pp_iterations).
+        balance_power: Exponent of the row correction, in (0, 1]; 0.5 is the paper's (there pp_beta).
         Others: see MatrixOptimizer.
     """
 

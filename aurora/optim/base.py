@@ -35,15 +35,18 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
 
     Args:
         params: 2-D parameters, (name, parameter) pairs or parameter groups, as for any torch optimizer.
-        lr: step size; see the rule for its unit. lr and momentum may be 0-dim tensors, as for torch's optimizers, so
-            that a step under torch.compile does not compile anew when they change.
-        weight_decay: decoupled; W shrinks by lr * weight_decay a step.
-        momentum: decay of the exponential average of gradients, in [0, 1).
-        nesterov: look ahead by mixing the gradient into the buffer once more.
-        aspect_scale: multiply tall updates by sqrt(M/N).
-        polar_schedule: a name in SCHEDULES.
-        polar_dtype: "auto", "float32" or "bfloat16"; see compute_dtype().
+        lr: Step size; for the polar rules the spectral norm of a step, times sqrt(M/N) on tall matrices.
+        weight_decay: Decoupled decay: a step multiplies W by 1 - lr * weight_decay.
+        momentum: Decay of the exponential average of gradients, in [0, 1).
+        nesterov: Whether the gradient is mixed into the average once more.
+        aspect_scale: Whether tall updates are multiplied by sqrt(M/N).
+        polar_schedule: Polynomials of the polar factor: ns5_jordan, polar_express5, quintic12, or svd, which is exact.
+        polar_dtype: Dtype of the polar factor's matmuls: float32, bfloat16, or auto: bfloat16 on CUDA, the faster of
+            both on a CPU, else float32.
         rule_hparams: for subclasses: the hyper-parameters that the rule adds.
+
+    lr and momentum may be 0-dim tensors, as for torch's optimizers. A step under torch.compile is then not compiled
+    again when they change.
 
     Raises:
         ValueError: a hyper-parameter out of range, or a parameter that is not a plain 2-D floating-point tensor.

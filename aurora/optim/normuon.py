@@ -17,8 +17,12 @@ class NorMuon(MatrixOptimizer):
         v_i <- beta2 v_i + (1 - beta2) mean_j O_ij^2
         O'  = O / (sqrt(v) + eps), rescaled so that ||O'||_F = ||O||_F
 
-    lr as for Muon. beta2 is the memory of the row statistics, eps guards rows that never moved.
-    Other arguments: see MatrixOptimizer.
+    lr as for Muon, in the mean over directions.
+
+    Args:
+        beta2: Decay of the average of each row's mean square, in [0, 1).
+        eps: Added to the root of that average; it guards rows that never moved.
+        Others: see MatrixOptimizer.
     """
 
     def __init__(

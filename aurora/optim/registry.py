@@ -68,7 +68,16 @@ def modules_of_other_rules(optimizers: Sequence[torch.optim.Optimizer]) -> set[s
 
 @dataclass(frozen=True)
 class AuxHparams:
-    """AdamW's settings for what is not a matrix; the same names for every rule."""
+    """AdamW's settings for what is not a matrix; the same names for every rule.
+
+    Attributes:
+        embed_lr: Learning rate of the token embedding.
+        head_lr: Learning rate of the output head's matrix.
+        vector_lr: Learning rate of biases and norm gains.
+        aux_betas: AdamW's betas for these parameters.
+        aux_eps: AdamW's eps for these parameters.
+        aux_weight_decay: AdamW's weight decay for these parameters.
+    """
 
     embed_lr: float
     head_lr: float

@@ -33,10 +33,10 @@ class RiemannianAurora(MatrixOptimizer):
     regularised, and in having no host sync.
 
     Args:
-        ascent_steps: ascent steps, each with retraction_steps polar factors (there outer_steps).
-        ascent_lr: length of an ascent step (there riemannian_eta).
-        cg_steps: conjugate gradient steps for l.
-        retraction_steps: alternations of row scaling and polar factor; the last word is the polar factor's.
+        ascent_steps: Ascent steps, each with retraction_steps polar factors (in the authors' code outer_steps).
+        ascent_lr: Length of an ascent step (in the authors' code riemannian_eta).
+        cg_steps: Conjugate gradient steps for the multipliers l.
+        retraction_steps: How often rows are scaled and the polar factor is taken after an ascent step.
         Others: see MatrixOptimizer.
     """
 

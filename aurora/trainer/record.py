@@ -317,8 +317,8 @@ def with_sources(start: dict[str, Any], path: Path) -> dict[str, Any]:
     if missing := sorted(name for name, text in texts.items() if text is None):
         names = f"{ascii(missing[0])[:80]} and {len(missing) - 1} more" if missing[1:] else ascii(missing[0])[:80]
         raise RecordError(f"{path} refers to texts that no folder {STORE}/ beside or above it holds whole: {names}")
-    renamed = {"source_hashes": ("sources", texts)}
-    return dict(renamed.get(key, (key, value)) for key, value in start.items())
+    whole = start | {"source_hashes": texts}
+    return {"sources" if key == "source_hashes" else key: value for key, value in whole.items()}
 
 
 def stored_source(folder: Path, digest: Any) -> str | None:
