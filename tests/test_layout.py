@@ -99,7 +99,8 @@ def test_analysis_never_imports_torch():
             assert "torch" not in packages(path, top_level_only=False), NAMES[path]
 
 
-DOCUMENTS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("**/README.md") if ".venv" not in path.parts)
+READMES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("**/README.md") if ".venv" not in path.parts)
+DOCUMENTS = [*READMES, "CONTRIBUTING.md", "CHANGELOG.md"]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
