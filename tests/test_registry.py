@@ -12,7 +12,7 @@ import torch
 import aurora
 from aurora import Param
 from aurora.errors import Exit
-from tests.conftest import OPTIMIZERS, ROOT, events, losses, start_process, tiny_table, train_here
+from tests.conftest import OPTIMIZERS, ROOT, events, losses, run_code, start_process, tiny_table, train_here
 
 HPARAMS = dict(
     lr=0.02, embed_lr=0.3, head_lr=0.004, vector_lr=0.01, aux_betas=(0.8, 0.95), aux_eps=1e-10, aux_weight_decay=0.1
@@ -149,36 +149,6 @@ def test_a_table_without_a_rule_ends_with_one_line(tiny_track, tmp_path, capsys)
     assert train_here(config, tmp_path, "--optimizer", "mouon") == Exit.CONFIG
     message = "[optimizer.mouon]: there is no aurora/optim/mouon.py; did you mean muon?\n"
     assert capsys.readouterr().err.endswith(message)
-
-
-OTHER_NAME = """
-import sys
-import torch
-from aurora_optim import Aurora, build, find_rule, hparam_types
-layer = torch.nn.Linear(4, 8, bias=False)
-x, y = torch.randn(64, 4), torch.randn(64, 8)
-optimizer, losses = Aurora(layer.parameters(), lr=0.02), []
-for _ in range(20):
-    loss = (layer(x) - y).square().mean()
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    losses.append(loss.item())
-assert losses[-1] < losses[0], losses
-assert find_rule("aurora") is Aurora and hparam_types("aurora")["variant"] is str
-assert "aurora" not in sys.modules
-"""
-
-
-def run_code(code, folder):
-    process = start_process("-c", code, cwd=folder, env={"PYTHONPATH": str(folder)})
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 0, error
-
-
-def test_the_folder_trains_under_another_name(tmp_path):
-    shutil.copytree(ROOT / "aurora" / "optim", tmp_path / "aurora_optim")
-    run_code(OTHER_NAME, tmp_path)
 
 
 LAZY = """

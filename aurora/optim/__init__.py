@@ -1,5 +1,7 @@
 """AdamW, Muon, NorMuon, U-NorMuon and Aurora behind one vocabulary. Needs torch and nothing else.
 
+This folder is aurora.optim in a checkout, and the package aurora_optim where the wheel is installed.
+
 A name's module is imported when the name is asked for, so that importing this package is cheap and imports no torch.
 The function polar() is in the module polar: here that name means the module.
 
@@ -20,7 +22,15 @@ if TYPE_CHECKING:
     from .registry import REQUIRED_HPARAMS, build, find_rule, hparam_types
     from .riemannian_aurora import RiemannianAurora
     from .unormuon import UNorMuon
+else:  # hidden from type checkers, to which a misspelt name would be Any
 
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+
+
+__version__ = "0.2.0"
 __all__ = [
     "AdamW", "Aurora", "MatrixOptimizer", "Muon", "NorMuon", "Param", "PolarSchedule", "REQUIRED_HPARAMS",
     "RiemannianAurora", "Role", "SCHEDULES", "UNorMuon", "VARIANTS", "build", "check_exact_cover", "compute_dtype",
@@ -39,12 +49,6 @@ _NAMES = {
     "unormuon": ["UNorMuon"],
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

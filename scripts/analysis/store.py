@@ -22,9 +22,8 @@ def pack(content: bytes) -> tuple[bytes, dict[str, bytes]]:
         return content, {}
     texts = {name: text.encode("utf-8", "surrogatepass") for name, text in start["sources"].items()}
     hashes = {name: hashlib.sha256(text).hexdigest() for name, text in texts.items()}
-    packed = {
-        "source_hashes" if key == "sources" else key: value for key, value in (start | {"sources": hashes}).items()
-    }
+    whole = start | {"sources": hashes}
+    packed = {"source_hashes" if key == "sources" else key: value for key, value in whole.items()}
     return _line(packed) + newline + rest, {hashes[name]: text for name, text in texts.items()}
 
 
