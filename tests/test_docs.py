@@ -109,7 +109,7 @@ def check_settings(args: argparse.Namespace, track: Path, space) -> None:
 
 
 def check_command(text: str, track: Path, space, monkeypatch) -> None:
-    words = shlex.split(text, comments=True)
+    words = shlex.split(text.replace("configs/NAME.toml", "configs/quick.toml"), comments=True)
     words = list(itertools.dropwhile(lambda word: re.match(r"\w+=", word), words))
     for word in words:
         if word.startswith(("results/", "configs/", "tests/")):
@@ -185,7 +185,7 @@ def test_python_blocks_are_python(document):
 
 
 def test_optimizer_of_the_page_takes_a_step():
-    (block,) = (block for block in blocks("aurora/optim/README.md", "python") if "from aurora import Aurora" in block)
+    (block,) = (block for block in blocks("aurora/optim/README.md", "python") if "import Aurora" in block)
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
     names: dict = {"model": model}
     exec(block, names)

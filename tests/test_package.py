@@ -40,13 +40,6 @@ def test_extras_that_scripts_and_documents_name_exist():
     assert extras == set(PROJECT["optional-dependencies"])
 
 
-def test_long_description_links_only_to_full_addresses_and_names_files_that_exist():
-    text = (ROOT / PROJECT["readme"]).read_text()
-    assert all(link.startswith("https://") for link in re.findall(r"\]\(([^)]+)\)", text))
-    named = re.findall(r"`(results/[^`]+)`", text)
-    assert named and all((ROOT / name).is_file() for name in named)
-
-
 TRAINS = """
 import sys
 import aurora_optim
