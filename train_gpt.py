@@ -214,7 +214,7 @@ def train_step(run: Run, model: Model, step: int) -> Tensor:
     inputs_BT, targets_BT = run.next_batch()
     run.timeline.mark("forward_backward", step)
     loss = forward_backward(run, model, inputs_BT, targets_BT)
-    run.guard.look(loss)
+    run.guard.observe(loss)
     run.timeline.mark("sum", step)
     run.gradients.finish()
     run.guard.check(step, run.rule)

@@ -82,10 +82,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--workers", type=positive, default=available_cores(), metavar="N", help="processes (one for each core)"
     )
 
-    look = commands.add_parser("check", help="read every shard and list what is wrong with it")
-    look.set_defaults(run=run_check)
-    look.add_argument("folder", type=Path, help="folder of the shards")
-    look.add_argument(
+    check = commands.add_parser("check", help="read every shard and list what is wrong with it")
+    check.set_defaults(run=run_check)
+    check.add_argument("folder", type=Path, help="folder of the shards")
+    check.add_argument(
         "--vocab-size", type=positive, default=GPT2_VOCAB_SIZE, metavar="N", help="vocabulary of the model (50257)"
     )
     args = parser.parse_args(argv)

@@ -79,7 +79,7 @@ def checking(folder: Path, num_tokens: int, rounds: int) -> list[str]:
     train_size = f"{num_tokens / 1e6:.0f}M tokens"
     return [
         f"| hash a shard of {train_size}, and check its tokens' range | {verify_s:.2f} s | | |",
-        f"| look in it for {len(val) / 1e6:.0f}M validation tokens | {unseen_s:.2f} s | | |",
+        f"| validation in it for {len(val) / 1e6:.0f}M validation tokens | {unseen_s:.2f} s | | |",
     ]
 
 

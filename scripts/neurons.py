@@ -67,7 +67,7 @@ def plot_neurons(groups: Sequence[Group], path: Path, description: str = "") -> 
             means = [100 * values.mean(axis=0) for _, values in found]
             highest = max(1.0, *(mean.max() for mean in means))
             for axis, group, (steps, _), mean in zip(maps[index], groups, found, means, strict=True):
-                # Cividis looks alike to readers of any colour vision, and darkens evenly in grey print.
+                # Cividis validations alike to readers of any colour vision, and darkens evenly in grey print.
                 image = axis.pcolormesh(mean, cmap="cividis", vmin=0, vmax=highest)
                 shown = range(0, len(steps), max(1, len(steps) // 4))
                 axis.set_xticks([i + 0.5 for i in shown], [str(steps[i]) for i in shown])

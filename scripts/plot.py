@@ -136,13 +136,15 @@ def printable(text: object) -> str:
 
 def draw_curves(axis, groups: Sequence[Group], styles: Sequence[tuple], is_time: bool) -> None:
     for index, (group, (color, line, marker)) in enumerate(zip(groups, styles, strict=True)):
-        looks_by_step = [{look.step: look for look in run.validations} for run in group.runs]
-        steps = sorted(set.intersection(*map(set, looks_by_step)))
+        validations_by_step = [{validation.step: validation for validation in run.validations} for run in group.runs]
+        steps = sorted(set.intersection(*map(set, validations_by_step)))
         if not steps:
             continue
         steps = [step for step in steps if step >= SHOWN_FROM_FRAC * steps[-1]]
-        losses = [[looks[step].val_loss for looks in looks_by_step] for step in steps]
-        seconds = [statistics.mean(looks[step].train_time_s for looks in looks_by_step) for step in steps]
+        losses = [[validations[step].val_loss for validations in validations_by_step] for step in steps]
+        seconds = [
+            statistics.mean(validations[step].train_time_s for validations in validations_by_step) for step in steps
+        ]
         x = seconds if is_time else steps
         every = max(1, len(steps) // MARKERS)
         axis.fill_between(x, [min(row) for row in losses], [max(row) for row in losses], color=color, alpha=0.15, lw=0)

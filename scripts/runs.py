@@ -84,11 +84,11 @@ class Workers:
                     code = self.run_one(*child, go_on=True)
                     if code and stopped.stat().st_size == size and not self.is_ended.is_set():
                         progress.write(f"{prefix}cannot go on, starts anew\n")
-                        self._bring_home(folder)
+                        self._move_to_out(folder)
                         code = None
                 code = self.run_one(*child) if code is None else code
             finally:
-                names = self._bring_home(folder)
+                names = self._move_to_out(folder)
                 remove_empty(folder)
         run = next((run for run in reversed(self.records()) if run.path.name in names), None)
         # torchrun hides the exit code.
@@ -107,16 +107,16 @@ class Workers:
             if run is None:
                 return None
             with lock_folder(run.path.parent):  # which its process has as long as it trains
-                bring([run.path, checkpoints_of(run)], folder)
+                move_all([run.path, checkpoints_of(run)], folder)
             if run.path.parent != self.out:
                 remove_empty(run.path.parent)
             return folder / run.path.name
 
-    def _bring_home(self, folder: Path) -> set[str]:
+    def _move_to_out(self, folder: Path) -> set[str]:
         """Move what a run left to out; the names."""
         with self.lock:
             left = [path for path in folder.iterdir() if path.name != ".lock"]
-            bring(left, self.out)
+            move_all(left, self.out)
         return {path.name for path in left}
 
     def run_one(
@@ -169,7 +169,7 @@ class Workers:
             self.free.put(cores)
 
 
-def bring(paths: Iterable[Path], folder: Path) -> None:
+def move_all(paths: Iterable[Path], folder: Path) -> None:
     for path in paths:
         path.rename(folder / path.name)
 

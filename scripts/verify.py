@@ -1,7 +1,7 @@
 """Verify records. Are they consistent with themselves? With --replay: does their code give their losses again?
 
     python scripts/verify.py RECORD_OR_FOLDER... [--json]
-    python scripts/verify.py RECORD --replay [--looks 2]    RUNS THE CODE IN THE RECORD: only if you would run it anyway
+    python scripts/verify.py RECORD --replay [--validations 2]  RUNS THE CODE IN THE RECORD: only if you would run it
     python scripts/verify.py FOLDER --against FOLDER        runs of your own, of the same setting with other seeds
 
 Verdicts on a record:
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--replay", action="store_true", help="run the code embedded in each record")
     parser.add_argument(
-        "--looks",
+        "--validations",
         type=int,
         default=2,
         metavar="N",
@@ -51,8 +51,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--against", type=Path, metavar="FOLDER", help="runs of your own with other seeds")
     args = parser.parse_args(argv)
-    if args.looks < 1:
-        parser.error(f"--looks must be at least 1, got {args.looks}")
+    if args.validations < 1:
+        parser.error(f"--validations must be at least 1, got {args.validations}")
     if args.against and not args.against.is_dir():
         parser.error(f"--against: no such folder: {plain(args.against)}")
     for path in args.paths:
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.replay:
         from scripts.verification.replay import replay
 
-        verdicts = [verdict if verdict.reasons else replay(verdict, args.looks) for verdict in verdicts]
+        verdicts = [verdict if verdict.reasons else replay(verdict, args.validations) for verdict in verdicts]
     outcome = against(args.paths, args.against) if args.against else None
     if args.json:
         rows = [dataclasses.asdict(v) | {"path": str(v.path), "word": v.word} for v in verdicts]

@@ -24,14 +24,14 @@ def neurons(step, starved, dead):
 
 
 def write_run(folder, optimizer, seed, losses, starved=0, dead=0, last=200, expansion=4, steps=200):
-    start, *looks, end = (json.loads(line) for line in record(optimizer, seed, losses, steps=steps).splitlines())
+    start, *validations, end = (json.loads(line) for line in record(optimizer, seed, losses, steps=steps).splitlines())
     model = {"vocab_size": 64, "num_layers": 1, "model_dim": 4, "mlp_expansion": expansion}
     start["config"] |= {"model": model, "eval": {"target": 2.0, "tokens": 512}}
     start |= {"task_hash": f"0123abcd{expansion}", "params_by_role": {"matrix": 100}, "hparams": {"lr": 0.1}}
     end["train_time_s"] = 10.0 + seed + (0.2 if optimizer == "aurora" else 0.0)
     told = [neurons(10, starved, 0), neurons(last, starved + seed % 2, dead + seed % 2)]
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [start, *looks, *told, end]
+    lines = [start, *validations, *told, end]
     path = folder / f"{optimizer}-{seed}-{expansion}.jsonl"
     path.write_text("".join(json.dumps(event) + "\n" for event in lines))
 

@@ -40,8 +40,8 @@ def test_modded_nanogpt_in_seconds_and_milliseconds(tmp_path, unit, end):
     text = (SOURCE + trial_text(unit=unit)).replace("\n", end)
     (trial,) = read_log(log(tmp_path, b"\xef\xbb\xbf" + text.encode()))
     assert trial.status == "complete" and trial.total_steps == 250
-    assert [look.step for look in trial.looks] == [0, 125, 250]
-    assert trial.looks[1].time_s == pytest.approx(18.75) and trial.values("val_loss")[250] == 3.3
+    assert [validation.step for validation in trial.validations] == [0, 125, 250]
+    assert trial.validations[1].time_s == pytest.approx(18.75) and trial.values("val_loss")[250] == 3.3
 
 
 def test_several_trials_in_a_file_and_more_metrics(tmp_path):
@@ -67,7 +67,7 @@ def test_torn_diverged_restarted_and_summarised_trials(tmp_path):
     (restarted,) = read_log(log(tmp_path, again))
     assert restarted.is_rewound and restarted.values("val_loss") == {0: 10.8, 100: 4.6, 150: 3.9, 250: 3.2}
     (whole,) = read_log(log(tmp_path, trial_text() + trial_text((4.6, 3.3), steps=(125, 250))))
-    assert not whole.is_rewound and len(whole.looks) == 3
+    assert not whole.is_rewound and len(whole.validations) == 3
 
 
 def test_parameter_golf_llm_c_and_nanogpt(tmp_path):
@@ -78,7 +78,7 @@ def test_parameter_golf_llm_c_and_nanogpt(tmp_path):
         "final_int8_zlib_roundtrip val_loss:1.9918 val_bpb:1.1797 eval_time:10291ms\n"
     )
     (trial,) = read_log(log(tmp_path, golf))
-    assert trial.status == "complete" and trial.looks[-1].time_s == 120.0
+    assert trial.status == "complete" and trial.validations[-1].time_s == 120.0
     assert trial.values("final_int8_zlib_roundtrip val_bpb") == {8000: 1.1797}
     (trial,) = read_log(log(tmp_path, "s:0 tel:11.0\ns:0 trl:11.0 lr:1e-4\ns:250 tel:6.4567\n", "main.log"))
     assert trial.values("val_loss") == {0: 11.0, 250: 6.4567} and trial.status == "open"
@@ -242,7 +242,7 @@ def test_sets_of_logs_compare_by_loss_within_a_schedule_and_by_arrival_across(tm
         log_comparison.compare([tmp_path], [long], 250, "val_loss", 3.28)
     for i, loss in enumerate(GOOD):
         log(same, trial_text((10.8 + i / 1000, 4.6, loss), steps=(0, 125, 250), total=250), f"{i}.txt")
-    with pytest.raises(ValueError, match="looks at steps 125 and 250 are too far apart"):
+    with pytest.raises(ValueError, match="validations at steps 125 and 250 are too far apart"):
         log_comparison.compare([same], [long], None, "val_loss", 3.28)
 
 

@@ -93,7 +93,7 @@ def test_inside_a_training_step_every_linear_is_linear(tiny_track, tmp_path):
 
     seen, original, runs = [], train_gpt.prepare, []
 
-    def look(name, step):
+    def validation(name, step):
         if name == "micro_step" and step == 1:
             for module in runs[0].model.modules():
                 if isinstance(module, torch.nn.Linear):
@@ -106,7 +106,7 @@ def test_inside_a_training_step_every_linear_is_linear(tiny_track, tmp_path):
         runs.append(run)
         return original(run, *rest)
 
-    with pytest.MonkeyPatch.context() as patch, telling(look):
+    with pytest.MonkeyPatch.context() as patch, telling(validation):
         patch.setattr(train_gpt, "prepare", prepare)
         assert train_here(tiny_track, tmp_path, "--set", "train.steps=3") == 0
     assert events(tmp_path)[0]["forward"] == "fast"

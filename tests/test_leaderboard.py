@@ -33,14 +33,14 @@ def record(optimizer="muon", seed=0, losses=(4.0, 3.0, 1.5), text="plain", steps
         "env": {"device_name": text, "cpu": text, "torch": text, "torch_threads": 1},
     }  # fmt: skip
     points = np.linspace(0, steps, len(losses))
-    looks = [
+    validations = [
         {"event": "val", "step": i, "val_loss": np.interp(i, points, losses) + seed / 1000, "train_time_s": i / 2}
         for i in range(0, steps + 1, 2)
     ]
     end = {
         "event": "end", "status": "done", "step": steps, "val_loss": losses[-1] + seed / 1000, "train_time_s": steps / 2
     }  # fmt: skip
-    return "".join(json.dumps(event) + "\n" for event in (start | changes, *looks, end))
+    return "".join(json.dumps(event) + "\n" for event in (start | changes, *validations, end))
 
 
 @pytest.fixture
@@ -312,7 +312,7 @@ def test_plot_of_the_same_runs_has_the_same_bytes(tmp_path, suffix):
     assert (tmp_path / f"a.{suffix}").read_bytes() == (tmp_path / f"b.{suffix}").read_bytes()
 
 
-def test_plot_of_runs_without_a_common_look(results):
+def test_plot_of_runs_without_a_common_validation(results):
     """One that fell before its first validation, one that never came near the target."""
     (results / "quick" / "adamw-9.jsonl").write_text(record("adamw", 9).splitlines()[0] + "\n")
     runs, _ = read_folder(results / "quick")

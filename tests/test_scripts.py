@@ -23,7 +23,7 @@ from tests.conftest import ROOT, start_process
 
 
 def straight(*points, every=2):
-    """Looks on straight lines between points (step, loss), so near each other that they tell when a loss was met."""
+    """Validations on straight lines between points (step, loss), near enough to tell when a loss was met."""
     steps, losses = zip(*points, strict=True)
     return [(step, float(np.interp(step, steps, losses))) for step in range(0, steps[-1] + 1, every)]
 
@@ -51,7 +51,7 @@ def write(path, lines, end="\n"):
     return path
 
 
-def test_read_record_finds_the_first_look_at_the_target(tmp_path):
+def test_read_record_finds_the_first_validation_at_the_target(tmp_path):
     run = read_record(write(tmp_path / "a.jsonl", record_lines()))
     assert run.is_done and run.first_at_target() == Validation(20, 2.0, 10.0)
     assert run.mean_ms("optimizer_ms") == 20.0
@@ -61,7 +61,7 @@ def test_read_record_finds_the_first_look_at_the_target(tmp_path):
 def test_read_record_drops_a_torn_line_and_knows_the_run_is_incomplete(tmp_path):
     lines = record_lines()
     run = read_record(write(tmp_path / "a.jsonl", [*lines[:3], lines[3][:20]], end=""))
-    assert not run.is_done and [look.step for look in run.validations] == [0, 10]
+    assert not run.is_done and [validation.step for validation in run.validations] == [0, 10]
 
 
 def test_read_record_takes_the_later_of_two_lines_after_a_resume(tmp_path):
@@ -108,7 +108,7 @@ def test_report_orders_by_loss_and_never_averages_over_the_seeds_that_made_it(tm
     assert "First at the target: aurora after 93.8 steps." in text and "n = 1 is a lead, not evidence" in text
 
 
-def test_looks_that_are_far_apart_give_a_bracket_and_no_mean_test_or_ratio(tmp_path):
+def test_validations_that_are_far_apart_give_a_bracket_and_no_mean_test_or_ratio(tmp_path):
     for seed in range(3):
         begin, end = (0, 4 + seed / 9), 2.0 + seed / 100
         write(tmp_path / f"muon{seed}.jsonl", record_lines("muon", seed, losses=(begin, (100, 3.0), (200, end))))
@@ -172,8 +172,8 @@ def write_schedules(folder, **losses_of):
     for name, losses in losses_of.items():
         optimizer, steps = name.split("_")
         for seed, loss in enumerate(losses):
-            looks = straight((0, 4.0 + seed / 100), (int(steps), loss))
-            write(folder / f"{name}-{seed}.jsonl", record_lines(optimizer, seed, losses=looks))
+            validations = straight((0, 4.0 + seed / 100), (int(steps), loss))
+            write(folder / f"{name}-{seed}.jsonl", record_lines(optimizer, seed, losses=validations))
 
 
 def test_other_schedules_are_compared_by_steps_to_the_target_and_never_by_loss(tmp_path):

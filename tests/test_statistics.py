@@ -117,13 +117,13 @@ def test_error_rates_are_nominal_over_twenty_thousand_trials():
     assert false_wins < 0.05 + 0.01 < np.mean(p.min(1) < 0.05)
 
 
-def test_crossing_interpolates_between_looks():
-    looks = [(0, 5.0, 0.0), (10, 4.0, 2.0), (20, 3.0, 5.0), (30, 3.5, 7.0)]
-    assert ours.crossing(looks, 3.25) == ours.Crossing(17.5, 4.25, (10, 20))
-    assert ours.crossing(looks, 4.0) == ours.Crossing(10.0, 2.0, (0, 10))
-    assert ours.crossing(looks, 6.0) == ours.Crossing(0.0, 0.0, (0, 0))
-    assert ours.crossing(looks, 2.0) is None
-    assert ours.crossing(looks[2:], 3.5) == ours.Crossing(20.0, 5.0, (0, 20)), "who knows when before"
+def test_crossing_interpolates_between_validations():
+    validations = [(0, 5.0, 0.0), (10, 4.0, 2.0), (20, 3.0, 5.0), (30, 3.5, 7.0)]
+    assert ours.crossing(validations, 3.25) == ours.Crossing(17.5, 4.25, (10, 20))
+    assert ours.crossing(validations, 4.0) == ours.Crossing(10.0, 2.0, (0, 10))
+    assert ours.crossing(validations, 6.0) == ours.Crossing(0.0, 0.0, (0, 0))
+    assert ours.crossing(validations, 2.0) is None
+    assert ours.crossing(validations[2:], 3.5) == ours.Crossing(20.0, 5.0, (0, 20)), "who knows when before"
     assert [ours.Crossing(195, 0, (begin, 200)).is_coarse for begin in (190, 189)] == [False, True]
     assert ours.crossing([(0, math.nan, 0.0), (10, math.nan, 1.0)], 3.0) is None
 

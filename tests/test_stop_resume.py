@@ -56,7 +56,7 @@ def test_resume_without_checkpoint_starts_over_and_with_another_config_refuses(t
     assert "made with another config" in capsys.readouterr().err
 
 
-def test_resume_looks_at_checkpoints_of_its_own_seed_and_rule_alone(tiny_track, tmp_path):
+def test_resume_validations_at_checkpoints_of_its_own_seed_and_rule_alone(tiny_track, tmp_path):
     arguments = ["--set", "train.checkpoint_every=10", "--set", "train.steps=20"]
     assert train_here(tiny_track, tmp_path, *arguments, "--optimizer", "muon") == 0
     next(tmp_path.glob("*.jsonl")).unlink()  # so that this run is there to go on from

@@ -78,7 +78,7 @@ def test_honest_runs_of_own_steps_and_swiglu_are_consistent_and_replay(tiny_trac
     record = [json.loads(line) for line in path.read_text().splitlines()]
     assert record[0]["config"]["train"]["steps"] == record[-1]["step"] == 15
     assert record[0]["params_by_role"]["matrix"] == 2 * (4 + 3 * 4) * 32**2
-    assert verify.main([str(path), "--replay", "--looks", "99"]) == 0
+    assert verify.main([str(path), "--replay", "--validations", "99"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "1 replayed"
     record[0]["config"]["train"]["steps"] = 30
     assert any("15" in reason for reason in verify_run(write(path, record)).reasons)
@@ -158,12 +158,12 @@ def early_stop(r):
     of(r, "end")[0].update({key: before[key] for key in ("step", "val_loss", "train_time_s")})
 
 
-def extra_look(r):
-    looks = of(r, "val")
-    r.insert(r.index(looks[2]), looks[1] | {"step": 12, "tokens": 12 * 512})
+def extra_validation(r):
+    validations = of(r, "val")
+    r.insert(r.index(validations[2]), validations[1] | {"step": 12, "tokens": 12 * 512})
 
 
-def dropped_look(r):
+def dropped_validation(r):
     r.remove(of(r, "val")[1])
 
 
@@ -183,7 +183,7 @@ def no_train_events(r):
     r[:] = [event for event in r if event["event"] != "train"]
 
 
-def no_train_event_before_a_look(r):
+def no_train_event_before_a_validation(r):
     r.remove(of(r, "train")[3])
 
 
@@ -234,7 +234,7 @@ def leaked_validation(r):
 FROM_THE_RECORD = {
     typed_in_loss: "step 20: val_loss 3.51 is no sum of float32",
     rounded_losses: "step 0: val_loss 4.15888 is no sum of float32",
-    edited_end: "end event: steps_to_target is 7, by the looks 10",
+    edited_end: "end event: steps_to_target is 7, by the validations 10",
     edited_time: "train_time_s does not rise",
     all_times_halved: "end event: wall_s is",
     time_runs_back: "train_time_s does not rise",
@@ -247,13 +247,13 @@ FROM_THE_RECORD = {
     changed_seed: "does not state optimizer, seed 7",
     other_optimizer: "does not state optimizer, seed 0",
     early_stop: "done at step 25, but the config plans 30 steps",
-    extra_look: "validated at steps that the config does not declare: [12]",
-    dropped_look: "not validated at declared steps: [10]",
+    extra_validation: "validated at steps that the config does not declare: [12]",
+    dropped_validation: "not validated at declared steps: [10]",
     other_validation_data: "stream_id is not that of its shards and validation tokens",
     longer_schedule: "train.steps is 60, by the embedded track and argv 30",
     run_twice: "an end event is followed by a end event",
     no_train_events: "no train event at steps where one is due: [5, 10, 15, 20, 25]",
-    no_train_event_before_a_look: "no train event at steps where one is due: [20]",
+    no_train_event_before_a_validation: "no train event at steps where one is due: [20]",
     faked_resume: "end event: 1 segments, the resumed ones are [2]",
     faked_resume_of_a_later_segment: "end event: 2 segments, the resumed ones are [3]",
     impossible_speed_of_a_faked_resume: "that its FLOP take at best",
@@ -284,8 +284,8 @@ def test_a_run_on_an_apple_gpu_is_consistent(muon, tmp_path):
     assert verify_run(write(tmp_path / "a.jsonl", muon)).reasons == []
 
 
-# Segments of a run of twelve steps, with looks at 0, 4, 8 and 12 and checkpoints every 3: ranks and fault of each, then
-# the looks that count.
+# Segments of a run of twelve steps, with validations at 0, 4, 8 and 12 and checkpoints every 3: ranks and faults,
+# then the validations that count.
 SEGMENTS = {
     "killed, resumed": ([(1, "kill:fetch:5"), (1, "")], [0, 4, 8, 12]),
     "killed, resumed by other ranks": ([(1, "kill:fetch:5"), (2, "")], [0, 4, 8, 12]),
@@ -295,22 +295,22 @@ SEGMENTS = {
         [0, 4, 8, 12],
     ),
     "killed when all was saved, resumed": ([(1, "kill:end:12"), (1, "")], [0, 4, 8, 12]),
-    "killed before a look, resumed": ([(2, "kill:validate_batch:8"), (2, "")], [0, 4, 8, 12]),
+    "killed before a validation, resumed": ([(2, "kill:validate_batch:8"), (2, "")], [0, 4, 8, 12]),
     "stopped": ([(1, "term:fetch:4")], [0, 4]),
     "stopped, resumed, killed": ([(1, "term:fetch:4"), (1, "kill:fetch:10")], [0, 4, 8]),
-    "killed, resumed, killed before the same look": ([(1, "kill:fetch:8"), (1, "kill:fetch:7")], [0, 4]),
+    "killed, resumed, killed before the same validation": ([(1, "kill:fetch:8"), (1, "kill:fetch:7")], [0, 4]),
     "diverged": ([(1, "nan:gradient:6")], [0, 4]),
 }
 
 
-OFTEN = "stopped, resumed, killed, resumed", "killed, resumed, killed before the same look", "stopped", "diverged"
+OFTEN = "stopped, resumed, killed, resumed", "killed, resumed, killed before the same validation", "stopped", "diverged"
 CASES = [
     pytest.param(*case, marks=[] if name in OFTEN else pytest.mark.slow, id=name) for name, case in SEGMENTS.items()
 ]
 
 
-@pytest.mark.parametrize("segments,looks", CASES)
-def test_resumed_and_broken_off_runs_are_consistent(twelve_steps, launch, tmp_path, segments, looks):
+@pytest.mark.parametrize("segments,validations", CASES)
+def test_resumed_and_broken_off_runs_are_consistent(twelve_steps, launch, tmp_path, segments, validations):
     for number, (world_size, fault) in enumerate(segments):
         resume = ["--resume"] if number else []
         outcome = launch(*twelve_steps, "--out", tmp_path, *resume, world_size=world_size, fault=fault)
@@ -318,7 +318,7 @@ def test_resumed_and_broken_off_runs_are_consistent(twelve_steps, launch, tmp_pa
     (path,) = tmp_path.glob("*.jsonl")
     assert verify_run(path).reasons == []
     run = read_record(path)
-    assert [look.step for look in run.validations] == looks
+    assert [validation.step for validation in run.validations] == validations
     assert was_resumed(run) == bool(run.resumes) == (len(segments) > 1)
 
 
@@ -356,11 +356,11 @@ def test_dropped_seed_and_duplicated_run_show_in_the_folder(tiny_track, trained,
     assert [verdict.word for verdict in verify_folder(copies)] == ["consistent", "refuted"]
 
 
-def test_a_first_window_in_which_losses_rose_says_nothing_of_the_look_behind_it(muon, tmp_path):
+def test_a_first_window_in_which_losses_rose_says_nothing_of_the_validation_behind_it(muon, tmp_path):
     """As with a learning rate far too high, from which a run may come back."""
-    start, untrained, look = muon[0], *of(muon, "val")[:2]
-    window = next(event for event in of(muon, "train") if event["step"] == look["step"]) | {"train_loss": 6.6}
-    reasons = verify_run(write(tmp_path / "a.jsonl", [start, untrained, window, look])).reasons
+    start, untrained, validation = muon[0], *of(muon, "val")[:2]
+    window = next(event for event in of(muon, "train") if event["step"] == validation["step"]) | {"train_loss": 6.6}
+    reasons = verify_run(write(tmp_path / "a.jsonl", [start, untrained, window, validation])).reasons
     assert not any("too far below" in reason for reason in reasons)
 
 
@@ -376,14 +376,14 @@ def test_replay_catches_what_the_record_hides(muon, tmp_path, capsys, monkeypatc
 
     monkeypatch.setattr("scripts.verification.replay.run_until", run_once)
     honest = write(tmp_path / "honest.jsonl", muon)
-    assert verify.main([str(honest), "--replay", "--looks", "2"]) == 0
+    assert verify.main([str(honest), "--replay", "--validations", "2"]) == 0
     assert "replayed to step 10 of 30" in capsys.readouterr().out
     step = 2.0**-9 / 512  # keeps it a sum of float32 over the 512 tokens
-    look = of(muon, "val")[1]
-    look["val_loss"] = (round(look["val_loss"] / step) - 20) * step
+    validation = of(muon, "val")[1]
+    validation["val_loss"] = (round(validation["val_loss"] / step) - 20) * step
     forged = write(tmp_path / "forged.jsonl", muon)
     assert verify_run(forged).word == "consistent"
-    assert verify.main([str(forged), "--replay", "--looks", "2"]) == 1
+    assert verify.main([str(forged), "--replay", "--validations", "2"]) == 1
     assert "replay: val_loss" in capsys.readouterr().out
 
 
@@ -392,11 +392,13 @@ def test_the_verdict_of_a_replay_says_how_far_and_how_near(muon, tmp_path, monke
     path = write(tmp_path / "a.jsonl", muon)
     run = read_record(path)
 
-    def replayed(num_looks, num_found, rounding=0.01, **changes):
+    def replayed(num_validations, num_found, rounding=0.01, **changes):
         here = run.start | {"env": run.start["env"] | {"cpu": "this one"}} | changes
-        found = [look._replace(val_loss=look.val_loss + rounding) for look in run.validations[:num_found]]
+        found = [
+            validation._replace(val_loss=validation.val_loss + rounding) for validation in run.validations[:num_found]
+        ]
         monkeypatch.setattr("scripts.verification.replay.run_until", lambda *args: (found, here, "killed"))
-        return replay(verify_run(path), num_looks)
+        return replay(verify_run(path), num_validations)
 
     assert replayed(5, 5).word == "replayed within 0.02 on another stack"
     assert replayed(2, 2).word == "replayed to step 10 of 30 within 0.02 on another stack"
@@ -410,7 +412,7 @@ def test_the_verdict_of_a_replay_says_how_far_and_how_near(muon, tmp_path, monke
     assert replayed(5, 5, **same_cpu).word == "replayed within 0.02 on another stack", "its processor is not known"
     run.start["env"] |= {"cpu_model": "any"}
     stopped = replayed(2, 1)
-    assert stopped.word == "consistent" and "after 1 of 2 looks: killed" in stopped.notes[-1]
+    assert stopped.word == "consistent" and "after 1 of 2 validations: killed" in stopped.notes[-1]
 
 
 OLD = "results/quick_grids_tuning"
@@ -459,7 +461,7 @@ def test_usage_errors_say_what_is_wrong(muon, tmp_path, capsys):
     for arguments, message in (
         ([path, "--against", "nope"], "no such folder: nope"),
         ([str(tmp_path / "README.md")], "README.md is not a record"),
-        ([path, "--replay", "--looks", "0"], "--looks must be at least 1, got 0"),
+        ([path, "--replay", "--validations", "0"], "--validations must be at least 1, got 0"),
     ):
         with pytest.raises(SystemExit) as error:
             verify.main(arguments)

@@ -54,12 +54,12 @@ class Guard:
         norms = torch.stack([self.zero if p.grad is None else next(found).float() for p in self.params])
         return torch.where(norms.isfinite(), len(self.params) * self.ranks.world_size, self.codes).min()
 
-    def look(self, loss: Tensor) -> None:
+    def observe(self, loss: Tensor) -> None:
         """Call after backward, before gradients are summed over ranks: then nothing would tell whose was bad."""
         self.found = [loss.isfinite().long(), *([self.first_bad()] if self.ranks.world_size > 1 else [])]
 
     def check(self, step: int, rule: torch.optim.Optimizer) -> None:
-        """Call after look(), when all is ready for the update.
+        """Call after observe(), when all is ready for the update.
 
         Args:
             rule: the matrix optimizer, whose found_non_finite tells of the updates so far, if it has one.

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import aurora
 from aurora.errors import Exit, HarnessError, is_out_of_memory
 from aurora.trainer.clock import Clock
-from aurora.trainer.process import die_with_launcher, first_line, report_exit, tell
+from aurora.trainer.process import die_with_launcher, first_line, print_line, report_exit
 from aurora.trainer.ranks import Ranks, is_peer_failure, join_ranks, leave_ranks
 from aurora.trainer.watch import Watch
 
@@ -31,7 +31,7 @@ def main_as_rank(train: Callable[[argparse.Namespace, Ranks, Clock], None], args
         return report_exit(0)
     except HarnessError as error:  # raised by all ranks alike once they have joined
         if rank == "0" or not dist.is_initialized():
-            tell(f"{'stopped' if error.reason == Exit.PREEMPTED else 'error'}: {error}")
+            print_line(f"{'stopped' if error.reason == Exit.PREEMPTED else 'error'}: {error}")
         leave_ranks()
         return report_exit(int(error.reason))
     except KeyboardInterrupt:
@@ -44,7 +44,7 @@ def main_as_rank(train: Callable[[argparse.Namespace, Ranks, Clock], None], args
         else:
             report_exit(1)
             raise
-        tell(f"error: rank {rank} {message}: {first_line(error)}")
+        print_line(f"error: rank {rank} {message}: {first_line(error)}")
         return report_exit(int(reason))
     except Exception:  # a bug: scripts/launch.sh shall not take it for a lost rank
         report_exit(1)

@@ -33,15 +33,17 @@ TOKENS = 2048  # of the validation tokens, from the first: whole sequences, at l
 class Neurons:
     """The telemetry of one run.
 
-    steps: after which it measures: the validations at multiples of eval.every, and the last. What was dead at the look
-    before is not kept over a resume.
+    steps: after which it measures: the validations at multiples of eval.every, and the last. Which neurons
+    were dead before is not kept over a resume.
     """
 
-    def __init__(self, config: Config, looks: Iterable[int], model: "GPT", rule: torch.optim.Optimizer, ranks: Ranks):
-        """looks: the validation steps. rule: the optimizer of the matrices."""
+    def __init__(
+        self, config: Config, validation_steps: Iterable[int], model: "GPT", rule: torch.optim.Optimizer, ranks: Ranks
+    ):
+        """rule: the optimizer of the matrices."""
         last, every = config.train.steps, config.eval.every
         is_on = config.eval.telemetry
-        self.steps = {step for step in looks if is_on and step > 0 and (step % every == 0 or step == last)}
+        self.steps = {step for step in validation_steps if is_on and step > 0 and (step % every == 0 or step == last)}
         self.num_tokens = max(1, min(TOKENS, config.eval.tokens) // config.model.seq_len) * config.model.seq_len
         self.model, self.rule, self.ranks = model, rule, ranks
         self.groups = {p: group for group in rule.param_groups for p in group["params"]}
@@ -121,7 +123,7 @@ class Neurons:
         dead_now: dict[nn.Module, Tensor] = {}
         layers: dict[nn.Module, dict[str, Any]] = {}
 
-        def look(down: nn.Linear, args: tuple[Tensor]) -> None:
+        def measure(down: nn.Linear, args: tuple[Tensor]) -> None:
             (activations,) = args
             dead = dead_now[down] = dead_neurons(activations, down.weight)
             layers[down] = {
@@ -130,7 +132,7 @@ class Neurons:
                 "silent": int(silent_neurons(activations, self.downs[down]).sum()),
             }
 
-        hooks = [down.register_forward_pre_hook(look) for down in self.downs]
+        hooks = [down.register_forward_pre_hook(measure) for down in self.downs]
         self.model.eval()
         try:
             if hasattr(self.model, "trunk"):  # without the loss, which takes much memory

@@ -80,7 +80,7 @@ def check_writable(out: Path) -> None:
         raise HarnessError(Exit.DISK, f"--out {out} is not a folder that can be written: {error.strerror}") from error
 
 
-def tell(line: str, stream: str = "stderr") -> None:
+def print_line(line: str, stream: str = "stderr") -> None:
     """Print a line to that stream of sys. A console that is full or gone is no reason to stop, or not to."""
     try:
         print(line, file=getattr(sys, stream), flush=True)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aurora.errors import Exit, HarnessError
-from aurora.trainer.process import tell
+from aurora.trainer.process import print_line
 
 # Of a single collective where the watch does not apply: long enough for the slowest rank to compile.
 SETUP_TIMEOUT_S = 600
@@ -37,7 +37,7 @@ class Ranks:
 
     def say(self, line: str) -> None:
         if self.is_main:
-            tell(line, "stdout")
+            print_line(line, "stdout")
 
     def all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
         if self.world_size > 1:

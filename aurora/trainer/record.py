@@ -169,7 +169,7 @@ class Progress:
 
 def first_at_target(validations: Iterable[Validation], target: float) -> Validation | None:
     """The first validation, in the order given, at or below the target."""
-    return next((look for look in validations if look.val_loss <= target), None)
+    return next((validation for validation in validations if validation.val_loss <= target), None)
 
 
 @dataclass
@@ -368,7 +368,7 @@ def check_needed(event: dict[str, Any], needed: dict[str, Any], path: Path) -> N
             raise RecordError(f"{path}: {name} of the {event['event']} event is missing or of the wrong type")
 
 
-def in_force(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def without_undone(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """What counts of the events after the first: a resume undoes an end, and all that came after its step."""
     kept: list[dict[str, Any]] = []
     for event in events:
@@ -395,7 +395,7 @@ def read_record(path: Path) -> Run:
     validations: dict[int, Validation] = {}
     train_events: dict[int, dict[str, Any]] = {}
     neuron_events: dict[int, dict[str, Any]] = {}
-    for event in in_force(rest):
+    for event in without_undone(rest):
         kind = event["event"]
         if kind == "val":
             validations[event["step"]] = Validation(event["step"], event["val_loss"], event["train_time_s"])

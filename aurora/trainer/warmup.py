@@ -20,7 +20,7 @@ from aurora.optim.base import gradients_of
 from aurora.trainer.attempt import Unusable, WrongNumbers, attempt
 from aurora.trainer.batch import BatchPlan, to_device
 from aurora.trainer.memory import fit_micro_batch
-from aurora.trainer.process import first_line, tell
+from aurora.trainer.process import first_line, print_line
 from aurora.trainer.ranks import digest
 from aurora.trainer.state import Run
 
@@ -256,7 +256,7 @@ def compare(model: Model, run: Run, micro_batch: int, val_batches: Iterable[int]
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        tell(f"warning: rank {run.ranks.rank} has no memory to check the forward pass against the model itself")
+        print_line(f"warning: rank {run.ranks.rank} has no memory to check the forward pass against the model itself")
         return
     for one, other in zip(found, expected, strict=True):
         if not (one - other).abs() <= MAX_LOSS_ERROR[dtype] * other.abs():

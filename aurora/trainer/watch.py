@@ -18,7 +18,7 @@ from typing import NamedTuple, Self
 import torch.distributed as dist
 
 from aurora.errors import Exit
-from aurora.trainer.process import report_exit, tell
+from aurora.trainer.process import print_line, report_exit
 from aurora.trainer.ranks import SETUP_TIMEOUT_S, Ranks, connect_store
 from aurora.trainer.timeline import timeline
 
@@ -102,7 +102,7 @@ class Watch:
         )
         self.store.set(f"watch/{self.ranks.rank}", json.dumps(state))
 
-    def look(self) -> bool:
+    def poll(self) -> bool:
         """Publish, read all ranks' states, note who answered; whether any rank has moved."""
         with self.lock:
             self.publish()
@@ -145,7 +145,7 @@ class Watch:
             if os.getppid() != self.parent and "TORCHELASTIC_RUN_ID" in os.environ:
                 os._exit(Exit.PEER)  # the launcher is gone, see die_with_launcher()
             try:
-                if self.look():
+                if self.poll():
                     moved_s = time.monotonic()
             except (RuntimeError, ValueError):  # the store went with the launcher or with rank 0: peers tell the rest
                 return
@@ -161,7 +161,7 @@ class Watch:
 
     def end(self, message: str) -> None:
         """Say why, kill the rank that does not answer if it is on this machine, and end this process."""
-        tell(f"error: rank {self.ranks.rank} gives up: {message}")
+        print_line(f"error: rank {self.ranks.rank} gives up: {message}")
         for rank, state in self.states.items():
             is_silent = time.monotonic() - self.answered_s[rank] > self.timeout_s
             if is_silent and state.pid and state.host == socket.gethostname() and not state.is_leaving:
@@ -177,7 +177,7 @@ class Watch:
             return ""
         try:
             for _ in range(8):
-                self.look()
+                self.poll()
                 finding = self.silent(3 * self.poll_s)
                 if finding:
                     return finding

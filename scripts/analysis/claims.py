@@ -153,13 +153,24 @@ def summarize(losses: Sequence[float], target: float) -> dict[str, Any]:
 
 
 def values_at(trials: Sequence[Trial], metric: str, step: int | None) -> tuple[list[float], list[float]]:
-    """Finite values of a metric at a step, or at each run's last look that has it, and seconds where there are any."""
-    looks = [
-        next((look for look in reversed(trial.looks) if step in (None, look.step) and metric in look.metrics), None)
+    """Finite values of a metric at a step, or at each run's last validation with it, and seconds where known."""
+    validations = [
+        next(
+            (
+                validation
+                for validation in reversed(trial.validations)
+                if step in (None, validation.step) and metric in validation.metrics
+            ),
+            None,
+        )
         for trial in trials
     ]
-    found = [look for look in looks if look is not None and math.isfinite(look.metrics[metric])]
-    return [look.metrics[metric] for look in found], [look.time_s for look in found if math.isfinite(look.time_s)]
+    found = [
+        validation for validation in validations if validation is not None and math.isfinite(validation.metrics[metric])
+    ]
+    return [validation.metrics[metric] for validation in found], [
+        validation.time_s for validation in found if math.isfinite(validation.time_s)
+    ]
 
 
 def of_one_schedule(trials: list[Trial], claim: Claim, metric: str) -> tuple[list[Trial], list[str]]:
@@ -199,7 +210,7 @@ def claimed_part(trials: Sequence[Trial], claim: Claim, metric: str, step: int |
 
 
 def were_stopped_at_target(trials: Sequence[Trial], metric: str, target: float) -> bool:
-    """Whether runs end before their plan at different steps, each at its first look at or below the target."""
+    """Whether runs end before their plan at different steps, each at its first validation at or below the target."""
     for trial in trials:
         losses = list(trial.values(metric).values())
         is_first = len(losses) > 1 and losses[-1] <= target < min(losses[:-1])
@@ -219,7 +230,7 @@ def endings(trials: Sequence[Trial]) -> list[str]:
     if len(stops) > 1:
         steps = ", ".join(map(str, stops)) if len(stops) < 6 else f"from {stops[0]} to {stops[-1]}"
         remarks.append(f"the runs end at different steps: {steps}")
-    schedules = {tuple(look.step for look in trial.looks if look.step > 0) for trial in trials}
+    schedules = {tuple(validation.step for validation in trial.validations if validation.step > 0) for trial in trials}
     if len(schedules) > 1 and len(stops) == 1:
         remarks.append("the runs were not validated at the same steps")
     return remarks
@@ -233,7 +244,9 @@ def agrees(values: Sequence[float], stated: str, tolerance: float = 0.5) -> bool
 
 def other_metric(trials: Sequence[Trial], mean: str, metric: str, step: int | None) -> str | None:
     """Another metric of all runs that has the claimed mean."""
-    for name in sorted({name for trial in trials for look in trial.looks for name in look.metrics} - {metric}):
+    for name in sorted(
+        {name for trial in trials for validation in trial.validations for name in validation.metrics} - {metric}
+    ):
         values, _ = values_at(trials, name, step)
         if len(values) == len(trials) and agrees(values, mean):
             return name

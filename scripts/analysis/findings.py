@@ -209,12 +209,14 @@ def above_quarter(claim: str, shares: Sequence[float], why: str) -> Finding:
 
 
 def dead_by(group: Group) -> tuple[list[float], int]:
-    """Share of dead neurons of each run at its first look from DEAD_STEP on, or else at its last; the earliest step."""
-    looks = [
+    """Share of dead neurons of each run at its first validation from DEAD_STEP on, or its last; the earliest step."""
+    validations = [
         next((event for event in run.neuron_events if event["step"] >= DEAD_STEP), run.neuron_events[-1])
         for run in group.runs
     ]
-    return [100 * look["dead"] for look in looks], min(look["step"] for look in looks)
+    return [100 * validation["dead"] for validation in validations], min(
+        validation["step"] for validation in validations
+    )
 
 
 def percent(values: Sequence[float]) -> str:

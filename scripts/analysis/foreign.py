@@ -26,7 +26,7 @@ MAX_BYTES, MAX_LOOKS, MAX_TRIALS = (
     1 << 28,
     100_000,
     1000,
-)  # of a log; public ones have up to 2 MB, 1,100 looks, 30 trials
+)  # of a log; public ones have up to 2 MB, 1,100 validations, 30 trials
 SUFFIXES = (".txt", ".log", ".out", ".stdout")
 NUMBER = r"[-+]?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+|nan|inf)"
 _STAMP = r"^\s*(?:\d{9,}\.\d+\s+)?"
@@ -48,7 +48,7 @@ class LogError(ValueError):
 
 
 @dataclass(slots=True)
-class Look:
+class LoggedValidation:
     """One validation: metrics by name, val_loss among them; time_s is NaN where the log has none."""
 
     step: int
@@ -58,7 +58,7 @@ class Look:
 
 @dataclass
 class Trial:
-    """One training run in a log, looks in order of steps.
+    """One training run in a log, validations in order of steps.
 
     total_steps: as the log says, None where it does not. is_stopped: the log says that the run ends here as planned.
     """
@@ -66,35 +66,39 @@ class Trial:
     path: Path
     number: int
     total_steps: int | None
-    looks: list[Look] = field(default_factory=list)
+    validations: list[LoggedValidation] = field(default_factory=list)
     is_rewound: bool = False
     is_stopped: bool = False
 
     @property
     def status(self) -> str:
         """complete; diverged, with a loss that is no number; torn, when it ends before its last step; or open."""
-        if any(not math.isfinite(look.metrics.get("val_loss", 0.0)) for look in self.looks):
+        if any(not math.isfinite(validation.metrics.get("val_loss", 0.0)) for validation in self.validations):
             return "diverged"
         if self.is_stopped:
             return "complete"
         if self.total_steps is None:
             return "open"
-        return "complete" if self.looks[-1].step >= self.total_steps else "torn"
+        return "complete" if self.validations[-1].step >= self.total_steps else "torn"
 
     @property
     def last_step(self) -> int:
-        return self.looks[-1].step
+        return self.validations[-1].step
 
     def values(self, metric: str) -> dict[int, float]:
         """By step."""
-        return {look.step: look.metrics[metric] for look in self.looks if metric in look.metrics}
+        return {
+            validation.step: validation.metrics[metric]
+            for validation in self.validations
+            if metric in validation.metrics
+        }
 
     def __str__(self) -> str:
         return f"{self.path.name}, trial {self.number}"
 
 
 def read_log(path: Path) -> list[Trial]:
-    """All trials of a log, each with at least one look.
+    """All trials of a log, each with at least one validation.
 
     A trial begins where the step falls to the first step of the one before or below. Where it falls less far the run
     went back to a checkpoint: later lines count. Of several lines of one step in a row the first counts.
@@ -108,13 +112,13 @@ def read_log(path: Path) -> list[Trial]:
             raise LogError(f"{path} {'is no regular file' if path.exists() else 'cannot be read: no such file'}")
         if path.stat().st_size > MAX_BYTES:
             raise LogError(f"{path} is larger than {MAX_BYTES:,} bytes")
-        for number, (total, look) in enumerate(_looks(path)):
+        for number, (total, validation) in enumerate(_validations(path)):
             if number >= MAX_LOOKS or len(trials) > MAX_TRIALS:
                 raise LogError(f"{path} has more than {MAX_LOOKS:,} validation lines or {MAX_TRIALS:,} trials")
-            if look is not None and look.step != LAST:
-                _take(trials, path, total, look)
-            elif trials and look is not None:
-                trials[-1].looks[-1].metrics |= look.metrics
+            if validation is not None and validation.step != LAST:
+                _take(trials, path, total, validation)
+            elif trials and validation is not None:
+                trials[-1].validations[-1].metrics |= validation.metrics
             elif trials:
                 trials[-1].is_stopped = True
     except OSError as error:
@@ -124,29 +128,29 @@ def read_log(path: Path) -> list[Trial]:
     return trials
 
 
-def _take(trials: list[Trial], path: Path, total: int | None, look: Look) -> None:
-    """Add a look to the trial it belongs to, the last one or a new one."""
+def _take(trials: list[Trial], path: Path, total: int | None, validation: LoggedValidation) -> None:
+    """Add a validation to the trial it belongs to, the last one or a new one."""
     trial = trials[-1] if trials else None
-    is_again = trial is not None and look.step <= trial.looks[0].step < trial.last_step
-    if trial is None or is_again or (look.step == 0 and trial.last_step > 0):
-        trials.append(Trial(path, len(trials) + 1, total, [look]))
+    is_again = trial is not None and validation.step <= trial.validations[0].step < trial.last_step
+    if trial is None or is_again or (validation.step == 0 and trial.last_step > 0):
+        trials.append(Trial(path, len(trials) + 1, total, [validation]))
         return
-    place = bisect.bisect_left(trial.looks, look.step, key=lambda earlier: earlier.step)
-    later = trial.looks[place:]
-    if look.step == trial.last_step:
-        trial.looks[-1].metrics = look.metrics | trial.looks[-1].metrics
-    elif later and (later[0].step, later[0].metrics) == (look.step, look.metrics):
+    place = bisect.bisect_left(trial.validations, validation.step, key=lambda earlier: earlier.step)
+    later = trial.validations[place:]
+    if validation.step == trial.last_step:
+        trial.validations[-1].metrics = validation.metrics | trial.validations[-1].metrics
+    elif later and (later[0].step, later[0].metrics) == (validation.step, validation.metrics):
         return  # a summary at the end
     else:
         if later:
             trial.is_rewound = True
-            del trial.looks[place:]
-        trial.looks.append(look)
+            del trial.validations[place:]
+        trial.validations.append(validation)
         trial.total_steps = total if total is not None else trial.total_steps
 
 
-def _looks(path: Path) -> Iterator[tuple[int | None, Look | None]]:
-    """(steps of the whole run, look) line by line; no look where the run stops short on purpose."""
+def _validations(path: Path) -> Iterator[tuple[int | None, LoggedValidation | None]]:
+    """(steps of the whole run, validation) line by line; no validation where the run stops short on purpose."""
     llmc_step: tuple[int, int] | None = None
     for line in _lines(path):
         if match := _STEP.match(line) or _GOLF.match(line):
@@ -156,19 +160,19 @@ def _looks(path: Path) -> Iterator[tuple[int | None, Look | None]]:
             if any(name.startswith("val_") for name in metrics):
                 time = _TIME.search(line)
                 time_s = float(time[1]) * _SECONDS[time[2].lower()] if time else math.nan
-                yield (int(match[2]) if match[2] else None), Look(int(match[1]), time_s, metrics)
+                yield (int(match[2]) if match[2] else None), LoggedValidation(int(match[1]), time_s, metrics)
         elif match := _GOLF_FINAL.match(line):
             found = {name: float(value) for name, value in _METRIC.findall(line) if name.startswith("val_")}
-            yield None, Look(LAST, math.nan, {f"{match[1]} {name}": value for name, value in found.items()})
+            yield None, LoggedValidation(LAST, math.nan, {f"{match[1]} {name}": value for name, value in found.items()})
         elif _GOLF_STOP.match(line):
             yield None, None
         elif match := _LLMC.match(line) or _NANOGPT.match(line):
-            yield None, Look(int(match[1]), math.nan, {"val_loss": float(match[2])})
+            yield None, LoggedValidation(int(match[1]), math.nan, {"val_loss": float(match[2])})
         elif match := _LLMC_STEP.match(line):
             llmc_step = int(match[1]), int(match[2])
         elif match := _LLMC_LOSS.match(line):
             step, total = llmc_step or (0, None)
-            yield total, Look(step, math.nan, {"val_loss": float(match[1])})
+            yield total, LoggedValidation(step, math.nan, {"val_loss": float(match[1])})
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -189,28 +193,28 @@ def without_copies(trials: list[Trial]) -> tuple[list[Trial], list[tuple[Trial, 
     """
     by_loss: dict[tuple[int, float], list[Trial]] = {}
     kept, copies = {}, []
-    for place, trial in sorted(enumerate(trials), key=lambda entry: -len(entry[1].looks)):
-        last = trial.last_step, trial.looks[-1].metrics.get("val_loss", math.nan)
+    for place, trial in sorted(enumerate(trials), key=lambda entry: -len(entry[1].validations)):
+        last = trial.last_step, trial.validations[-1].metrics.get("val_loss", math.nan)
         original = next((other for other in by_loss.get(last, ()) if _is_copy(trial, other)), None)
         if original:
             copies.append((trial, original))
             continue
         kept[place] = trial
-        for look in trial.looks:
-            by_loss.setdefault((look.step, look.metrics.get("val_loss", math.nan)), []).append(trial)
+        for validation in trial.validations:
+            by_loss.setdefault((validation.step, validation.metrics.get("val_loss", math.nan)), []).append(trial)
     return [kept[place] for place in sorted(kept)], copies
 
 
 def _is_copy(trial: Trial, other: Trial) -> bool:
-    """Whether every look of the trial is also one of the other: at least three, or at equal times."""
-    known = {look.step: look for look in other.looks}
-    looks = [look for look in trial.looks if look.step > 0]
-    if not looks or any(look.step not in known for look in looks):
+    """Whether every validation of the trial is also one of the other: at least three, or at equal times."""
+    known = {validation.step: validation for validation in other.validations}
+    validations = [validation for validation in trial.validations if validation.step > 0]
+    if not validations or any(validation.step not in known for validation in validations):
         return False
-    pairs = [(look, known[look.step]) for look in looks]
+    pairs = [(validation, known[validation.step]) for validation in validations]
     if any(a.metrics.get("val_loss") != b.metrics.get("val_loss") for a, b in pairs):
         return False
-    return len(looks) >= 3 or all(a.time_s == b.time_s for a, b in pairs)
+    return len(validations) >= 3 or all(a.time_s == b.time_s for a, b in pairs)
 
 
 def read_logs(paths: list[Path]) -> tuple[list[Trial], list[LogError]]:

@@ -18,7 +18,7 @@ def compare(a: Sequence[Path], b: Sequence[Path], step: int | None, metric: str,
     Runs that never met the target are infinite; then ranks are compared.
 
     Raises:
-        ValueError: no log, several schedules in one set, a loss missing at the step, no step, or looks too far apart.
+        ValueError: no log, several schedules in one set, no loss at the step, no step, or validations too far apart.
     """
     sides = []
     for paths in (a, b):
@@ -53,12 +53,16 @@ def compare(a: Sequence[Path], b: Sequence[Path], step: int | None, metric: str,
 
 
 def steps_to_target(trial: Trial, metric: str, target: float) -> float:
-    looks = [(look.step, look.metrics[metric], look.time_s) for look in trial.looks if metric in look.metrics]
-    hit = crossing(looks, target)
+    validations = [
+        (validation.step, validation.metrics[metric], validation.time_s)
+        for validation in trial.validations
+        if metric in validation.metrics
+    ]
+    hit = crossing(validations, target)
     if hit and hit.is_coarse:
         before, after = hit.bracket
         raise ValueError(
-            f"{trial}: looks at steps {before} and {after} are too far apart to tell when it met {target:g}"
+            f"{trial}: validations at steps {before} and {after} are too far apart to tell when it met {target:g}"
         )
     return hit.step if hit else math.inf
 

@@ -16,9 +16,9 @@ GATE_THRESHOLD = 0.004
 GATE_SIGMA = 0.0013
 MIN_RUNS = 3
 CONFIDENCE = 0.95
-# A crossing between two looks further apart than this share of the later one's step is known as a bracket only: a loss
-# is no straight line. Quick runs thinned to a look every 100 steps cross 5 to 9 steps later by the line, to one
-# every 25 up to 5.
+# A crossing between two validations further apart than this share of the later one's step is known as a bracket only: a
+# loss is no straight line. Quick runs thinned to a validation every 100 steps cross 5 to 9 steps later by the line, to
+# one every 25 up to 5.
 COARSE_FRAC = 0.05
 
 
@@ -166,9 +166,9 @@ def ranks_needed(alpha: float) -> int:
 
 
 class Crossing(NamedTuple):
-    """Where one run first met the target, interpolated between two looks; seconds alike.
+    """Where one run first met the target, interpolated between two validations; seconds alike.
 
-    bracket: the steps of the two looks; of a run whose first look is at the target, from 0.
+    bracket: the steps of the two validations; of a run whose first validation is at the target, from 0.
     """
 
     step: float
@@ -177,18 +177,18 @@ class Crossing(NamedTuple):
 
     @property
     def is_coarse(self) -> bool:
-        """Whether the looks are too far apart for step and time_s to mean anything."""
+        """Whether the validations are too far apart for step and time_s to mean anything."""
         before, after = self.bracket
         return after - before > COARSE_FRAC * after
 
 
-def crossing(looks: Sequence[tuple[int, float, float]], target: float) -> Crossing | None:
-    """The first crossing of looks (step, loss, seconds), in order of steps; None where no look is at the target.
+def crossing(validations: Sequence[tuple[int, float, float]], target: float) -> Crossing | None:
+    """The first crossing of validations (step, loss, seconds), in order of steps; None where none is at the target.
 
-    Between the look before and the first at or below the target the loss is taken for a straight line.
+    Between the validation before and the first at or below the target the loss is taken for a straight line.
     """
     before = None
-    for step, loss, time_s in looks:
+    for step, loss, time_s in validations:
         if loss <= target:
             if before is None or not math.isfinite(before[1]):
                 return Crossing(float(step), time_s, (before[0] if before else 0, step))
@@ -207,7 +207,7 @@ class Reached:
     expected: ERT, the cost of all runs over the number that arrived (Auger & Hansen 2005); infinite if none did.
     restricted_mean: mean with a run that did not arrive counted at its cap, so a lower bound.
     median: infinite where fewer than half arrived.
-    bracket: the steps between which all runs arrived, where looks are too far apart for any of the figures above.
+    bracket: the steps between which all runs arrived, where validations are too far apart for any of the figures above.
     """
 
     count: int
@@ -235,9 +235,9 @@ def reached(values: Sequence[float | None], caps: Sequence[float]) -> Reached:
 
 
 def common_step(runs: Sequence[Mapping[int, float]], target: float) -> int | None:
-    """The first step, with a look {step: loss} in every run, at which the gate passes and the t-test gives p < 0.05.
+    """The first step, validated in every run {step: loss}, at which the gate passes and the t-test gives p < 0.05.
 
-    Looks of one run stand or fall together, so that choosing among steps costs next to nothing.
+    Validations of one run stand or fall together, so that choosing among steps costs next to nothing.
     """
     if not runs:
         return None
@@ -253,7 +253,7 @@ def flaws(seeds: Sequence[int | None], losses: Sequence[Sequence[float]]) -> lis
 
     Args:
         seeds: one a run; None where unknown.
-        losses: each run's losses at its looks.
+        losses: each run's losses at its validations.
     """
     found = []
     if len(losses) < MIN_RUNS:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from aurora.config import check_keys, coerce
 from aurora.errors import Exit, HarnessError
 
-# Kept for the last look around lr: its neighbours, and two steps on where one of them is better.
+# Kept for the last validation around lr: its neighbours, and two steps on where one of them is better.
 RESERVED_TRIALS = 4
 FINEST_GRID = 1 / 256  # of the declared grid, in logarithms
 

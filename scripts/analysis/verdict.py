@@ -68,12 +68,18 @@ class Group:
     @property
     def last_step(self) -> int:
         """The last step at which every finished run was validated, 0 if there is none."""
-        steps = [{look.step for look in run.validations} for run in self.runs if run.is_done]
+        steps = [{validation.step for validation in run.validations} for run in self.runs if run.is_done]
         return max(set.intersection(*steps), default=0) if steps else 0
 
     def losses(self, step: int) -> list[float]:
         """The finite losses at a step, of finished runs, by seed."""
-        found = [look.val_loss for run in self.runs if run.is_done for look in run.validations if look.step == step]
+        found = [
+            validation.val_loss
+            for run in self.runs
+            if run.is_done
+            for validation in run.validations
+            if validation.step == step
+        ]
         return [loss for loss in found if math.isfinite(loss)]
 
     def crossings(self) -> list[Crossing | None]:
@@ -81,18 +87,18 @@ class Group:
 
     @property
     def is_coarse(self) -> bool:
-        """Whether looks were too far apart to say when a run met the target."""
+        """Whether validations were too far apart to say when a run met the target."""
         return any(hit and hit.is_coarse for hit in self.crossings())
 
     def steps_to_target(self) -> Reached:
-        return self._to_target(lambda hit: hit.step, lambda look: look.step)
+        return self._to_target(lambda hit: hit.step, lambda validation: validation.step)
 
     def seconds_to_target(self) -> Reached:
-        return self._to_target(lambda hit: hit.time_s, lambda look: look.train_time_s)
+        return self._to_target(lambda hit: hit.time_s, lambda validation: validation.train_time_s)
 
     def _to_target(self, value_at_hit: Callable[[Crossing], float], value_at: Callable[[Validation], float]) -> Reached:
         hits = self.crossings()
-        values = [{look.step: value_at(look) for look in run.validations} for run in self.runs]
+        values = [{validation.step: value_at(validation) for validation in run.validations} for run in self.runs]
         caps = [max(by_step.values(), default=0) for by_step in values]
         found = reached([hit and value_at_hit(hit) for hit in hits], caps)
         if not self.is_coarse:
@@ -107,12 +113,12 @@ class Group:
     def flaws(self) -> list[str]:
         """What forbids tests, in words."""
         # Untrained all are alike.
-        losses = [[look.val_loss for look in run.validations if look.step > 0] for run in self.runs]
+        losses = [[validation.val_loss for validation in run.validations if validation.step > 0] for run in self.runs]
         found = flaws(self.seeds, losses)
         lost = [f"seed {run.start['seed']} ({status_of(run)})" for run in self.runs if not run.is_done]
         if lost:
             found.append(f"without a final loss: {', '.join(lost)}")
-        schedules = {tuple(look.step for look in run.validations) for run in self.runs if run.is_done}
+        schedules = {tuple(validation.step for validation in run.validations) for run in self.runs if run.is_done}
         if len(schedules) > 1:
             found.append("not validated at the same steps")
         return found
@@ -155,7 +161,7 @@ def status_of(run: Run) -> str:
 def group_runs(runs: Iterable[Run]) -> dict[str, list[Group]]:
     """Groups by task_hash, in their order of arrival at the target.
 
-    An attempt that was interrupted or cut short is left out once the same seed has finished: it was no second look.
+    An attempt that was interrupted or cut short is left out once the same seed has finished: it was no second try.
     """
     tasks: dict[str, dict[tuple[str, str], list[Run]]] = {}
     for run in runs:
@@ -287,7 +293,9 @@ def compare(one: Group, other: Group) -> Pair:
 
 def losses_at_end(first: Group, second: Group) -> tuple[str, list[float], list[float]]:
     """What is compared within one schedule: name, and values of both groups, at the last step that all runs have."""
-    common = [{look.step for look in run.validations} for g in (first, second) for run in g.runs if run.is_done]
+    common = [
+        {validation.step for validation in run.validations} for g in (first, second) for run in g.runs if run.is_done
+    ]
     step = max(set.intersection(*common), default=None) if common else None
     if step is None:
         return "loss at a common step", [], []
@@ -320,7 +328,7 @@ def step_seconds(run: Run) -> float | None:
 
 
 def target_seconds(run: Run) -> float | None:
-    """Timed seconds to the target, None for a run that did not meet it or has too few looks to tell."""
+    """Timed seconds to the target, None for a run that did not meet it or has too few validations to tell."""
     hit = crossing(run.validations, run.target)
     return hit.time_s if hit and not hit.is_coarse else None
 

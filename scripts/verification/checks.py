@@ -32,15 +32,15 @@ from scripts.verification.neurons import check_neurons
 from scripts.verification.numbers import (
     check_end,
     check_logs,
-    check_looks,
     check_losses,
     check_lr,
     check_order,
     check_times,
+    check_validations,
 )
 
 CHECKS = (
-    *(check_order, check_identity, check_config, check_looks, check_logs, check_times, check_lr, check_losses),
+    *(check_order, check_identity, check_config, check_validations, check_logs, check_times, check_lr, check_losses),
     *(check_neurons, check_end),
 )
 
@@ -107,13 +107,13 @@ def verify_folder(folder: Path) -> list[Verification]:
         if run is None:
             continue
         ended |= {path} if run.of("end") else set()
-        looks = tuple(event["val_loss"] for event in run.of("val"))
-        twin = by_losses.setdefault(looks, path) if len(looks) > 1 else path
+        validations = tuple(event["val_loss"] for event in run.of("val"))
+        twin = by_losses.setdefault(validations, path) if len(validations) > 1 else path
         if twin != path:
             # The same command gives the same losses again. In one folder they would count as two runs, if both ended.
             both_count = twin.parent == path.parent and {twin, path} <= ended
-            together = verdict.reasons if both_count else verdict.notes
-            together.append(f"repeats the losses of {twin.name}")
+            found_in = verdict.reasons if both_count else verdict.notes
+            found_in.append(f"repeats the losses of {twin.name}")
         start = run.start
         setting = json_hash(Run(path, start).setting)
         key = start["task_hash"], start["optimizer"], setting, start["code_hash"]

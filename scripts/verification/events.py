@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from aurora.trainer.record import FIELD_TYPES, NUMBER, in_force, is_sane
+from aurora.trainer.record import FIELD_TYPES, NUMBER, is_sane, without_undone
 
 # Nats between val losses of one step on two stacks, such as other ranks or threads, which add in another order:
 # differences grow with steps, and a resume or replay repeats few.
@@ -19,7 +19,7 @@ class Events:
     rest: list[dict[str, Any]]
 
     def __post_init__(self) -> None:
-        self.kept = in_force(self.rest)
+        self.kept = without_undone(self.rest)
 
     def of(self, kind: str) -> list[dict[str, Any]]:
         return [event for event in self.kept if event["event"] == kind]

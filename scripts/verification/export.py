@@ -52,10 +52,11 @@ def export_record(path: Path, out: Path) -> None:
     )
     steps = start["config"]["train"]["steps"]
     lines = [source, SEPARATOR, f"torch {start['env']['torch']} on {start['env']['device_name']}", SEPARATOR]
-    for look in run.validations:
-        average = f"{1e3 * look.train_time_s / look.step:.2f}" if look.step else "nan"
+    for validation in run.validations:
+        average = f"{1e3 * validation.train_time_s / validation.step:.2f}" if validation.step else "nan"
         lines.append(
-            f"step:{look.step}/{steps} val_loss:{look.val_loss!r} train_time:{look.train_time_s:.6f}s "
+            f"step:{validation.step}/{steps} val_loss:{validation.val_loss!r} "
+            f"train_time:{validation.train_time_s:.6f}s "
             f"step_avg:{average}ms"
         )
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -4,16 +4,20 @@ import math
 from collections.abc import Iterator
 
 from scripts.verification.events import Events
-from scripts.verification.numbers import declared_looks
+from scripts.verification.numbers import declared_validations
 
 
 def check_neurons(run: Events) -> Iterator[str]:
-    model, looks, steps = run.config["model"], run.config["eval"], {event["step"] for event in run.of("val")}
+    model, validations, steps = run.config["model"], run.config["eval"], {event["step"] for event in run.of("val")}
     last, events = run.config["train"]["steps"], {event["step"]: event for event in run.of("neurons")}
-    planned = {step for step in declared_looks(run.config) if step > 0 and (step % looks["every"] == 0 or step == last)}
-    # A crash may have come between the two lines of the last look.
+    planned = {
+        step
+        for step in declared_validations(run.config)
+        if step > 0 and (step % validations["every"] == 0 or step == last)
+    }
+    # A crash may have come between the two lines of the last validation.
     certain = planned & (steps if run.of("end") else steps - {max(steps, default=0)})
-    if not looks.get("telemetry", False):
+    if not validations.get("telemetry", False):
         planned = certain = set()
     if not certain <= set(events) <= planned:
         yield f"neurons are not those of the declared steps: {sorted(certain ^ set(events))[:5]}"
@@ -30,7 +34,7 @@ def check_neurons(run: Events) -> Iterator[str]:
         sums = {key: sum(layer[key] for layer in event["layers"]) / (width * len(layers)) for key in ("dead", "silent")}
         for key in ("starved", "starved_momentum"):
             sums[key] = sum(found[name][key] for name in tall) / (width * len(tall))
-        is_possible = [0 < event["tokens"] <= looks["tokens"], *(0 <= event[key] <= 1 for key in sums)]
+        is_possible = [0 < event["tokens"] <= validations["tokens"], *(0 <= event[key] <= 1 for key in sums)]
         is_possible += [math.isclose(event[key], value, abs_tol=1e-9) for key, value in sums.items()]
         for layer in event["layers"]:
             is_possible += [0 <= layer["silent"] <= width, 0 <= (layer["still_dead"] or 0) <= layer["dead"] <= width]

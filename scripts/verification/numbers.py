@@ -42,17 +42,19 @@ def check_order(run: Events) -> Iterator[str]:
                 yield f"step {step} was run twice, with val_loss {before} and {event['val_loss']}"
 
 
-def declared_looks(config: dict[str, Any]) -> set[int]:
+def declared_validations(config: dict[str, Any]) -> set[int]:
     """The trainer's rule for the steps after which loss is measured."""
-    steps, looks = config["train"]["steps"], config["eval"]
-    if not 0 < steps < 10**6 or looks["every"] < 1 or looks["late_every"] < 1:
-        raise ValueError(f"{steps} steps with looks every {looks['every']} and {looks['late_every']} cannot be")
-    late_from = (1 - looks["late_frac"]) * steps
-    return {s for s in range(steps) if s % looks["every" if s < late_from else "late_every"] == 0} | {steps}
+    steps, validations = config["train"]["steps"], config["eval"]
+    if not 0 < steps < 10**6 or validations["every"] < 1 or validations["late_every"] < 1:
+        raise ValueError(
+            f"{steps} steps with validations every {validations['every']} and {validations['late_every']} cannot be"
+        )
+    late_from = (1 - validations["late_frac"]) * steps
+    return {s for s in range(steps) if s % validations["every" if s < late_from else "late_every"] == 0} | {steps}
 
 
-def check_looks(run: Events) -> Iterator[str]:
-    declared, steps = declared_looks(run.config), {event["step"] for event in run.of("val")}
+def check_validations(run: Events) -> Iterator[str]:
+    declared, steps = declared_validations(run.config), {event["step"] for event in run.of("val")}
     ends = run.of("end")
     last = run.config["train"]["steps"] if ends and ends[-1]["status"] == "done" else max(steps, default=0)
     if ends and ends[-1]["status"] == "done" and ends[-1]["step"] != last:
@@ -70,11 +72,11 @@ def check_looks(run: Events) -> Iterator[str]:
 def declared_logs(run: Events) -> set[int]:
     """The trainer's rule for the steps of train events: at every flush, and each log_every steps since the one before.
 
-    It flushes at looks, checkpoints and stops.
+    It flushes at validations, checkpoints and stops.
     """
-    declared, train, ends = declared_looks(run.config), run.config["train"], run.of("end")
-    looks, stops = ([event["step"] for event in run.of(kind)] for kind in ("val", "resume"))
-    last = ends[-1]["step"] if ends and ends[-1]["status"] in ("done", "interrupted") else max(looks, default=0)
+    declared, train, ends = declared_validations(run.config), run.config["train"], run.of("end")
+    validations, stops = ([event["step"] for event in run.of(kind)] for kind in ("val", "resume"))
+    last = ends[-1]["step"] if ends and ends[-1]["status"] in ("done", "interrupted") else max(validations, default=0)
     last = min(last, train["steps"])
     saves = range(0, train["steps"], train["checkpoint_every"]) if train["checkpoint_every"] else ()
     windows = itertools.pairwise(sorted(step for step in {0, last, *stops, *saves, *declared} if 0 <= step <= last))
@@ -87,23 +89,23 @@ def check_logs(run: Events) -> Iterator[str]:
 
 
 def check_times(run: Events) -> Iterator[str]:
-    looks, trains = run.of("val"), run.of("train")
-    by_step = {event["step"]: event for event in looks}
+    validations, trains = run.of("val"), run.of("train")
+    by_step = {event["step"]: event for event in validations}
     times = [by_step[step]["train_time_s"] for step in sorted(by_step)]
     if any(later <= earlier for earlier, later in itertools.pairwise(times)) or (times and times[0] < 0):
-        yield "train_time_s does not rise from look to look"
+        yield "train_time_s does not rise from validation to validation"
     step_ms = [event["step_ms"] for event in trains]
     if len(step_ms) >= 3 and len(set(step_ms)) < len(step_ms) / 2:
         yield "step times repeat: no clock gives them"
     if any(not 0 <= event["optimizer_ms"] <= event["step_ms"] for event in trains):
         yield "optimizer_ms is not within step_ms"
-    if not looks or not trains:
+    if not validations or not trains:
         return
     previous, windows = 0, []
     for event in trains:
         windows.append((event["step"], (event["step"] - previous) * event["step_ms"] / 1000))
         previous = event["step"]
-    # Between two looks the clock sees the steps and little else.
+    # Between two validations the clock sees the steps and little else.
     for early, late in itertools.pairwise(sorted(by_step)):
         inside = [seconds for step, seconds in windows if early < step <= late]
         elapsed = by_step[late]["train_time_s"] - by_step[early]["train_time_s"]
@@ -136,22 +138,22 @@ def check_lr(run: Events) -> Iterator[str]:
 
 
 def check_losses(run: Events) -> Iterator[str]:
-    config, looks = run.config, run.of("val")
-    for event in looks:
+    config, validations = run.config, run.of("val")
+    for event in validations:
         if not is_float32_sum(event["val_loss"], config["eval"]["tokens"], config["model"]["seq_len"]):
             yield f"step {event['step']}: val_loss {event['val_loss']} is no sum of float32 over the tokens: typed in"
             break
     untrained = math.log(config["model"]["vocab_size"])
-    first = looks[0] if looks and looks[0]["step"] == 0 and not run.is_edited else None
+    first = validations[0] if validations and validations[0]["step"] == 0 and not run.is_edited else None
     if first and abs(first["val_loss"] - untrained) > UNTRAINED_TOLERANCE:
         yield f"step 0: val_loss {first['val_loss']} is not the {untrained:.4f} of an untrained model"
-    # train_loss is a mean over the steps before a look; while it falls fast, the look is nearer to the mean after it,
-    # or, where there is none, to what the fall so far lets expect.
+    # train_loss is a mean over the steps before a validation. While it falls fast, the validation is nearer to the mean
+    # after it, or, where there is none, to what the fall so far lets expect.
     train_losses = {event["step"]: event["train_loss"] for event in run.of("train")}
-    before = [looks[0]["val_loss"] if looks else untrained, *train_losses.values()]
+    before = [validations[0]["val_loss"] if validations else untrained, *train_losses.values()]
     expected = [2 * now - earlier for earlier, now in itertools.pairwise(before)][-1:]
     lows = dict(zip(train_losses, [*before[2:], *expected], strict=True))
-    for event in looks[1:]:
+    for event in validations[1:]:
         near = train_losses.get(event["step"])
         # The mean over a first window in which losses rose above an untrained model's says nothing of its end.
         if near is None or (event["step"] == min(train_losses) and near > untrained):
@@ -170,11 +172,14 @@ def is_float32_sum(mean: float, tokens: int, seq_len: int) -> bool:
 
 
 def check_end(run: Events) -> Iterator[str]:
-    ends, looks = run.of("end"), {event["step"]: event for event in run.of("val")}
+    ends, validations = run.of("end"), {event["step"]: event for event in run.of("val")}
     if not ends:
         return
     end, target = ends[-1], run.config["eval"]["target"]
-    order = [Validation(step, looks[step]["val_loss"], looks[step]["train_time_s"]) for step in sorted(looks)]
+    order = [
+        Validation(step, validations[step]["val_loss"], validations[step]["train_time_s"])
+        for step in sorted(validations)
+    ]
     hit, last = first_at_target(order, target), order[-1] if order else None
     expected = {
         "val_loss": last.val_loss if last else None,
@@ -184,11 +189,11 @@ def check_end(run: Events) -> Iterator[str]:
     }
     for key, value in expected.items():
         if end[key] != value:
-            yield f"end event: {key} is {end[key]}, by the looks {value}"
+            yield f"end event: {key} is {end[key]}, by the validations {value}"
     if end["status"] not in ("done", "diverged", "interrupted"):
         yield f"end event: unknown status {end['status']}"
     if end["status"] == "done" and last and end["train_time_s"] != last.train_time_s:
-        yield f"end event: train_time_s is {end['train_time_s']}, at the last look {last.train_time_s}"
+        yield f"end event: train_time_s is {end['train_time_s']}, at the last validation {last.train_time_s}"
     if any(not 0 <= seconds < 1e9 for seconds in end["untimed"].values()):
         yield "end event: untimed seconds cannot be"
     spent_s = end["train_time_s"] + sum(end["untimed"].values())

@@ -41,13 +41,13 @@ def settings_of(start: dict) -> list[str]:
     return [word for table, key, value in pairs for word in ("--set", f"{table}.{key}={json.dumps(value)}")]
 
 
-def replay(verdict: Verification, num_looks: int) -> Verification:
-    """Run the code in the record with its config and seed on this machine's data, up to its first looks; compare.
+def replay(verdict: Verification, num_validations: int) -> Verification:
+    """Run the code in the record with its config and seed on this machine's data, up to its first validations; compare.
 
     The stack, on which the tolerance depends, is what the record says it was.
     """
     run = read_record(verdict.path)
-    start, claimed = run.start, run.validations[:num_looks]
+    start, claimed = run.start, run.validations[:num_validations]
     with tempfile.TemporaryDirectory() as folder:
         sources, out = Path(folder) / "sources", Path(folder) / "out"
         try:
@@ -63,7 +63,7 @@ def replay(verdict: Verification, num_looks: int) -> Verification:
         verdict.notes.append(f"not replayed: {message}" if not found else "not replayed: other training data is here")
         return verdict
     if len(found) < len(claimed):
-        verdict.notes.append(f"not replayed: it ended after {len(found)} of {len(claimed)} looks: {message}")
+        verdict.notes.append(f"not replayed: it ended after {len(found)} of {len(claimed)} validations: {message}")
         return verdict
     # Many processors share a name. Records from before the trainer stated the model do not tell which one it was.
     stack = ("torch", "torch_threads", "device_name", "cpu", "cpu_model")
@@ -93,8 +93,10 @@ def command_of(start: dict, sources: Path, out: Path) -> list[str]:
     return [sys.executable, str(sources / "train_gpt.py"), *fixed, "--out", str(out), *settings_of(start)]
 
 
-def run_until(command: list[str], folder: Path, out: Path, num_looks: int, num_threads: int) -> tuple[list, dict, str]:
-    """Validations and run event of the first num_looks looks, and what the process said in the end.
+def run_until(
+    command: list[str], folder: Path, out: Path, num_validations: int, num_threads: int
+) -> tuple[list, dict, str]:
+    """Validations and run event of the first num_validations validations, and what the process said in the end.
 
     num_threads: of the CPU, on which the bits of a loss depend.
     """
@@ -107,7 +109,7 @@ def run_until(command: list[str], folder: Path, out: Path, num_looks: int, num_t
             while True:
                 is_over = process.poll() is not None or time.monotonic() > deadline_s
                 runs = read_folder(out)[0] if out.exists() else []
-                if is_over or (runs and len(runs[0].validations) >= num_looks):
+                if is_over or (runs and len(runs[0].validations) >= num_validations):
                     break
                 time.sleep(POLL_S)
         finally:
@@ -115,4 +117,4 @@ def run_until(command: list[str], folder: Path, out: Path, num_looks: int, num_t
             process.wait()
         output.seek(0)
         message = (output.read(100_000).strip().splitlines() or ["no output"])[-1]
-    return (runs[0].validations[:num_looks], runs[0].start, message) if runs else ([], {}, message)
+    return (runs[0].validations[:num_validations], runs[0].start, message) if runs else ([], {}, message)
