@@ -54,9 +54,9 @@ def parse_args(description: str | None, argv: list[str] | None = None) -> argpar
     args = parser.parse_args(argv)
     if not args.timeout_s > 0:
         parser.error(f"--timeout-s must be above 0, got {args.timeout_s:g}")
-    if importlib.util.find_spec("torch") is None:
-        message = "this python has no torch; if scripts/quickstart.sh made .venv: source .venv/bin/activate"
-        parser.exit(int(Exit.CONFIG), f"error: {message}\n")
+    if missing := [name for name in ("torch", "numpy") if importlib.util.find_spec(name) is None]:
+        remedy = "source .venv/bin/activate, which scripts/quickstart.sh makes, or pip install -e '.[train]'"
+        parser.exit(int(Exit.CONFIG), f"error: this python has no {' and no '.join(missing)}; {remedy}\n")
     return args
 
 

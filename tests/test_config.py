@@ -1,11 +1,12 @@
 """Tracks load with every optimizer; whatever is wrong in one is named."""
 
+import importlib.util
 import re
 
 import pytest
 
 import train_gpt
-from aurora.config import load_config
+from aurora.config import load_config, parse_args
 from aurora.errors import Exit, HarnessError
 from aurora.trainer.optimizers import checked_hparams
 from tests.conftest import OPTIMIZERS, ROOT, train_here
@@ -171,3 +172,11 @@ def test_dry_run_of_gpt2_small_counts_parameters_tokens_and_shards(tmp_path, cap
     by_size = dict(re.findall(r"(\d+): (\d+\.\d)", report.splitlines()[-1]))
     assert list(by_size) == ["1", "2", "4", "8", "16", "32", "64", "128"] and "x 128 sequences" in report
     assert float(by_size["8"]) < 7.5 and float(by_size["32"]) < 22, "for cards of 8 and 24 GB"
+
+
+def test_a_python_without_numpy_is_told_before_anything_is_imported(monkeypatch, capsys):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "numpy" else find_spec(name))
+    with pytest.raises(SystemExit) as error:
+        parse_args("", [])
+    assert error.value.code == 2 and "this python has no numpy; source .venv" in capsys.readouterr().err
