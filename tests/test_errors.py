@@ -24,7 +24,7 @@ def test_non_finite_gradient_is_named_before_it_is_applied(tiny_track, bad):
     run, _ = make_run(tiny_track, "aurora")
     for p in run.model.parameters():
         p.grad = torch.zeros_like(p)
-    run.guard.validation(torch.tensor(1.0))
+    run.guard.observe(torch.tensor(1.0))
     run.guard.check(0, run.rule)
     with pytest.raises(HarnessError, match="the update of step 7 was not finite"):
         run.guard.check(7, types.SimpleNamespace(found_non_finite=torch.tensor(True)))
