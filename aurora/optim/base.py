@@ -266,16 +266,21 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
         if is_one_matrix(group):
             return self.new_state(p, group)
         parts = [self.new_state(p.new_empty(shape), group) for shape in matrix_shapes(p.shape, group)]
-        rows = {key: torch.cat([part[key] for part in parts]) for key in parts[0] if key != "momentum_buffer"}
+        keys = dict.fromkeys(key for part in parts for key in part if key != "momentum_buffer")
+        rows = {key: torch.cat([part[key] for part in parts if key in part]) for key in keys}
         return {"momentum_buffer": torch.zeros_like(p, dtype=torch.float32), **rows}
 
     def _split_state(self, p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> list[dict[str, Any]]:
         """The row states of each matrix of a parameter, as views."""
         shapes = matrix_shapes(p.shape, group)
-        sizes = {shape: self.new_state(torch.empty(shape, device="meta"), group) for shape in dict.fromkeys(shapes)}
-        keys = [key for key in state if key != "momentum_buffer"]
-        split = {key: state[key].split([len(sizes[shape][key]) for shape in shapes]) for key in keys}
-        return [{key: split[key][i] for key in keys} for i in range(len(shapes))]
+        own = {shape: self.new_state(torch.empty(shape, device="meta"), group) for shape in dict.fromkeys(shapes)}
+        parts: list[dict[str, Any]] = [{} for _ in shapes]
+        for key in state.keys() - {"momentum_buffer"}:
+            holders = [i for i, shape in enumerate(shapes) if key in own[shape]]  # square matrices may need none
+            rows = state[key].split([len(own[shapes[i]][key]) for i in holders])
+            for i, of_part in zip(holders, rows, strict=True):
+                parts[i][key] = of_part
+        return parts
 
     def lookahead(self, stack: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
         """What direction() sees of these parameters of one group, in float32 and their shape; not to be changed.
