@@ -142,7 +142,7 @@ def test_logits_are_soft_capped(config):
     model = model_with_random_weights(config)
     with torch.no_grad():
         model.head.weight.mul_(1e4)
-    assert model.logits(tokens_for(config)).max() <= config.logit_softcap
+    assert model.logits(tokens_for(config)).max() <= config.logit_softcap * (1 + 2**-22)  # a rounding or two above
 
 
 def test_init_is_the_benchmarks_and_depends_on_the_seed_alone(tiny_track):
