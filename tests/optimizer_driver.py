@@ -29,6 +29,7 @@ def set_own_gradients(params, step):
 def held(optimizer, params):
     own = {name: optimizer.state[p] for name, p in params.items() if p in optimizer.state}
     weights = {name: p.detach().clone() for name, p in params.items()}
+    optimizer.consolidate_state_dict()
     return {"weights": weights, "own": own, "state": optimizer.state_dict()}
 
 
@@ -41,7 +42,7 @@ def main(out: str, state_file: str | None) -> None:
     found, loaded = {}, {}
     for rule in RULES:
         params = new_params()
-        optimizer = make(rule, list(params.items()), lr=0.02)
+        optimizer = make(rule, list(params.items()), lr=0.02, process_group=dist.group.WORLD)
         for step in range(STEPS):
             set_own_gradients(params, step)
             # In bfloat16 on odd steps: these sums of whole numbers are exact in it, but only if taken in float32.
@@ -49,7 +50,7 @@ def main(out: str, state_file: str | None) -> None:
             optimizer.step()
         found[rule] = held(optimizer, params)
         if state_file:
-            optimizer = make(rule, list(params.items()), lr=0.02)
+            optimizer = make(rule, list(params.items()), lr=0.02, process_group=dist.group.WORLD)
             optimizer.load_state_dict(torch.load(state_file)["found"][rule]["state"])
             loaded[rule] = held(optimizer, params)
     torch.save({"found": found, "loaded": loaded}, f"{out}/rank{dist.get_rank()}.pt")

@@ -7,9 +7,13 @@ A rule is a subclass that overrides direction(), and new_state() if it remembers
     W <- (1 - lr weight_decay) W - lr scale direction(X)     scale = sqrt(max(1, M/N)) with aspect_scale, else 1
 
 polar(X) has spectral norm 1, so lr is in units of spectral norm per step for the polar rules.
+
+Groups with algorithm = "adamw" are updated by torch's AdamW: one optimizer for a whole model.
 """
 
 import abc
+import collections
+import copy
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -18,20 +22,41 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .adamw_group import adamw_defaults, adamw_step
 from .polar import COMPUTE_DTYPES, SCHEDULES, compute_dtype, polar
-from .sharding import assign_owners, complete, gather_from_owners, polar_cost, sum_to_owners
+from .shapes import check_shape, from_matrices, is_one_matrix, matrix_shapes, to_matrices
+from .sharding import assign_owners, complete, gather_from_owners, polar_cost, sum_to_all, sum_to_owners
 
 # On a CPU a stack larger than the caches is slower than its parts one by one.
 CPU_STACK_ELEMENTS = 2**21
+# Elsewhere larger stacks gain nothing, and a step takes a few times the memory of the largest one.
+STACK_ELEMENTS = 2**26
+
+ADJUST_LR_FNS = ("spectral", "original", "match_rms_adamw")
+# Arguments of other Muons, and what to use here.
+FOREIGN_ARGUMENTS = {
+    "ns_steps": "polar_schedule, which fixes the number of steps",
+    "ns_coefficients": "polar_schedule, e.g. 'ns5_jordan' for (3.4445, -4.775, 2.0315)",
+    "ns_eps": "nothing: the norm is guarded",
+    "betas": 'betas of a group with algorithm = "adamw"',
+    "adamw_betas": 'betas of a group with algorithm = "adamw"',
+    "adamw_params": 'a group with algorithm = "adamw"',
+    "muon_params": "params",
+    "fused": "nothing", "foreach": "nothing", "maximize": "nothing: negate the loss",
+}  # fmt: skip
 
 
 class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
-    """Base of the rules that update whole matrices. Works alone, under DDP, or sharding its work over a process group.
+    """Base of the rules that update whole matrices, and of the optimizers for whole models that they are.
 
-    If torch.distributed is initialised when the optimizer is built, every matrix gets one owner rank. step() reads
-    the gradient on the owner alone and hands the new weights to all ranks; step(), reduce_gradients() and
-    state_dict() are then collectives that every rank must call. Gradients must already be summed (or averaged) over
-    ranks: by DDP, or by reduce_gradients(), which sends each gradient to its owner only.
+    A group holds matrices (see shapes.py for convolutions, experts, fused layers), or has algorithm = "adamw" and an
+    lr of its own: then torch's AdamW updates it, with lr, weight_decay, betas and eps of the group.
+
+    Without process_group every rank updates all parameters, as torch's optimizers do. With it every matrix has one
+    owner among the group's ranks: step() reads its gradient on the owner alone, keeps its state there, and hands the
+    new weights to all ranks. step(), reduce_gradients() and consolidate_state_dict() are then collectives. Gradients
+    must already be summed (or averaged) over ranks: by DDP, or by reduce_gradients(), which sends a matrix's to its
+    owner only. All ranks must hold the same weights.
 
     Args:
         params: 2-D parameters, (name, parameter) pairs or parameter groups, as for any torch optimizer.
@@ -43,13 +68,16 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
         polar_schedule: Polynomials of the polar factor: ns5_jordan, polar_express5, quintic12, or svd, which is exact.
         polar_dtype: Dtype of the polar factor's matmuls: float32, bfloat16, or auto: bfloat16 on CUDA, the faster of
             both on a CPU, else float32.
+        adjust_lr_fn: What lr is multiplied by: spectral: as aspect_scale says; original: sqrt(max(1, M/N)), Keller
+            Jordan's; match_rms_adamw: 0.2 sqrt(max(M, N)), Moonshot's, which suits AdamW's lr and weight_decay.
+        process_group: whose ranks share the work; without one nothing is sharded.
         rule_hparams: for subclasses: the hyper-parameters that the rule adds.
 
     lr and momentum may be 0-dim tensors, as for torch's optimizers. A step under torch.compile is then not compiled
     again when they change.
 
     Raises:
-        ValueError: a hyper-parameter out of range, or a parameter that is not a plain 2-D floating-point tensor.
+        ValueError: a hyper-parameter out of range, or a parameter that its group cannot update.
     """
 
     def __init__(
@@ -62,13 +90,20 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
         aspect_scale: bool = True,
         polar_schedule: str = "polar_express5",
         polar_dtype: str = "auto",
+        adjust_lr_fn: str = "spectral",
+        process_group: Any = None,
         rule_hparams: dict[str, Any] | None = None,
+        **unknown: Any,
     ):
-        is_distributed = dist.is_available() and dist.is_initialized()
-        self._rank = dist.get_rank() if is_distributed else 0
-        self._rank_loads = [0] * (dist.get_world_size() if is_distributed else 1)
+        for name in unknown:
+            remedy = f"; use {FOREIGN_ARGUMENTS[name]}" if name in FOREIGN_ARGUMENTS else ""
+            raise TypeError(f"{type(self).__name__} has no argument {name!r}{remedy}")
+        self.process_group = process_group
+        self._rank = dist.get_rank(process_group) if process_group else 0
+        self._rank_loads = [0] * (dist.get_world_size(process_group) if process_group else 1)
         self._owners: dict[Tensor, int] = {}
-        self.found_non_finite = torch.zeros((), dtype=torch.bool)
+        self._whole_state: dict[Tensor, Any] | None = None
+        self._non_finite: dict[torch.device, Tensor] = {}
         defaults = dict(
             lr=lr,
             weight_decay=weight_decay,
@@ -77,6 +112,8 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
             aspect_scale=aspect_scale,
             polar_schedule=polar_schedule,
             polar_dtype=polar_dtype,
+            adjust_lr_fn=adjust_lr_fn,
+            algorithm=type(self).__name__,
             **(rule_hparams or {}),
         )
         super().__init__(params, defaults)
@@ -110,6 +147,11 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
         check_hparam(
             group["polar_dtype"] in COMPUTE_DTYPES, "polar_dtype", f"one of {', '.join(COMPUTE_DTYPES)}", group
         )
+        check_hparam(
+            group["adjust_lr_fn"] in ADJUST_LR_FNS, "adjust_lr_fn", f"one of {', '.join(ADJUST_LR_FNS)}", group
+        )
+        rule = type(self).__name__
+        check_hparam(group["algorithm"] == rule, "algorithm", f'"adamw" or "{rule}"', group)
 
     # ---- the step ----
 
@@ -121,9 +163,15 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
         """polar() with the group's schedule and dtype."""
         return polar(X_KMN, SCHEDULES[group["polar_schedule"]], self.polar_dtype(X_KMN, group), **options)
 
+    @property
+    def found_non_finite(self) -> Tensor:
+        """0-dim bool: whether a step has had a non-finite direction or gradient; it stays set, on every rank alike."""
+        flags = list(self._non_finite.values())
+        return torch.stack([flag.to(flags[0].device) for flag in flags]).any() if len(flags) != 1 else flags[0]
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every matrix that has a gradient. No host sync.
+        """Update every parameter that has a gradient. No host sync.
 
         A non-finite gradient makes its matrix non-finite and sets found_non_finite, a 0-dim tensor on the device that
         stays set. To keep weights whole, check gradients before the step (the trainer does).
@@ -132,44 +180,110 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._whole_state = None
         gathers = []
         for group in self.param_groups:
+            if group["algorithm"] == "adamw":
+                adamw_step([p for p in group["params"] if p.grad is not None], self.state, group)
+                continue
+            params = [p for p in group["params"] if p.numel()]
             # Equal sizes together, whatever the shape: each rank owns about as many of them.
-            for same_size in group_by(group["params"], lambda p: (p.numel(), p.dtype)):
-                own = [p for p in same_size if p.grad is not None and self._owners[p] == self._rank]
+            for same_size in group_by(params, lambda p: (p.numel(), p.dtype, p.device)):
+                own = [p for p in same_size if p.grad is not None and self.owner_of(p) == self._rank]
                 for same_shape in group_by(own, lambda p: p.shape):
-                    for stack in split_for_cache(same_shape):
+                    for stack in split_for_memory(same_shape):
                         self._update(stack, group)
                 if self._is_sharded:
-                    gathers.append(gather_from_owners(same_size, [self._owners[p] for p in same_size]))
+                    owners = [self.owner_of(p) for p in same_size]
+                    gathers.append(gather_from_owners(same_size, owners, self.process_group))
+        if self._is_sharded:
+            for flag in self._non_finite.values():
+                bad_ranks = flag.to(torch.int32)
+                dist.all_reduce(bad_ranks, group=self.process_group)
+                flag.copy_(bad_ranks > 0)
         for wait in gathers:
             wait()
         return loss
 
     def _update(self, stack: list[Tensor], group: dict[str, Any]) -> None:
+        """Update parameters of one shape, all with gradients."""
         states = [self.state[p] for p in stack]
         for p, state in zip(stack, states, strict=True):
+            if p.grad is not None and p.grad.layout != torch.strided:
+                raise RuntimeError(
+                    f"{type(self).__name__} does not take sparse gradients; give this parameter to AdamW"
+                )
             if not state:
-                state.update(self.new_state(p, group))
+                state.update(self._new_state(p, group))
         buffers = [state["momentum_buffer"] for state in states]
         grads = [grad.float() for grad in gradients_of(stack)]
         torch._foreach_lerp_(buffers, grads, _weights(1 - group["momentum"], stack))
-        X_KMN = torch.stack(self.lookahead(stack, group))
-        O_KMN = self.direction(X_KMN, states, group)
-
-        is_bad = ~torch.linalg.vector_norm(O_KMN).isfinite()
-        self.found_non_finite.logical_or_(is_bad)  # in place: torch.compile before 2.13 lets a step set no attribute
-        rows, columns = stack[0].shape
-        step_size = group["lr"] * (math.sqrt(max(1.0, rows / columns)) if group["aspect_scale"] else 1.0)
+        if is_one_matrix(group):
+            O_KMN = self._direction(torch.stack(self.lookahead(stack, group)), states, group)
+            updates = list(O_KMN.to(torch.promote_types(O_KMN.dtype, stack[0].dtype)).unbind())
+            step_size = group["lr"] * lr_factor(stack[0].size(0), stack[0].size(1), group)
+        else:
+            updates, step_size = self._updates_of_parts(stack, states, group), group["lr"]
         if group["weight_decay"]:
             torch._foreach_mul_(stack, 1 - group["lr"] * group["weight_decay"])
         if isinstance(step_size, Tensor):  # which alpha may not be
-            O_KMN, step_size = O_KMN.float() * step_size, 1
-        O_KMN = O_KMN.to(torch.promote_types(O_KMN.dtype, stack[0].dtype))  # of one dtype it is one launch on CUDA
-        torch._foreach_sub_(stack, list(O_KMN.unbind()), alpha=step_size)
+            dtype = torch.promote_types(torch.float32, stack[0].dtype)
+            updates, step_size = [update.to(dtype) * step_size for update in updates], 1
+        torch._foreach_sub_(stack, updates, alpha=step_size)  # of one dtype it is one launch on CUDA
+
+    def _direction(self, X_KMN: Tensor, states: list[dict[str, Any]], group: dict[str, Any]) -> Tensor:
+        """direction(), and the flag of what is not finite."""
+        O_KMN = self.direction(X_KMN, states, group)
+        is_bad = ~torch.linalg.vector_norm(O_KMN).isfinite()
+        if O_KMN.device not in self._non_finite:  # the model was moved after the optimizer was built
+            self._non_finite[O_KMN.device] = torch.zeros_like(is_bad)
+        self._non_finite[O_KMN.device].logical_or_(is_bad)  # in place: before torch 2.13 no compiled step may set one
+        return O_KMN
+
+    def _updates_of_parts(
+        self, stack: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]
+    ) -> list[Tensor]:
+        """The updates of parameters of one shape, of several matrices each; scaled, lr left out, as the weights lie."""
+        shapes = matrix_shapes(stack[0].shape, group)
+        parts = [part for X in self.lookahead(stack, group) for part in to_matrices(X, group)]
+        part_states = [
+            part for p, state in zip(stack, states, strict=True) for part in self._split_state(p, state, group)
+        ]
+        done: list[Tensor] = [parts[0]] * len(parts)
+        for shape in dict.fromkeys(shapes):
+            indices = [i for i in range(len(parts)) if shapes[i % len(shapes)] == shape]
+            for chunk in split_for_memory(indices, shape[0] * shape[1], parts[0].is_cpu):
+                X_KMN = torch.stack([parts[i] for i in chunk])
+                O_KMN = self._direction(X_KMN, [part_states[i] for i in chunk], group) * lr_factor(*shape, group)
+                for i, O_MN in zip(chunk, O_KMN.unbind(), strict=True):
+                    done[i] = O_MN
+        of_each = [done[i : i + len(shapes)] for i in range(0, len(done), len(shapes))]
+        dtype = torch.promote_types(done[0].dtype, stack[0].dtype)
+        return [from_matrices(own, p, group).to(dtype) for p, own in zip(stack, of_each, strict=True)]
+
+    def _new_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """new_state() of all matrices of a parameter: momentum as the weights lie, row states one below the other."""
+        if is_one_matrix(group):
+            return self.new_state(p, group)
+        parts = [self.new_state(p.new_empty(shape), group) for shape in matrix_shapes(p.shape, group)]
+        keys = dict.fromkeys(key for part in parts for key in part if key != "momentum_buffer")
+        rows = {key: torch.cat([part[key] for part in parts if key in part]) for key in keys}
+        return {"momentum_buffer": torch.zeros_like(p, dtype=torch.float32), **rows}
+
+    def _split_state(self, p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> list[dict[str, Any]]:
+        """The row states of each matrix of a parameter, as views."""
+        shapes = matrix_shapes(p.shape, group)
+        own = {shape: self.new_state(torch.empty(shape, device="meta"), group) for shape in dict.fromkeys(shapes)}
+        parts: list[dict[str, Any]] = [{} for _ in shapes]
+        for key in state.keys() - {"momentum_buffer"}:
+            holders = [i for i, shape in enumerate(shapes) if key in own[shape]]  # square matrices may need none
+            rows = state[key].split([len(own[shapes[i]][key]) for i in holders])
+            for i, of_part in zip(holders, rows, strict=True):
+                parts[i][key] = of_part
+        return parts
 
     def lookahead(self, stack: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
-        """What direction() sees of these parameters of one group: (M, N) float32 each, not to be changed.
+        """What direction() sees of these parameters of one group, in float32 and their shape; not to be changed.
 
         Between step() and the next zero_grad() it gives what the step has used.
         """
@@ -186,23 +300,39 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
         return len(self._rank_loads) > 1
 
     def owner_of(self, p: Tensor) -> int:
-        """The rank that holds the state of this parameter and computes its update."""
+        """The rank of the process group that holds the state of this parameter and computes its update."""
+        if not self._is_sharded:
+            return 0
+        if p not in self._owners:
+            raise RuntimeError("a parameter was exchanged; build a sharded optimizer after the model is wrapped")
         return self._owners[p]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        names = group.get("param_names", [f"parameter {i}" for i in range(len(group["params"]))])
-        for name, p in zip(names, group["params"], strict=True):
-            if p.ndim != 2 or not p.is_floating_point() or type(p.data) is not Tensor:
-                raise ValueError(
-                    f"{type(self).__name__} updates plain 2-D floating-point tensors, but {name} is a "
-                    f"{type(p.data).__name__} of shape {tuple(p.shape)} and dtype {p.dtype}; give it to AdamW"
-                )
-        self.check_hparams(group)
-        self.found_non_finite = self.found_non_finite.to(group["params"][0].device)
-        owners = assign_owners([polar_cost(p) for p in group["params"]], self._rank_loads)
-        self._owners.update(zip(group["params"], owners, strict=True))
+        """As torch's; a group that is refused changes nothing.
+
+        Raises:
+            ValueError: a hyper-parameter out of range, or a parameter that the group cannot update; says which.
+        """
+        is_adamw, defaults, num_groups = param_group.get("algorithm") == "adamw", self.defaults, len(self.param_groups)
+        try:
+            if is_adamw:
+                self.defaults = adamw_defaults(param_group)  # a group gets all defaults that it lacks
+            super().add_param_group(param_group)
+            group = self.param_groups[-1]
+            if not is_adamw:
+                for name, p in zip(names_of(group), group["params"], strict=True):
+                    check_shape(name, p, group)
+                self.check_hparams(group)
+        except BaseException:
+            del self.param_groups[num_groups:]
+            raise
+        finally:
+            self.defaults = defaults
+        if not is_adamw:
+            costs = [sum(map(polar_cost, matrix_shapes(p.shape, group))) for p in group["params"]]
+            self._owners.update(zip(group["params"], assign_owners(costs, self._rank_loads), strict=True))
+            for p in group["params"]:
+                self._non_finite.setdefault(p.device, torch.zeros((), dtype=torch.bool, device=p.device))
 
     def _named_params(self) -> list[tuple[str, Tensor]]:
         """All parameters with their names, or their positions where they were given without."""
@@ -210,13 +340,13 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
         names = [name for group in self.param_groups for name in group.get("param_names", [])]
         return list(zip(names or [f"parameter {i}" for i in range(len(params))], params, strict=True))
 
-    def _params_and_owners(self) -> tuple[list[Tensor], list[int]]:
-        params = [p for group in self.param_groups for p in group["params"]]
-        return params, [self._owners[p] for p in params]
+    def _matrices_and_owners(self) -> tuple[list[Tensor], list[int]]:
+        params = [p for g in self.param_groups if g["algorithm"] != "adamw" for p in g["params"]]
+        return params, [self.owner_of(p) for p in params]
 
     @torch.no_grad()
     def reduce_gradients(self, wire_dtype: torch.dtype | None = None) -> None:
-        """Sum every gradient over ranks into the owner of its matrix; other ranks drop theirs. Collective.
+        """Sum gradients over ranks: a matrix's into its owner, where others drop theirs; AdamW's into all. Collective.
 
         Args:
             wire_dtype: what is sent, by default the gradients' own dtype. In another one every rank's gradient is
@@ -231,8 +361,12 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
         for name, p in self._named_params():
             if p.grad is None:
                 raise ValueError(f"reduce_gradients: {name} of shape {tuple(p.shape)} has no gradient")
-        params, owners = self._params_and_owners()
-        complete([sum_to_owners(gradients_of(params), owners, wire_dtype)])
+        params, owners = self._matrices_and_owners()
+        sums = [sum_to_owners(gradients_of(params), owners, wire_dtype, self.process_group)] if params else []
+        others = [p for group in self.param_groups if group["algorithm"] == "adamw" for p in group["params"]]
+        for same_dtype in group_by(others, lambda p: p.dtype):
+            sums.append(sum_to_all(gradients_of(same_dtype), wire_dtype, self.process_group))
+        complete(sums)
         for p, owner in zip(params, owners, strict=True):
             if owner != self._rank:
                 p.grad = None
@@ -240,81 +374,142 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
     # ---- state ----
 
     def __getstate__(self) -> dict[str, Any]:
-        # torch's version drops everything but groups and state; a copy must know its owners too.
-        sharding = {key: self.__dict__[key] for key in ("_rank", "_rank_loads", "_owners", "found_non_finite")}
-        return {**super().__getstate__(), **sharding}
-
-    def state_dict(self) -> dict[str, Any]:
-        """The whole optimizer state, the same on every rank and for every world size. Collective when sharded."""
-        state_dict = super().state_dict()
-        state_dict["rule"] = type(self).__name__
+        # torch's version drops everything but groups and state; a copy must know its flags, too.
         if self._is_sharded:
-            state_dict["state"] = self._gather_state(state_dict["state"])
-        state_dict["state"] = dict(sorted(state_dict["state"].items()))
-        state_dict["params_with_state"] = [self._named_params()[index][0] for index in state_dict["state"]]
-        return state_dict
+            raise TypeError("a sharded optimizer cannot be copied or pickled; save its state_dict()")
+        own = {key: self.__dict__[key] for key in ("process_group", "_rank", "_rank_loads", "_owners", "_non_finite")}
+        return {**super().__getstate__(), **own, "_whole_state": None}
 
-    def _gather_state(self, own_state: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
-        params, owners = self._params_and_owners()
-        layout = {i: {key: (t.shape, t.dtype) for key, t in state.items()} for i, state in own_state.items()}
+    def consolidate_state_dict(self, to: int | None = None) -> None:
+        """Gather the state of all matrices on rank `to` of the process group, or on all. Collective.
+
+        state_dict() then has it, until the next step or load. Without sharding there is nothing to do.
+        """
+        if not self._is_sharded:
+            return
+        params, owners = self._matrices_and_owners()
+        layout = {i: {key: (t.shape, t.dtype) for key, t in self.state[p].items()}
+                  for i, p in enumerate(params) if self.state.get(p)}  # fmt: skip
         layouts: list[Any] = [None] * len(self._rank_loads)
-        dist.all_gather_object(layouts, layout)
-        gathered: dict[int, dict[str, Tensor]] = {}
+        dist.all_gather_object(layouts, layout, group=self.process_group)
+        whole: dict[Tensor, dict[str, Tensor]] = {}
         for index, (p, owner) in enumerate(zip(params, owners, strict=True)):
             for key, (shape, dtype) in layouts[owner].get(index, {}).items():
                 is_owner = owner == self._rank
-                value = own_state[index][key] if is_owner else torch.empty(shape, dtype=dtype, device=p.device)
-                dist.broadcast(value, src=owner)
-                gathered.setdefault(index, {})[key] = value
-        return gathered
+                value = self.state[p][key] if is_owner else torch.empty(shape, dtype=dtype, device=p.device)
+                dist.broadcast(value, group_src=owner, group=self.process_group)
+                if to in (None, self._rank):
+                    whole.setdefault(p, {})[key] = value
+        if to in (None, self._rank):
+            self._whole_state = whole | {p: state for p, state in self.state.items() if p not in self._owners}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The whole state, in torch's form, the same on every rank and for every world size.
+
+        Raises:
+            RuntimeError: the state is sharded and has not been gathered since the last step.
+        """
+        if not self._is_sharded:
+            return _in_order(super().state_dict())
+        if self._whole_state is None:
+            raise RuntimeError(
+                "the state is sharded over ranks: call consolidate_state_dict() on every rank, then state_dict()"
+            )
+        own, self.state = self.state, collections.defaultdict(dict, self._whole_state)
+        try:
+            return _in_order(super().state_dict())
+        finally:
+            self.state = own
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state_dict() of the same rule and parameters, from any world size, bit for bit.
 
-        torch's own loader matches by position and casts to the weights' dtype, silently; this one refuses.
+        As torch's loader, but state keeps its dtype, whatever the weights' is. Settings that the saved groups lack stay
+        as they are, and what others have added to groups is kept, from both sides. Names count without the prefixes of
+        torch.compile and DDP; where one side has none, parameters are matched by position.
 
         Raises:
-            ValueError: another rule, other parameters, state lost or of other keys, shape or dtype; names what differs.
+            ValueError: another rule, other parameters, or state of other keys, shape or dtype; names what differs.
         """
-        named = self._named_params()
-        if state_dict.get("rule") != type(self).__name__:
-            raise ValueError(f"state of rule {state_dict.get('rule')!r} cannot be loaded into {type(self).__name__}")
-        our_params, their_params = ([g.get("param_names", g["params"]) for g in d["param_groups"]]
-                                    for d in (super().state_dict(), state_dict))  # fmt: skip
-        if our_params != their_params:
-            raise ValueError(f"state belongs to parameters {their_params}, this optimizer has {our_params}")
-        for ours, theirs in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            if ours.keys() != theirs.keys():
-                differing = ", ".join(sorted(ours.keys() ^ theirs.keys()))
-                raise ValueError(
-                    f"the settings {differing} are in only one of the state and this {type(self).__name__}"
-                )
-            self.check_hparams(theirs)
-        settings = [
-            (ours, theirs)
-            for ours, theirs in zip(self.param_groups, state_dict["param_groups"], strict=True)
-            for _ in ours["params"]
-        ]
-        for index in state_dict["state"]:
-            if index not in range(len(named)):
-                raise ValueError(f"state of parameter number {index}, but there are {len(named)}")
-        lost = set(state_dict["params_with_state"]) ^ {named[index][0] for index in state_dict["state"]}
-        if lost:
-            raise ValueError(f"the state of {', '.join(sorted(lost))} is lost, or of a parameter that had none")
-        for index, state in state_dict["state"].items():
-            name, p = named[index]
-            found = {key: (tuple(value.shape), value.dtype) for key, value in state.items()}
-            for group in settings[index]:  # what this optimizer keeps, and what the state's own settings keep
-                new_state = self.new_state(torch.empty_like(p, device="meta"), group)
-                wanted = {key: (tuple(value.shape), value.dtype) for key, value in new_state.items()}
-                if found != wanted:
-                    raise ValueError(f"state of {name} is {found}, but {type(self).__name__} keeps {wanted} for it")
-        super().load_state_dict({**state_dict, "state": {}})
-        for index, state in state_dict["state"].items():
-            p = named[index][1]
-            if self._owners[p] == self._rank:
-                self.state[p] = {key: value.to(p.device, copy=True) for key, value in state.items()}
-        self.found_non_finite.zero_()
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = pre_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        groups = self._loaded_groups(copy.deepcopy(state_dict["param_groups"]))
+        state: dict[Tensor, Any] = collections.defaultdict(dict)
+        ours = [(name, p, group) for group in groups
+                for name, p in zip(names_of(group), group["params"], strict=True)]  # fmt: skip
+        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+        for index, saved in state_dict["state"].items():
+            if index not in indices:
+                raise ValueError(f"state of parameter number {index}, but there are {len(indices)}")
+            name, p, group = ours[indices.index(index)]
+            self._check_state(name, p, saved, group)
+            if group["algorithm"] == "adamw" or self.owner_of(p) == self._rank:
+                state[p] = {key: value.to(_device_of(key, p), copy=True) for key, value in saved.items()}
+        self.__setstate__({"state": state, "param_groups": groups})
+        self._whole_state = None
+        for flag in self._non_finite.values():
+            flag.zero_()
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _loaded_groups(self, theirs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Our parameters with the settings of saved groups."""
+        lengths = [[len(group["params"]) for group in groups] for groups in (theirs, self.param_groups)]
+        if lengths[0] != lengths[1]:
+            raise ValueError(f"the state has groups of {lengths[0]} parameters, this optimizer of {lengths[1]}")
+        groups = []
+        for saved, own in zip(theirs, self.param_groups, strict=True):
+            if saved.get("algorithm", own["algorithm"]) != own["algorithm"]:
+                raise ValueError(f"state of {saved['algorithm']} cannot be loaded into {own['algorithm']}")
+            if "param_names" in saved and "param_names" in own:
+                names = [[plain_name(name) for name in group["param_names"]] for group in (saved, own)]
+                if names[0] != names[1]:
+                    raise ValueError(f"state belongs to parameters {names[0]}, this optimizer has {names[1]}")
+            fixed = {key: own[key] for key in ("params", "param_names") if key in own}
+            groups.append(own | saved | fixed)
+            if own["algorithm"] != "adamw":
+                self.check_hparams(groups[-1])
+        return groups
+
+    def _check_state(self, name: str, p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        found = {key: (tuple(value.shape), value.dtype) for key, value in state.items()}
+        if group["algorithm"] == "adamw":
+            averages = {key: (tuple(p.shape), p.dtype) for key in ("exp_avg", "exp_avg_sq")}
+            wanted: dict[str, Any] = {"step": ((), torch.float32), **averages}
+        else:
+            new_state = self._new_state(torch.empty_like(p, device="meta"), group)
+            wanted = {key: (tuple(value.shape), value.dtype) for key, value in new_state.items()}
+        if found != wanted:
+            raise ValueError(f"state of {name} is {found}, but {group['algorithm']} keeps {wanted} for it")
+
+
+def lr_factor(rows: int, columns: int, group: dict[str, Any]) -> float:
+    """What lr is multiplied by for matrices (rows, columns)."""
+    if group["adjust_lr_fn"] == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(rows, columns))
+    return math.sqrt(max(1.0, rows / columns)) if group["aspect_scale"] or group["adjust_lr_fn"] == "original" else 1.0
+
+
+def names_of(group: dict[str, Any]) -> list[str]:
+    """The names of a group's parameters, or their positions."""
+    return group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what torch.compile and DDP put before it."""
+    return ".".join(part for part in name.split(".") if part not in ("_orig_mod", "module"))
+
+
+def _in_order(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """With the states in order of the parameters, not of their first steps."""
+    return {**state_dict, "state": dict(sorted(state_dict["state"].items()))}
+
+
+def _device_of(key: str, p: Tensor) -> torch.device:
+    """As torch's AdamW has it: the count of steps is on the CPU unless the step is fused on a GPU."""
+    return torch.device("cpu") if key == "step" and not p.is_cuda else p.device
 
 
 def gradients_of(params: Iterable[Tensor]) -> list[Tensor]:
@@ -335,9 +530,14 @@ def group_by(params: Iterable[Tensor], key: Callable[[Tensor], Any]) -> list[lis
     return list(groups.values())
 
 
-def split_for_cache(stack: list[Tensor]) -> list[list[Tensor]]:
-    """The stack in parts that a CPU's caches hold; on other devices whole."""
-    size = max(1, CPU_STACK_ELEMENTS // stack[0].numel()) if stack[0].is_cpu else len(stack)
+def split_for_memory(stack: list[Any], num_elements: int = 0, is_cpu: bool = False) -> list[list[Any]]:
+    """The stack in parts that a CPU's caches hold, or that take little of a GPU's memory.
+
+    num_elements, is_cpu: of each member, where these are not tensors.
+    """
+    if isinstance(stack[0], Tensor):
+        num_elements, is_cpu = stack[0].numel(), stack[0].is_cpu
+    size = max(1, (CPU_STACK_ELEMENTS if is_cpu else STACK_ELEMENTS) // num_elements)
     return [stack[first : first + size] for first in range(0, len(stack), size)]
 
 

@@ -87,16 +87,20 @@ class AuxHparams:
     aux_weight_decay: float
 
 
+NO_HPARAMS = ("self", "params", "process_group", "rule_hparams")  # of constructors
 REQUIRED_HPARAMS = (*(field.name for field in fields(AuxHparams)), "lr")
 
 
-def build(name: str, params: Sequence[Param], hparams: dict[str, Any]) -> list[torch.optim.Optimizer]:
+def build(
+    name: str, params: Sequence[Param], hparams: dict[str, Any], process_group: Any = None
+) -> list[torch.optim.Optimizer]:
     """The optimizers of a run: AdamW over embed, head and vector, and the named rule over the matrices.
 
     Args:
         name: of the rule, see find_rule().
         params: every trainable parameter of the model, once, with its role.
         hparams: the fields of AuxHparams, all of them, and arguments of the rule's constructor; see hparam_types().
+        process_group: whose ranks share the matrices, by a rule that can; see MatrixOptimizer.
 
     Returns:
         [AdamW, rule]. Each group carries its role under "role" and its lr at full scale under "peak_lr".
@@ -106,6 +110,7 @@ def build(name: str, params: Sequence[Param], hparams: dict[str, Any]) -> list[t
         KeyError, TypeError: a hyper-parameter that is missing or unknown.
     """
     from .adamw import AdamW  # a rule, too: imported when it is used, not before
+    from .base import MatrixOptimizer
 
     rule, rule_hparams = find_rule(name), dict(hparams)
     aux = AuxHparams(**{field.name: rule_hparams.pop(field.name) for field in fields(AuxHparams)})
@@ -126,7 +131,8 @@ def build(name: str, params: Sequence[Param], hparams: dict[str, Any]) -> list[t
             AdamW(aux_groups, lr=0.0, weight_decay=aux.aux_weight_decay, betas=aux.aux_betas, eps=aux.aux_eps)
         )
     if by_role["matrix"]:
-        optimizers.append(rule([dict(params=by_role["matrix"], role="matrix")], **rule_hparams))
+        sharding = {"process_group": process_group} if issubclass(rule, MatrixOptimizer) else {}
+        optimizers.append(rule([dict(params=by_role["matrix"], role="matrix")], **sharding, **rule_hparams))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
@@ -147,10 +153,10 @@ def hparam_types(name: str) -> dict[str, Any]:
         parameters = inspect.signature(constructor).parameters.values()
         hints = get_type_hints(constructor)
         for parameter in parameters:
-            if parameter.name not in ("self", "params", "rule_hparams") and parameter.kind != parameter.VAR_KEYWORD:
+            if parameter.name not in NO_HPARAMS and parameter.kind != parameter.VAR_KEYWORD:
                 if parameter.name not in hints:
                     raise ValueError(f"{constructor.__qualname__} must say which type {parameter.name} has")
                 types.setdefault(parameter.name, hints[parameter.name])
-        if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters):
+        if all(parameter.kind != parameter.VAR_KEYWORD or parameter.name == "unknown" for parameter in parameters):
             break
     return types

@@ -7,19 +7,25 @@ gradients and an all-gather of weights would send three times S (W-1)/W. For gpt
 wire: 149 + 297 MB for the matrices, and 271 MB for the all-reduce of embedding, head and vectors.
 """
 
+from __future__ import annotations  # a torch without torch.distributed has no dist.Work
+
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# torch 2.13 renamed it; the old name warns there and the new one does not exist in 2.9.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+def _all_gather(output: Tensor, input: Tensor, group: Any) -> dist.Work:
+    # torch 2.13 renamed it; the old name warns there and the new one does not exist in 2.9.
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    return all_gather(output, input, group=group, async_op=True)
 
 
-def polar_cost(tensor: Tensor) -> int:
-    """FLOPs of two polynomials of polar() on this matrix, the weight by which matrices are shared out."""
-    short, long = sorted(tensor.shape)
+def polar_cost(shape: Sequence[int]) -> int:
+    """FLOPs of two polynomials of polar() on a matrix of this shape, the weight by which matrices are shared out."""
+    short, long = sorted(shape)
     return min(8 * long * short**2 + 4 * short**3, 4 * long * short**2 + 10 * short**3)
 
 
@@ -42,14 +48,14 @@ def assign_owners(costs: Sequence[int], rank_loads: list[int]) -> list[int]:
 
 
 def sum_to_owners(
-    tensors: Sequence[Tensor], owners: Sequence[int], wire_dtype: torch.dtype | None = None
+    tensors: Sequence[Tensor], owners: Sequence[int], wire_dtype: torch.dtype | None = None, group: Any = None
 ) -> Iterator[None]:
     """Sum each tensor over ranks, in place, on its owner; elsewhere the content is left as it was. Collective.
 
     Parts are sent to their owner as they are, in wire_dtype (by default the tensors' own), and summed there in
     float32 in the order of ranks: a reduce-scatter would round every partial sum. See complete() for how to call it.
     """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     exchanges = []
     for dtype, chunks in _chunks_by_dtype(tensors, owners, world_size).items():
         own = chunks[rank]
@@ -57,27 +63,27 @@ def sum_to_owners(
         send = tensors[0].new_empty(sum(sizes), dtype=wire_dtype or dtype)
         for part, chunk in zip(send.split(sizes), chunks, strict=True):
             _copy(_views(part, chunk), chunk)
-        exchanges.append((own, *_exchange(send, [own_size] * world_size, sizes)))
+        exchanges.append((own, *_exchange(send, [own_size] * world_size, sizes, group)))
     yield
     for own, received, work in exchanges:
         work.wait()
         _copy(own, _views(_sum_of_rows(received.view(world_size, _size(own))), own))
 
 
-def sum_to_all(tensors: Sequence[Tensor], wire_dtype: torch.dtype | None = None) -> Iterator[None]:
+def sum_to_all(tensors: Sequence[Tensor], wire_dtype: torch.dtype | None = None, group: Any = None) -> Iterator[None]:
     """Sum tensors of one dtype over ranks, in place, on every rank. Collective.
 
     In a wire_dtype other than their own, terms and sums are rounded to it, once each. For calling it see complete().
     """
-    world_size = dist.get_world_size()
+    world_size = dist.get_world_size(group)
     size = _size(tensors)
     share = -(-size // world_size)
     send = tensors[0].new_zeros(world_size * share, dtype=wire_dtype)
     _copy(_views(send, tensors), tensors)
-    received, work = _exchange(send, [share] * world_size, [share] * world_size)
+    received, work = _exchange(send, [share] * world_size, [share] * world_size, group)
     yield
     work.wait()
-    work = _all_gather(send, _sum_of_rows(received.view(world_size, share)).to(send.dtype), async_op=True)
+    work = _all_gather(send, _sum_of_rows(received.view(world_size, share)).to(send.dtype), group)
     yield
     work.wait()
     _copy(tensors, _views(send, tensors))
@@ -93,9 +99,9 @@ def complete(sums: Iterable[Iterator[None]]) -> None:
 done = object()
 
 
-def _exchange(send: Tensor, received_sizes: list[int], sent_sizes: list[int]) -> tuple[Tensor, dist.Work]:
+def _exchange(send: Tensor, received_sizes: list[int], sent_sizes: list[int], group: Any) -> tuple[Tensor, dist.Work]:
     received = send.new_empty(sum(received_sizes))
-    return received, dist.all_to_all_single(received, send, received_sizes, sent_sizes, async_op=True)
+    return received, dist.all_to_all_single(received, send, received_sizes, sent_sizes, group=group, async_op=True)
 
 
 def _sum_of_rows(rows: Tensor) -> Tensor:
@@ -106,14 +112,14 @@ def _sum_of_rows(rows: Tensor) -> Tensor:
     return total
 
 
-def gather_from_owners(tensors: Sequence[Tensor], owners: Sequence[int]) -> Callable[[], None]:
+def gather_from_owners(tensors: Sequence[Tensor], owners: Sequence[int], group: Any = None) -> Callable[[], None]:
     """Begin to overwrite tensors of one dtype with their owners' content; call the result to wait. Collective."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     ((dtype, chunks),) = _chunks_by_dtype(tensors, owners, world_size).items()
     received = _new_buffer(chunks, dtype)
     send = torch.zeros_like(received[rank])
     _copy(_views(send, chunks[rank]), chunks[rank])
-    work = _all_gather(received.view(-1), send, async_op=True)
+    work = _all_gather(received.view(-1), send, group)
 
     def wait() -> None:
         work.wait()

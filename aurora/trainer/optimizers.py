@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 import aurora
 from aurora.config import Config, typed_table
@@ -22,8 +23,10 @@ def checked_hparams(config: Config) -> dict[str, Any]:
 
 
 def build_optimizers(config: Config, params: list[aurora.Param]) -> list[torch.optim.Optimizer]:
+    """[AdamW, rule]; the rule's matrices are shared out over all ranks."""
+    process_group = dist.group.WORLD if dist.is_initialized() else None
     try:
-        return aurora.build(config.optimizer, params, config.hparams)
+        return aurora.build(config.optimizer, params, config.hparams, process_group)
     except ValueError as error:
         raise HarnessError(Exit.CONFIG, f"optimizer.{config.optimizer}: {error}") from error
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from aurora.config import Config
+from aurora.optim.base import MatrixOptimizer
 from aurora.tokens.loader import TokenLoader
 from aurora.trainer.batch import BatchPlan, stage, to_device
 from aurora.trainer.clock import Clock
@@ -68,6 +69,9 @@ class Run:
 
     def state_dict(self) -> dict[str, Any]:
         """The whole state, the same on every rank and for any number of them. Collective: sharded state is gathered."""
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, MatrixOptimizer):
+                optimizer.consolidate_state_dict()
         return {
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],

@@ -1,0 +1,79 @@
+"""The matrices that a parameter holds: its own, a convolution's, the experts of a layer, the parts of a fused one.
+
+Options of a parameter group say how its parameters are seen, where they are not one matrix (M, N) = (out, in) each:
+
+    view = "conv"        (out, in, k...) as (out, in k...)
+    view = "experts"     (E, ...): E matrices
+    layout = "in_out"    matrices are (in, out), as in transformers' Conv1D
+    split = (n1, n2)     a fused layer: its first n1 outputs are one matrix, the next n2 another
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+VIEWS = ("matrix", "conv", "experts")
+LAYOUTS = ("out_in", "in_out")
+
+
+def check_shape(name: str, p: Tensor, group: dict[str, Any]) -> None:
+    """Raise ValueError where the group's options do not say which matrices p holds, or p is none that rules update."""
+    view, layout, split = group.get("view", "matrix"), group.get("layout", "out_in"), group.get("split")
+    if view not in VIEWS or layout not in LAYOUTS:
+        raise ValueError(
+            f"view must be one of {', '.join(VIEWS)}, layout one of {', '.join(LAYOUTS)}; got {view, layout}"
+        )
+    is_plain = p.is_floating_point() and p.layout == torch.strided and not _is_wrapper(p)
+    if not is_plain or not {"matrix": p.ndim == 2, "conv": p.ndim > 2, "experts": p.ndim == 3}[view]:
+        raise ValueError(
+            f"{name} is a {type(p.data).__name__} of shape {tuple(p.shape)} and dtype {p.dtype}, which view = {view!r} "
+            "does not take: 'matrix' takes plain 2-D floating-point tensors, 'conv' more dimensions, 'experts' three; "
+            'give others to a group with algorithm = "adamw"'
+        )
+    if view == "conv" and layout == "in_out":
+        raise ValueError(f'{name}: view = "conv" takes (out, in, ...) alone; give transposed convolutions to AdamW')
+    if split is not None:
+        outputs = p.size(-1 if layout == "in_out" else -2 if view != "conv" else 0)
+        if not split or min(split) < 1 or sum(split) != outputs:
+            raise ValueError(f"{name}: the parts of split = {tuple(split)} must sum to its {outputs} outputs")
+
+
+def _is_wrapper(p: Tensor) -> bool:
+    """DTensors, quantized weights: their data is another tensor's. A FakeTensor's is not."""
+    return torch.utils._python_dispatch.is_traceable_wrapper_subclass(p.data)
+
+
+def is_one_matrix(group: dict[str, Any]) -> bool:
+    """Whether the parameters of the group are matrices (M, N) as they are."""
+    return (
+        group.get("view", "matrix") == "matrix" and group.get("layout", "out_in") == "out_in" and not group.get("split")
+    )
+
+
+def to_matrices(X: Tensor, group: dict[str, Any]) -> list[Tensor]:
+    """The matrices (M, N) of a tensor of a parameter's shape, views where that can be."""
+    if is_one_matrix(group):
+        return [X]
+    X_EMN = X.flatten(1) if group.get("view") == "conv" else X
+    X_EMN = X_EMN if X_EMN.ndim == 3 else X_EMN.unsqueeze(0)
+    X_EMN = X_EMN.mT if group.get("layout") == "in_out" else X_EMN
+    split = group.get("split")
+    return [part for X_MN in X_EMN for part in (X_MN.split(list(split)) if split else [X_MN])]
+
+
+def from_matrices(matrices: list[Tensor], like: Tensor, group: dict[str, Any]) -> Tensor:
+    """The inverse of to_matrices(), of the shape of like."""
+    if is_one_matrix(group):
+        return matrices[0]
+    num_parts = len(group.get("split") or [0])
+    X_EMN = torch.stack([torch.cat(matrices[i : i + num_parts]) for i in range(0, len(matrices), num_parts)])
+    return (X_EMN.mT if group.get("layout") == "in_out" else X_EMN).reshape(like.shape)
+
+
+def matrix_shapes(shape: torch.Size, group: dict[str, Any]) -> list[tuple[int, int]]:
+    """(M, N) of each matrix."""
+    rows, columns = shape[-2:] if group.get("view") != "conv" else (shape[0], shape[1:].numel())
+    rows, columns = (columns, rows) if group.get("layout") == "in_out" else (rows, columns)
+    experts = shape[0] if group.get("view") == "experts" else 1
+    return [(part, columns) for _ in range(experts) for part in (group.get("split") or [rows])]
