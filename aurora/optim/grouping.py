@@ -6,13 +6,11 @@ timm, torchvision and mamba_ssm some layers are known by class: see PARAMETERS a
 
 import difflib
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from math import prod
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 MATRIX_GROUPS = ("matrix", "conv", "experts")  # the views of a weight, too
@@ -106,7 +104,7 @@ class Layer(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """The group of a parameter, its options where they are not the default, and why."""
+    """The group of a parameter ("" leaves it open), its options where they are not the default, and why."""
 
     group: str
     options: dict[str, Any]
@@ -133,7 +131,7 @@ def param_groups(
     | group | what is in it | options |
     |---|---|---|
     | `matrix` | weights of linear layers, (out, in); of transformers' Conv1D, (in, out) | `layout`, `split` |
-    | `conv` | weights of convolutions, (out, in, k...), each seen as one matrix (out, rest) | `view`, `layout`, `split` |
+    | `conv` | weights of convolutions, (out, in, k...), each seen as (out, rest) | `view`, `layout`, `split` |
     | `experts` | weights of E experts, (E, M, N), each a matrix | `view`, `layout`, `split` |
     | `embedding` | embeddings, tied to the head or not | `algorithm="adamw"` |
     | `head` | the weight of the output head | `algorithm="adamw"` |
@@ -160,9 +158,10 @@ def param_groups(
             transformers says what its head is. Elsewhere it is the linear layer with an output for every entry of an
             embedding, else the last linear layer, if no layer takes as many inputs as it has outputs.
         split_fused: whether weights that are known to hold several matrices, q, k, v say, are split into them.
-        overrides: from a pattern, matched with * and ? to a name or to the end of one after a dot, to the name of a
-            group ("adamw" is for what fits none) or to the options of one: dict(view="experts"), dict(lr=0.01),
-            dict(algorithm="adamw", lr=1e-3). They win over all else, and the first pattern that matches over the next.
+        overrides: from a pattern with * and ?, of names or, if none is such, of their ends after a dot, to the name of
+            a group ("adamw" is for what fits none) or to options: dict(view="experts", layout="in_out") is a matrix,
+            dict(algorithm="adamw", lr=1e-3) is none, dict(lr=0.01) leaves that as it is found. They win over all else,
+            and the first pattern that matches over the next.
 
     Returns:
         Groups with "name", "params" as (name, parameter) pairs, and options. print() them to see where all went.
@@ -177,15 +176,16 @@ def param_groups(
     _check_sortable(layers)
     names = {p: [layer.name for layer in layers[p]] for p in layers}
     overridden = _overridden(names, overrides or {})
+    decided = {p: choice for p, choice in overridden.items() if choice.group}
     if head is None or head == "auto":
-        heads, note = _find_heads(model, layers, overridden) if head else ({}, "")
+        heads, note = _find_heads(model, layers, decided) if head else ({}, "")
     else:
         chosen = _matching(names, head, "head")
         heads, note = {p: "named by head=" for p in chosen if _num_wide(p) > 1}, ""
 
     adamw = dict(algorithm="adamw", lr=adamw_lr, betas=adamw_betas, eps=adamw_eps, weight_decay=adamw_weight_decay)
     matrix = {key: value for key, value in dict(lr=lr, weight_decay=weight_decay).items() if value is not None}
-    defaults = {
+    defaults: dict[str, dict[str, Any]] = {
         **dict.fromkeys(MATRIX_GROUPS, matrix),
         "embedding": adamw | dict(lr=adamw_lr if embedding_lr is None else embedding_lr),
         "head": adamw | dict(lr=adamw_lr if head_lr is None else head_lr),
@@ -197,7 +197,10 @@ def param_groups(
     for p, holders in layers.items():
         if not p.requires_grad:
             continue
-        choice = overridden.get(p) or _choose(p, holders, heads, split_fused)
+        choice = decided.get(p) or _choose(p, holders, heads, split_fused)
+        if choice and p in overridden and p not in decided:
+            more = overridden[p]
+            choice = Choice(choice.group, choice.options | more.options, f"{choice.why}; {more.why}")
         layer_names = " + ".join(dict.fromkeys(type(layer.module).__name__ for layer in holders))
         name, shape = holders[0].name, tuple(p.shape)
         if choice is None:
@@ -209,7 +212,7 @@ def param_groups(
         shown = {k: v for k, v in options.items() if k not in ("algorithm", "betas", "eps")}
         rows.append(Row(name, shape, layer_names, choice.group, shown, choice.why))
     if unknown:
-        raise ValueError(_say_how(unknown))
+        raise ValueError(_say_how(unknown, [layer.name for holders in layers.values() for layer in holders]))
     if not rows:
         raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient")
     return ParamGroups(sorted(groups.values(), key=lambda group: GROUPS.index(group["name"])), rows, note)
@@ -268,9 +271,9 @@ def _choose_in(layer: Layer, shape: tuple[int, ...]) -> Choice | None:
     if isinstance(module, NORMS):
         return Choice("vector", {}, "norm")
     if isinstance(module, nn.Linear):
-        return _fused(layer, shape[0], {}) if attribute == "weight" else None
+        return _fused(layer, shape[0], shape[1], {}) if attribute == "weight" else None
     if _is(module, "transformers", "Conv1D") and hasattr(module, "nf"):
-        return _fused(layer, shape[1], dict(layout="in_out")) if attribute == "weight" else None
+        return _fused(layer, shape[1], shape[0], dict(layout="in_out")) if attribute == "weight" else None
     if isinstance(module, CONVS) and attribute == "weight":
         return _conv(module, shape)
     if isinstance(module, CONVS_TRANSPOSED) and attribute == "weight":
@@ -303,12 +306,12 @@ def _split(size: int, parts: int) -> dict[str, Any]:
     return dict(split=(size // parts,) * parts) if parts > 1 else {}
 
 
-def _fused(layer: Layer, out_features: int, options: dict[str, Any]) -> Choice:
+def _fused(layer: Layer, out_features: int, in_features: int, options: dict[str, Any]) -> Choice:
     """A linear layer: one matrix, or several where the order of its outputs is known."""
     why = "linear layer" if not options else "linear layer, (in, out)"
     parent, attribute = layer.parent, layer.attribute_in_parent
     if _is(parent, "transformers", "*Attention") and attribute == "c_attn" and options:  # GPT-2 and its kin
-        parts = out_features // layer.module.weight.shape[0]
+        parts = out_features // in_features
         return Choice("matrix", options | _split(out_features, parts), "q, k, v" if parts == 3 else "k, v")
     for package, cls, known, parts in FUSED:
         if attribute == known and _is(parent, package, cls):
@@ -320,7 +323,7 @@ def _fused(layer: Layer, out_features: int, options: dict[str, Any]) -> Choice:
                 kv = (out_features - q) // 2
                 return Choice("matrix", options | dict(split=(q, kv, kv)), "q, k, v")
     if "qkv" in attribute.lower() or attribute in ("query_key_value", "c_attn"):
-        why += "; q, k, v in an order not known: unsplit"
+        why = "q, k, v, unsplit: their order is not known"
     return Choice("matrix", options, why)
 
 
@@ -352,14 +355,14 @@ def _experts(module: Any, attribute: str, shape: tuple[int, ...]) -> Choice | No
 
 
 def _find_heads(
-    model: nn.Module, layers: dict[Tensor, list[Layer]], overridden: Mapping[Tensor, Choice]
+    model: nn.Module, layers: dict[Tensor, list[Layer]], decided: Mapping[Tensor, Choice]
 ) -> tuple[dict[Tensor, str], str]:
     """The weights of the output heads, each with why, and a note for the table if there are none.
 
     Raises:
         ValueError: several linear layers could be the head.
     """
-    if any(choice.group == "head" for choice in overridden.values()):
+    if any(choice.group == "head" for choice in decided.values()):
         return {}, ""
     heads: dict[Tensor, str] = {}
     inside: set[nn.Module] = set()
@@ -377,7 +380,7 @@ def _find_heads(
     embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
     if any(p is embedding.weight for p, _ in linears for embedding in embeddings):
         return {p: "tied" for p, _ in linears if any(p is e.weight for e in embeddings)}, ""
-    linears = [(p, linear) for p, linear in linears if p not in overridden and p.requires_grad]
+    linears = [(p, linear) for p, linear in linears if p not in decided and p.requires_grad]
     widths = _input_widths(model)
     sizes = {embedding.num_embeddings for embedding in embeddings}
     heads = {p: f"{m.out_features} outputs, as many as an embedding has entries"
@@ -438,10 +441,11 @@ def _overridden(
 
 
 def _matching(names: Mapping[Tensor, list[str]], pattern: str, argument: str) -> list[Tensor]:
-    """The parameters one of whose names matches, whole or from a dot on."""
-    found = [p for p in names if any(fnmatchcase(f".{name}", f"*.{pattern}") for name in names[p])]
-    if found:
-        return found
+    """The parameters one of whose names matches: whole, or if there is none, from a dot on."""
+    for wanted in (pattern, f"*.{pattern}"):
+        found = [p for p in names if any(fnmatchcase(name, wanted) for name in names[p])]
+        if found:
+            return found
     ends = {end for p in names for name in names[p] for end in (name, _pattern(name), *_ends(_pattern(name)))}
     close = difflib.get_close_matches(pattern, sorted(ends), n=3)
     hint = f"; did you mean {' or '.join(close)}?" if close else ""
@@ -465,6 +469,8 @@ def _as_choice(name: str, p: Tensor, pattern: str, wanted: str | Mapping[str, An
         raise ValueError(f"{why} gives options of a group, among which params and name may not be")
     if (algorithm := options.get("algorithm", "adamw")) != "adamw":
         raise ValueError(f"{why} has algorithm {algorithm!r}; it is adamw, or absent for a matrix")
+    if not options.keys() & {"algorithm", "view", "layout", "split"} and not isinstance(wanted, str):
+        return Choice("", options, why)
     if "algorithm" in options or wanted in GROUPS[len(MATRIX_GROUPS) :]:
         return Choice(wanted if isinstance(wanted, str) else "adamw", options, why)
 
@@ -487,18 +493,26 @@ def _as_choice(name: str, p: Tensor, pattern: str, wanted: str | Mapping[str, An
     return Choice(view, own | options, why)
 
 
-def _say_how(unknown: list[tuple[str, tuple[int, ...], str]]) -> str:
-    """The message for parameters whose use is not known."""
-    counts = Counter((_pattern(name), shape, layer) for name, shape, layer in unknown)
-    lines = [f"    {name}  {shape}  of {layer}" + f"  x {n}" * (n > 1) for (name, shape, layer), n in counts.items()]
-    by_dims = {2: '"matrix"', 3: 'dict(view="experts")'}
-    patterns = {name: by_dims.get(len(shape), 'dict(view="conv")') for name, shape, _ in counts}
+def _say_how(unknown: list[tuple[str, tuple[int, ...], str]], names: list[str]) -> str:
+    """The message for parameters whose use is not known. names are all of the model."""
+    alike: dict[tuple[str, tuple[int, ...], str], list[str]] = {}
+    for name, shape, layer in unknown:
+        alike.setdefault((_pattern(name), shape, layer), []).append(name)
+    lines, overrides = [], []
+    for (pattern, shape, layer), members in alike.items():
+        is_exact = {name for name in names if fnmatchcase(name, pattern)} == set(members)
+        shown = [pattern] if is_exact and len(members) > 1 else members
+        kind = {2: '"matrix"', 3: 'dict(view="experts")'}.get(len(shape), '"conv"')
+        lines += [
+            f"    {name}  {shape}  of {layer}" + f"  x {len(members)}" * (len(shown) < len(members)) for name in shown
+        ]
+        overrides += [f'    "{name}": {kind},' for name in shown]
     return "\n".join([
         "param_groups cannot know what these parameters are used for, since their layers are none it knows:",
         *lines,
         'Say it: "adamw", or what kind of matrix they are. For instance, if they are weights:',
         "overrides={",
-        *(f'    "{name}": {value},' for name, value in patterns.items()),
+        *overrides,
         "}",
         'Options: layout="in_out" if the input comes before the output, and split=(n1, n2) if one weight holds several '
         "matrices, n1 and n2 outputs of the whole.",
