@@ -6,6 +6,7 @@ timm, torchvision and mamba_ssm some layers are known by class: see PARAMETERS a
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from math import prod
@@ -28,6 +29,7 @@ GATES = {nn.LSTM: 4, nn.LSTMCell: 4, nn.GRU: 3, nn.GRUCell: 3, nn.RNN: 1, nn.RNN
 # Parameters that a layer of another package holds itself: package, class, parameter, group, why.
 PARAMETERS = (
     ("transformers", "*Embedding*", "*", "embedding", "held by an embedding layer"),
+    ("transformers", "*", "relative_position_bias_table", "embedding", "positions"),
     ("transformers", "*Router", "weight", "matrix", "linear layer of a router"),
     ("transformers", "*", "A_log", "vector", "decay rates of a state space"),
     ("mamba_ssm", "*", "A_log", "vector", "decay rates of a state space"),
@@ -410,11 +412,12 @@ def _heads_of_transformers(module: Any) -> dict[Tensor, str]:
         heads[output.weight] = "get_output_embeddings()"
     base = getattr(module, getattr(module, "base_model_prefix", "") or "_", None)
     num_labels = getattr(getattr(module, "config", None), "num_labels", None)
-    if isinstance(base, nn.Module) and base is not module:
-        within = set(base.modules())
-        for linear in module.modules():
-            if isinstance(linear, nn.Linear) and linear not in within and linear.out_features == num_labels:
-                heads.setdefault(linear.weight, f"outside the base model, {num_labels} outputs as in config.num_labels")
+    others = [child for child in module.children() if child is not base]
+    if isinstance(base, nn.Module):
+        others = [inner for child in others for inner in child.modules()]
+    for linear in others:
+        if isinstance(linear, nn.Linear) and linear.out_features == num_labels:
+            heads.setdefault(linear.weight, f"outside the base model, {num_labels} outputs as in config.num_labels")
     return heads
 
 
@@ -495,24 +498,23 @@ def _as_choice(name: str, p: Tensor, pattern: str, wanted: str | Mapping[str, An
 
 def _say_how(unknown: list[tuple[str, tuple[int, ...], str]], names: list[str]) -> str:
     """The message for parameters whose use is not known. names are all of the model."""
-    alike: dict[tuple[str, tuple[int, ...], str], list[str]] = {}
-    for name, shape, layer in unknown:
-        alike.setdefault((_pattern(name), shape, layer), []).append(name)
-    lines, overrides = [], []
-    for (pattern, shape, layer), members in alike.items():
-        is_exact = {name for name in names if fnmatchcase(name, pattern)} == set(members)
-        shown = [pattern] if is_exact and len(members) > 1 else members
-        kind = {2: '"matrix"', 3: 'dict(view="experts")'}.get(len(shape), '"conv"')
-        lines += [
-            f"    {name}  {shape}  of {layer}" + f"  x {len(members)}" * (len(shown) < len(members)) for name in shown
-        ]
-        overrides += [f'    "{name}": {kind},' for name in shown]
+    by_pattern: dict[str, list[tuple[str, tuple[int, ...], str]]] = {}
+    for row in unknown:
+        by_pattern.setdefault(_pattern(row[0]), []).append(row)
+    shown: Counter[tuple[str, tuple[int, ...], str]] = Counter()
+    for pattern, rows in by_pattern.items():
+        matched = {name for name in names if fnmatchcase(name, pattern)}
+        is_exact = matched == {name for name, _, _ in rows} and len({len(shape) for _, shape, _ in rows}) == 1
+        shown.update((pattern if is_exact and len(rows) > 1 else name, shape, layer) for name, shape, layer in rows)
+    lines = [f"    {name}  {shape}  of {layer}" + f"  x {n}" * (n > 1) for (name, shape, layer), n in shown.items()]
+    kinds = {2: '"matrix"', 3: 'dict(view="experts")'}
+    overrides = {name: kinds.get(len(shape), '"conv"') for name, shape, _ in shown}
     return "\n".join([
         "param_groups cannot know what these parameters are used for, since their layers are none it knows:",
         *lines,
         'Say it: "adamw", or what kind of matrix they are. For instance, if they are weights:',
         "overrides={",
-        *overrides,
+        *(f'    "{name}": {kind},' for name, kind in overrides.items()),
         "}",
         'Options: layout="in_out" if the input comes before the output, and split=(n1, n2) if one weight holds several '
         "matrices, n1 and n2 outputs of the whole.",
