@@ -268,6 +268,12 @@ def test_lazy_layers_are_refused():
         param_groups(nn.Sequential(nn.LazyLinear(4)))
 
 
+def test_flattened_weights_are_refused():
+    wrapper = part_of("torch", type("FullyShardedDataParallel", (nn.Sequential,), {}))
+    with pytest.raises(ValueError, match="matrices no longer: shard with torch.distributed.fsdp.fully_shard"):
+        param_groups(nn.Sequential(wrapper(nn.Linear(4, 4))))
+
+
 # ---- the groups ----
 
 

@@ -144,10 +144,10 @@ def param_groups(
     transpose of (in, rest). A convolution of G groups is split into G; a depthwise one, whose filters have a
     single input each, is a vector.
 
-    An optimizer fills in the groups it gets: call this again for a second one. Call it before FSDP wraps the model.
+    An optimizer fills in the groups it gets: call this again for a second one.
 
     Args:
-        model: any model, also under DDP, torch.compile or PEFT. Frozen parameters are left out.
+        model: any model, also under DDP, fully_shard, torch.compile or PEFT. Frozen parameters are left out.
         lr: of the matrices; None leaves it to the optimizer.
         weight_decay: of the matrices; None leaves it to the optimizer.
         adamw_lr: of all other groups.
@@ -170,12 +170,12 @@ def param_groups(
 
     Raises:
         ValueError: a parameter whose use is not known (all of them, and how to say it), a pattern that matches
-            nothing, options that do not fit a shape, lazy or flattened parameters, or a model with none to train.
+            nothing, options that do not fit a shape, lazy parameters, FullyShardedDataParallel, or nothing to train.
     """
     layers: dict[Tensor, list[Layer]] = {}
     for layer, p in _layers(model):
         layers.setdefault(p, []).append(layer)
-    _check_sortable(layers)
+    _check_sortable(model, layers)
     names = {p: [layer.name for layer in layers[p]] for p in layers}
     overridden = _overridden(names, overrides or {})
     decided = {p: choice for p, choice in overridden.items() if choice.group}
@@ -230,15 +230,14 @@ def _layers(model: nn.Module) -> Iterator[tuple[Layer, Tensor]]:
             yield Layer(name, attribute, module, modules[parent] if path else None, attribute_in_parent), p
 
 
-def _check_sortable(layers: dict[Tensor, list[Layer]]) -> None:
+def _check_sortable(model: nn.Module, layers: dict[Tensor, list[Layer]]) -> None:
     lazy = [layers[p][0].name for p in layers if nn.parameter.is_lazy(p)]
     if lazy:
         raise ValueError(f"{', '.join(lazy)} have no shape yet: run the model once before param_groups()")
-    flat = [layers[p][0].name for p in layers if type(p).__name__ == "FlatParameter"]
-    if flat:
+    if any(_is(module, "torch", "FullyShardedDataParallel") for module in model.modules()):
         raise ValueError(
-            f"{', '.join(flat)} hold whole layers, flattened by FullyShardedDataParallel, in which matrices have no "
-            "shape; shard with torch.distributed.fsdp.fully_shard"
+            "FullyShardedDataParallel flattens the weights of layers, so that they are matrices no longer: shard with "
+            "torch.distributed.fsdp.fully_shard"
         )
 
 
