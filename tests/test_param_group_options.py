@@ -54,6 +54,8 @@ def test_adamw_groups_are_torchs_adamw_and_change_no_matrix():
 
 VIEWED = {
     "conv": ((6, 2, 3, 3), dict(view="conv"), lambda X: [X.flatten(1)]),
+    "transposed conv": ((4, 2, 3), dict(view="conv", layout="in_out"), lambda X: [X.flatten(1).T]),
+    "grouped conv": ((8, 2, 3), dict(view="conv", split=(4, 4)), lambda X: [X[:4].flatten(1), X[4:].flatten(1)]),
     "experts": ((3, 8, 4), dict(view="experts"), lambda X: list(X)),
     "in_out": ((4, 8), dict(layout="in_out"), lambda X: [X.T]),
     "fused": ((20, 4), dict(split=(8, 8, 4)), lambda X: [X[:8], X[8:16], X[16:]]),
@@ -103,7 +105,6 @@ def test_lr_conventions_are_those_of_torchs_muon(adjust, shape):
         (dict(params=[torch.ones(4, 2, 2)]), r"shape \(4, 2, 2\).*'conv' more dimensions, 'experts' three"),
         (dict(params=[torch.ones(4, 2)], view="convolution"), "view must be one of matrix, conv, experts"),
         (dict(params=[torch.ones(6, 2)], split=(2, 2)), r"split = \(2, 2\) must sum to its 6 outputs"),
-        (dict(params=[torch.ones(4, 2, 2)], view="conv", layout="in_out"), "transposed convolutions"),
         (dict(params=[torch.ones(4)], algorithm="adamw"), "needs an lr of its own"),
         (dict(params=[torch.ones(4)], algorithm="adamw", lr=-1.0), "at least 0"),
         (dict(params=[torch.ones(4)], algorithm="adamw", lr=0.1, betas=(0.9, 1.0)), r"in \[0, 1\)"),

@@ -4,7 +4,7 @@ Options of a parameter group say how its parameters are seen, where they are not
 
     view = "conv"        (out, in, k...) as (out, in k...)
     view = "experts"     (E, ...): E matrices
-    layout = "in_out"    matrices are (in, out), as in transformers' Conv1D
+    layout = "in_out"    matrices are (in, out), as in transformers' Conv1D; a transposed convolution's (in, out k...)
     split = (n1, n2)     a fused layer: its first n1 outputs are one matrix, the next n2 another
 """
 
@@ -31,10 +31,8 @@ def check_shape(name: str, p: Tensor, group: dict[str, Any]) -> None:
             "does not take: 'matrix' takes plain 2-D floating-point tensors, 'conv' more dimensions, 'experts' three; "
             'give others to a group with algorithm = "adamw"'
         )
-    if view == "conv" and layout == "in_out":
-        raise ValueError(f'{name}: view = "conv" takes (out, in, ...) alone; give transposed convolutions to AdamW')
     if split is not None:
-        outputs = p.size(-1 if layout == "in_out" else -2 if view != "conv" else 0)
+        outputs = matrix_shapes(p.shape, {**group, "split": None})[0][0]
         if not split or min(split) < 1 or sum(split) != outputs:
             raise ValueError(f"{name}: the parts of split = {tuple(split)} must sum to its {outputs} outputs")
 
