@@ -185,7 +185,7 @@ def test_python_blocks_are_python(document):
 
 
 def test_optimizer_of_the_page_takes_a_step():
-    (block,) = (block for block in blocks("aurora/optim/README.md", "python") if "import Aurora" in block)
+    (block,) = (block for block in blocks("aurora/optim/README.md", "python") if "import Aurora, param_groups" in block)
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
     names: dict = {"model": model}
     exec(block, names)
