@@ -40,6 +40,10 @@ class Aurora(MatrixOptimizer):
                     gradients that w has not seen the like of, and before its end, which then is a polynomial that
                     suits what the balance leaves. Costs what warm costs.
 
+    ||direction||_F <= s sqrt(min(M, N)), s the largest singular value that polar() states. Balanced rows have at most
+    norm s r, those of the iterated variant and of matrices without balance s. Both norms of the refined variant may be
+    1.4 times as large, since its last polynomial lets singular values grow that are far above 1.
+
     M leaves out zero rows. Where the rank is low rows stay below r, see evening_factors(). lr as for Muon.
 
     Args:
@@ -60,9 +64,7 @@ class Aurora(MatrixOptimizer):
         balance: str = "both",
         **matrix_hparams: Any,
     ):
-        rule_hparams = dict(
-            variant=variant, balance_steps=balance_steps, balance_power=balance_power, balance=balance
-        )
+        rule_hparams = dict(variant=variant, balance_steps=balance_steps, balance_power=balance_power, balance=balance)
         super().__init__(params, lr, rule_hparams=rule_hparams, **matrix_hparams)
 
     def check_hparams(self, group: dict[str, Any]) -> None:

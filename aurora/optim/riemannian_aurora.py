@@ -26,7 +26,8 @@ class RiemannianAurora(MatrixOptimizer):
         U <- U + ascent_lr Z            then retraction_steps times: rows to equal norm, U <- polar(U)
 
     l solves (diag(P o P 1) - P o P) l = q with P = U U^T and q_i = <U_i, X_i> - <U_i, (U sym(U^T X))_i>, a graph
-    Laplacian, by cg_steps conjugate gradients. Wide: on the transpose. Square: polar(X). lr as for Muon.
+    Laplacian, by cg_steps conjugate gradients. Wide: on the transpose. Square: polar(X). lr as for Muon,
+    and so are the bounds of direction.
 
     Differs from https://github.com/tilde-research/aurora-release (src/riemannian_aurora.py at 3d79a5c) in the scale of
     X, without which ascent_lr would depend on the size of the gradient, in the Laplacian's diagonal, there (N/M) I and
