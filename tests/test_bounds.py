@@ -9,12 +9,9 @@ from aurora.optim.polar import FINISH_ERROR, INTERLUDE_GROWTH, SCHEDULES, polar
 from tests.test_rules import POLYNOMIALS, RULES, make
 
 ROUNDING = {torch.float32: 2e-4, torch.bfloat16: 0.1}  # as polar() states it
-# Riemannian Aurora takes as long as the others together.
-CASES = [
-    pytest.param(dtype, *case, id=f"{str(dtype)[6:]}-{case[0]}", marks=[pytest.mark.slow] * (case[0] == 20_000))
-    for dtype in ROUNDING
-    for case in ((200, [rule for rule in RULES if rule != "riemannian_aurora"]), (20_000, list(RULES)))
-]
+# Riemannian Aurora's ascent scales its input up, and has no bound of its own.
+BOUNDED_RULES = [rule for rule in RULES if rule != "riemannian_aurora"]
+COUNTS = [200, pytest.param(20_000, marks=pytest.mark.slow)]
 
 
 def random_stacks(num_matrices):
@@ -60,8 +57,9 @@ def largest_norms(rule, shape, max_singular_value):
     return frobenius, frobenius / math.sqrt(max(shape))
 
 
-@pytest.mark.parametrize("dtype, num_matrices, rules", CASES)
-def test_polar_and_all_rules_keep_to_the_sizes_that_they_state(dtype, num_matrices, rules):
+@pytest.mark.parametrize("num_matrices", COUNTS)
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_polar_and_all_rules_keep_to_the_sizes_that_they_state(dtype, num_matrices):
     for index, X_KMN in enumerate(random_stacks(num_matrices)):
         shape, s = tuple(X_KMN.shape[1:]), singular_values(X_KMN)
         norm = s.square().sum(dim=-1).sqrt()
@@ -78,7 +76,7 @@ def test_polar_and_all_rules_keep_to_the_sizes_that_they_state(dtype, num_matric
             assert (found[is_good] >= 1 - error).all(), (name, shape)
 
         schedule = POLYNOMIALS[index % len(POLYNOMIALS)]
-        for rule in rules:
+        for rule in BOUNDED_RULES:
             p = torch.nn.Parameter(torch.empty(shape))
             optimizer = make(rule, [p], polar_schedule=schedule, polar_dtype=str(dtype)[6:])
             (group,) = optimizer.param_groups
