@@ -9,8 +9,6 @@ from aurora.optim.polar import FINISH_ERROR, INTERLUDE_GROWTH, SCHEDULES, polar
 from tests.test_rules import POLYNOMIALS, RULES, make
 
 ROUNDING = {torch.float32: 2e-4, torch.bfloat16: 0.1}  # as polar() states it
-# Riemannian Aurora's ascent scales its input up, and has no bound of its own.
-BOUNDED_RULES = [rule for rule in RULES if rule != "riemannian_aurora"]
 COUNTS = [200, pytest.param(20_000, marks=pytest.mark.slow)]
 
 
@@ -58,7 +56,7 @@ def largest_norms(rule, shape, max_singular_value):
 
 
 @pytest.mark.parametrize("num_matrices", COUNTS)
-@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("dtype", ROUNDING, ids=["fp32", "bf16"])
 def test_polar_and_all_rules_keep_to_the_sizes_that_they_state(dtype, num_matrices):
     for index, X_KMN in enumerate(random_stacks(num_matrices)):
         shape, s = tuple(X_KMN.shape[1:]), singular_values(X_KMN)
@@ -76,7 +74,7 @@ def test_polar_and_all_rules_keep_to_the_sizes_that_they_state(dtype, num_matric
             assert (found[is_good] >= 1 - error).all(), (name, shape)
 
         schedule = POLYNOMIALS[index % len(POLYNOMIALS)]
-        for rule in BOUNDED_RULES:
+        for rule in RULES:
             p = torch.nn.Parameter(torch.empty(shape))
             optimizer = make(rule, [p], polar_schedule=schedule, polar_dtype=str(dtype)[6:])
             (group,) = optimizer.param_groups

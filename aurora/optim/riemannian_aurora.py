@@ -112,7 +112,9 @@ def solve_multipliers(U_KMN: Tensor, gap_KM1: Tensor, cg_steps: int) -> Tensor:
     for _ in range(cg_steps):
         product = degree_KM1 * search - squared_gram_times(search)
         curvature = dot(search, product)
-        is_open = norm_sq > CG_TOLERANCE**2 * first_norm_sq  # rounding would lead on into the null space
+        # Rounding would lead on into the null space, where the curvature is zero but for rounding.
+        is_open = norm_sq > CG_TOLERANCE**2 * first_norm_sq
+        is_open &= curvature > CG_TOLERANCE * dot(search, degree_KM1 * search)
         step = torch.where(is_open, norm_sq / curvature.clamp(min=TINY), 0.0)
         solution, residual = solution + step * search, residual - step * product
         previous, norm_sq = norm_sq, dot(residual, residual)
