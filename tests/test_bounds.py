@@ -66,8 +66,10 @@ def test_polar_and_all_rules_keep_to_the_sizes_that_they_state(dtype, num_matric
             error = schedule.max_error + ROUNDING[dtype]
             assert found.max() <= schedule.max_singular_value + ROUNDING[dtype], (name, shape)
             grown = singular_values(polar(X_KMN, schedule, dtype, interlude=lambda V: V * INTERLUDE_GROWTH))
-            largest = 1 + FINISH_ERROR if schedule.max_error > FINISH_ERROR else schedule.max_singular_value
-            assert grown.max() <= largest + ROUNDING[dtype], (name, shape)
+            largest = schedule.max_singular_value + ROUNDING[dtype]
+            if schedule.max_error > FINISH_ERROR:
+                largest = 1 + FINISH_ERROR + (2e-4 if dtype == torch.float32 else 0.2)
+            assert grown.max() <= largest, (name, shape)
             # Below that, singular values are noise.
             smallest = torch.maximum(schedule.min_singular_value * norm, 8 * torch.finfo(dtype).eps * s[:, 0])
             is_good = s[:, -1] >= smallest

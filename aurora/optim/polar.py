@@ -173,7 +173,7 @@ def polar(
         (K, M, N) in dtype (svd: in X's). Singular values s >= schedule.min_singular_value * ||X||_F come out within
         schedule.max_error of 1, all of them below schedule.max_singular_value (with an interlude 1 + FINISH_ERROR,
         where FINISH is), zero ones at 0: a zero matrix gives zeros, in float32 a rank-1 matrix u v^T. Rounding adds up
-        to 2e-4 in float32 and 0.1 in bfloat16. Singular values below 8 units of the rounding of dtype (in bfloat16
+        to 2e-4 in float32 and 0.1 in bfloat16, FINISH 0.2 there. Singular values below 8 units of the rounding of dtype (in bfloat16
         2^-4 of the largest) are noise and come out as such, anywhere below that bound. Scale does not matter
         between norms of 1e-19 and 1e19; NaN, Inf and larger norms give NaN.
 
