@@ -126,6 +126,11 @@ def aurora_folded(X, state, polar):
     return corrections[-1][:, None] * U
 
 
+def aurora_tall(X, state, polar):
+    """With balance = "tall"."""
+    return polar(X) if X.shape[0] < X.shape[1] else aurora_folded(X, state, polar)
+
+
 @on_the_tall
 def riemannian_aurora(X, state, polar, ascent_steps=3, ascent_lr=0.1, retraction_steps=2):
     """With the multipliers of the tangent projection from a pseudo-inverse."""
@@ -152,6 +157,7 @@ RULES = {
     "aurora warm": aurora_warm,
     "aurora refined": lambda *args: aurora_warm(*args, is_refined=True),
     "aurora iterated": aurora_iterated,
+    "aurora tall": aurora_tall,
     "riemannian_aurora": riemannian_aurora,
 }
 

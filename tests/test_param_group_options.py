@@ -269,3 +269,15 @@ def test_a_sharded_optimizer_says_what_it_cannot_do_alone(monkeypatch):
     optimizer.param_groups[0]["params"][0].grad = randn(8, 4)
     with pytest.raises(RuntimeError, match="a parameter was exchanged"):
         optimizer.step()
+
+
+def test_the_variant_of_a_fused_layer_may_change_in_mid_run():
+    p = torch.nn.Parameter(randn(20, 4))
+    optimizer = make("aurora iterated", [dict(params=[p], split=(8, 8, 4))])
+    keys = []
+    for variant in ("iterated", "folded", "iterated"):
+        optimizer.param_groups[0]["variant"] = variant
+        train(optimizer, [p])
+        keys.append(set(optimizer.state[p]))
+    assert keys == [{"momentum_buffer"}, {"momentum_buffer", "row_weight"}, {"momentum_buffer"}]
+    assert p.isfinite().all()

@@ -26,6 +26,10 @@ def test_schedule_max_error_is_what_its_coefficients_give(name):
         s = a * s + b * s**3 + c * s**5
     assert abs(s - 1).max() == pytest.approx(schedule.max_error, rel=0.02)
     assert abs(s - 1).max() <= schedule.max_error
+    s = np.linspace(0, 1, 200_001) ** 4 / schedule.norm_margin
+    for a, b, c in schedule.coefficients:
+        s = a * s + b * s**3 + c * s**5
+    assert schedule.max_singular_value - 1e-4 <= s.max() <= schedule.max_singular_value
 
 
 def test_finish_has_the_error_that_it_states():

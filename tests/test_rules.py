@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tests.conftest import often
 RULES = {
     **{name: (aurora.find_rule(name), {}) for name in ("muon", "normuon", "unormuon")},
     **{f"aurora {variant}": (aurora.Aurora, {"variant": variant}) for variant in aurora.VARIANTS},
+    "aurora tall": (aurora.Aurora, {"balance": "tall"}),
     # Enough conjugate gradient steps to solve for the multipliers.
     "riemannian_aurora": (aurora.RiemannianAurora, {"cg_steps": 60}),
 }
@@ -369,6 +371,7 @@ def test_load_state_dict_refuses_another_rule_names_shapes_or_dtypes_by_name():
         (dict(lr=0.1, variant="cold"), "variant must be one of folded, warm, refined, iterated, got 'cold'"),
         (dict(lr=0.1, balance_steps=0), "balance_steps must be at least 1"),
         (dict(lr=0.1, balance_power=0.0), "balance_power must be in"),
+        (dict(lr=0.1, balance="wide"), "balance must be one of both, tall, got 'wide'"),
     ],
 )
 def test_constructor_names_the_bad_value(hparams, message):
@@ -391,6 +394,38 @@ def test_aurora_keeps_zero_rows_zero_however_often_it_rebalances(balance_steps, 
     hparams = dict(lr=1.0, balance_steps=balance_steps, balance_power=balance_power)
     change = optimize("aurora iterated", torch.zeros(48, 16), grads, **hparams)
     assert change.isfinite().all() and not change[::5].any() and change[1].norm() > 0.1
+
+
+@pytest.mark.parametrize("variant", aurora.VARIANTS)
+def test_aurora_that_balances_the_tall_alone_gives_wide_matrices_muons_steps(variant):
+    for shape, is_muons in (((16, 48), True), ((48, 16), False)):
+        W, grads = torch.zeros(shape), gradients(shape, "random", 2)
+        found = optimize(f"aurora {variant}", W, grads, balance="tall")
+        assert torch.equal(found, optimize("muon", W, grads)) == is_muons
+        assert torch.equal(found, optimize(f"aurora {variant}", W, grads)) != is_muons
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_aurora_goes_on_with_another_variant_or_balance(shape):
+    """As a new optimizer that takes over the momentum, and the row weights where both variants keep some."""
+    grads = gradients(shape, "random", 2)
+    settings = [dict(variant=variant, balance=balance) for variant in aurora.VARIANTS for balance in ("both", "tall")]
+    for before, after in itertools.permutations(settings, 2):
+        p, q = (torch.nn.Parameter(torch.zeros(shape)) for _ in range(2))
+        changed = make("aurora folded", [p], **before)
+        p.grad = grads[0]
+        changed.step()
+        new = make("aurora folded", [q], **after)
+        wanted = new.new_state(q, new.param_groups[0])
+        new.state[q] = wanted | {key: changed.state[p][key].clone() for key in wanted.keys() & changed.state[p].keys()}
+        with torch.no_grad():
+            q.copy_(p)
+        changed.param_groups[0].update(after)
+        for optimizer, w in ((changed, p), (new, q)):
+            w.grad = grads[1]
+            optimizer.step()
+        assert torch.equal(p, q)
+        new.load_state_dict(changed.state_dict())
 
 
 def test_parameters_without_gradient_are_left_alone_and_closures_work():

@@ -12,6 +12,7 @@ from .polar import INTERLUDE_GROWTH, REFINEMENT, SCHEDULES, TINY_NORM, quintic_s
 from .rows import MIN_ROW_NORM, evening_factors, row_norms
 
 VARIANTS = ("folded", "warm", "refined", "iterated")
+BALANCES = ("both", "tall")
 
 # Bounds of the remembered row weights. A row that alone spans a direction can never be balanced; without bounds its
 # weight would fall towards zero, and stay there long after the row has found company.
@@ -27,8 +28,8 @@ class Aurora(MatrixOptimizer):
 
     Tall (M > N). Row weights D are sought such that the rows of U = polar(D X) have equal norms, by the iteration
     D_i <- D_i (r / ||U_i||)^(2 balance_power) with r = sqrt(N/M); with balance_power 0.5 its fixed point is Tyler's
-    M-estimator. Wide: the same on the transpose. Square: polar(X), as Muon, since an orthogonal square matrix has
-    uniform rows already.
+    M-estimator. Wide: the same on the transpose; with balance = "tall" polar(X), as Muon. Square: polar(X), as Muon,
+    since an orthogonal square matrix has uniform rows already.
 
         iterated    D_i = 1 / ||X_i|| anew in every step, then balance_steps polar factors with the iteration in
                     between: the published rule. It leaves rows a few per cent uneven.
@@ -39,12 +40,17 @@ class Aurora(MatrixOptimizer):
                     gradients that w has not seen the like of, and before its end, which then is a polynomial that
                     suits what the balance leaves. Costs what warm costs.
 
+    ||direction||_F <= s sqrt(min(M, N)), s the largest singular value that polar() states. Balanced rows have at most
+    norm s r, those of the iterated variant and of matrices without balance s. Both norms of the refined variant may be
+    1.4 times as large, since its last polynomial lets singular values grow that are far above 1.
+
     M leaves out zero rows. Where the rank is low rows stay below r, see evening_factors(). lr as for Muon.
 
     Args:
         variant: How the row weights are found: folded, warm, refined or iterated.
         balance_steps: Polar factors a step of the iterated variant; 2 is the paper's (there pp_iterations).
         balance_power: Exponent of the row correction, in (0, 1]; 0.5 is the paper's (there pp_beta).
+        balance: Which matrices are balanced: both (tall and wide) or tall; wide ones then get polar(X), as from Muon.
         Others: see MatrixOptimizer.
     """
 
@@ -55,9 +61,10 @@ class Aurora(MatrixOptimizer):
         variant: str = "folded",
         balance_steps: int = 2,
         balance_power: float = 0.5,
+        balance: str = "both",
         **matrix_hparams: Any,
     ):
-        rule_hparams = dict(variant=variant, balance_steps=balance_steps, balance_power=balance_power)
+        rule_hparams = dict(variant=variant, balance_steps=balance_steps, balance_power=balance_power, balance=balance)
         super().__init__(params, lr, rule_hparams=rule_hparams, **matrix_hparams)
 
     def check_hparams(self, group: dict[str, Any]) -> None:
@@ -65,18 +72,23 @@ class Aurora(MatrixOptimizer):
         check_hparam(group["variant"] in VARIANTS, "variant", f"one of {', '.join(VARIANTS)}", group)
         check_hparam(group["balance_steps"] >= 1, "balance_steps", "at least 1", group)
         check_hparam(0 < group["balance_power"] <= 1, "balance_power", "in (0, 1]", group)
+        check_hparam(group["balance"] in BALANCES, "balance", f"one of {', '.join(BALANCES)}", group)
 
     def new_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        if p.size(0) == p.size(1) or group["variant"] == "iterated":
-            return super().new_state(p, group)
-        row_weight = torch.ones((max(p.shape), 1), dtype=torch.float32, device=p.device)
-        return {**super().new_state(p, group), "row_weight": row_weight}
+        row_state = new_row_state(p) if remembers_rows(p, group) else {}
+        return {**super().new_state(p, group), **row_state}
 
     def direction(self, X_KMN: Tensor, states: list[dict[str, Any]], group: dict[str, Any]) -> Tensor:
-        rows, columns = X_KMN.shape[-2:]
-        if rows == columns:
+        # variant and balance may have been changed since the state was made.
+        for X_MN, state in zip(X_KMN, states, strict=True):
+            if not remembers_rows(X_MN, group):
+                state.pop("row_weight", None)
+            elif "row_weight" not in state:
+                state.update(new_row_state(X_MN))
+
+        if not is_balanced(X_KMN[0], group):
             return self.polar(X_KMN, group)
-        if rows < columns:
+        if X_KMN.size(-2) < X_KMN.size(-1):
             return self._balanced(X_KMN.mT, states, group).mT
         return self._balanced(X_KMN, states, group)
 
@@ -92,10 +104,10 @@ class Aurora(MatrixOptimizer):
             corrections.append(evening_factors(V_KMN, max_scale_error).clamp(max=max_growth))
             return corrections[-1]
 
-        def balance(V_KMN: Tensor) -> Tensor:
+        def fold(V_KMN: Tensor) -> Tensor:
             return (correction(V_KMN, HEADROOM * INTERLUDE_GROWTH) / HEADROOM).to(V_KMN.dtype) * V_KMN
 
-        U_KMN = self._polar_of_rows(X_KMN, weight_KM1, group, balance if group["variant"] == "folded" else None)
+        U_KMN = self._polar_of_rows(X_KMN, weight_KM1, group, fold if group["variant"] == "folded" else None)
         if group["variant"] == "refined":
             U_KMN = quintic_step(correction(U_KMN, HEADROOM).to(U_KMN.dtype) * U_KMN, REFINEMENT)
         U_KMN = correction(U_KMN, max_scale_error=max_scale_error) * U_KMN
@@ -126,3 +138,19 @@ class Aurora(MatrixOptimizer):
         total_K11 = torch.linalg.vector_norm(scale_KM1 * norm_KM1, dim=-2, keepdim=True)
         scale_KM1 = scale_KM1 / total_K11.clamp(min=MIN_ROW_NORM)
         return self.polar(X_KMN, group, row_scale_KM1=scale_KM1, interlude=interlude)
+
+
+def is_balanced(X_MN: Tensor, group: dict[str, Any]) -> bool:
+    """Whether the rows of a matrix of this shape (of a wide one, its columns) are to be made even."""
+    rows, columns = X_MN.shape
+    return rows > columns or (rows < columns and group["balance"] == "both")
+
+
+def remembers_rows(X_MN: Tensor, group: dict[str, Any]) -> bool:
+    """Whether row weights go on from step to step."""
+    return is_balanced(X_MN, group) and group["variant"] != "iterated"
+
+
+def new_row_state(X_MN: Tensor) -> dict[str, Tensor]:
+    """The row weights before the first step: (max(M, N), 1) float32."""
+    return {"row_weight": torch.ones((max(X_MN.shape), 1), dtype=torch.float32, device=X_MN.device)}

@@ -274,8 +274,13 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
         """The row states of each matrix of a parameter, as views."""
         shapes = matrix_shapes(p.shape, group)
         own = {shape: self.new_state(torch.empty(shape, device="meta"), group) for shape in dict.fromkeys(shapes)}
+        wanted = {key for part in own.values() for key in part}
+        if state.keys() != wanted:  # a setting was changed on which the state depends
+            fresh = self._new_state(p, group)
+            for key in state.keys() ^ wanted:
+                state.pop(key) if key in state else state.update({key: fresh[key]})
         parts: list[dict[str, Any]] = [{} for _ in shapes]
-        for key in state.keys() - {"momentum_buffer"}:
+        for key in wanted - {"momentum_buffer"}:
             holders = [i for i, shape in enumerate(shapes) if key in own[shape]]  # square matrices may need none
             rows = state[key].split([len(own[shapes[i]][key]) for i in holders])
             for i, of_part in zip(holders, rows, strict=True):

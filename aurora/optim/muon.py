@@ -10,6 +10,8 @@ from .base import MatrixOptimizer
 class Muon(MatrixOptimizer):
     """direction = polar(X): steepest descent under the spectral norm.
 
+    ||direction||_F <= s sqrt(min(M, N)) and ||direction_i|| <= s, s the largest singular value that polar() states.
+
     lr is the spectral norm of a step, times sqrt(M/N) on tall matrices. Arguments: see MatrixOptimizer.
     """
 

@@ -17,7 +17,8 @@ class NorMuon(MatrixOptimizer):
         v_i <- beta2 v_i + (1 - beta2) mean_j O_ij^2
         O'  = O / (sqrt(v) + eps), rescaled so that ||O'||_F = ||O||_F
 
-    lr as for Muon, in the mean over directions.
+    ||direction||_F <= s sqrt(min(M, N)), s the largest singular value that polar() states. A single row may have all
+    of that: the first after many steps without. lr as for Muon, in the mean over directions.
 
     Args:
         beta2: Decay of the average of each row's mean square, in [0, 1).

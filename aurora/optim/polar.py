@@ -27,15 +27,19 @@ class PolarSchedule:
             the interval for which the polynomials were made.
         max_error: largest |s - 1| after the last step, over singular values in [min_singular_value, 1] of the
             normalised input. Recomputed from the coefficients by tests/test_polar.py.
+        max_singular_value: largest s after the last step over all of [0, 1]; recomputed likewise.
         source: where the numbers come from.
+        bfloat16_singles: how many of the first steps bfloat16 takes one at a time, see _apply().
     """
 
     name: str
     coefficients: tuple[tuple[float, float, float], ...]
     norm_margin: float
     max_error: float
+    max_singular_value: float
     min_singular_value: float
     source: str
+    bfloat16_singles: int = 0
 
 
 SCHEDULES = {
@@ -46,6 +50,7 @@ SCHEDULES = {
             coefficients=((3.4445, -4.7750, 2.0315),) * 5,
             norm_margin=1.0,
             max_error=0.3182,
+            max_singular_value=1.2024,
             min_singular_value=2e-3,
             source="https://kellerjordan.github.io/posts/muon/",
         ),
@@ -60,15 +65,18 @@ SCHEDULES = {
             ),
             norm_margin=1.02,
             max_error=0.1534,
+            max_singular_value=1.1412,
             min_singular_value=1e-3,
             source="https://arxiv.org/abs/2505.16932, five steps with safety 0.02 and cushion 2, as in "
             "https://github.com/KellerJordan/modded-nanogpt/blob/f411b3d/train_gpt.py",
+            bfloat16_singles=3,
         ),
         PolarSchedule(
             name="quintic12",
             coefficients=((2.0, -1.5, 0.5),) * 12,
             norm_margin=1.0,
             max_error=5e-6,
+            max_singular_value=1.0018,
             min_singular_value=1e-3,
             source="https://github.com/KellerJordan/modded-nanogpt/blob/f411b3d/records/track_3_optimization/"
             "train_gpt_simple.py",
@@ -78,6 +86,7 @@ SCHEDULES = {
             coefficients=(),
             norm_margin=1.0,
             max_error=1e-12,
+            max_singular_value=1.0,
             min_singular_value=1e-6,  # below lies the rounding of float32 input
             source="exact: torch.linalg.svd in float64",
         ),
@@ -162,13 +171,14 @@ def polar(
 
     Returns:
         (K, M, N) in dtype (svd: in X's). Singular values s >= schedule.min_singular_value * ||X||_F come out within
-        schedule.max_error of 1, smaller ones below 1 + max_error, zero ones at 0: a zero matrix gives zeros, in float32
-        a rank-1 matrix u v^T. Rounding adds up to 2e-4 in float32 and 0.1 in bfloat16. Singular values below the
-        rounding of dtype (in bfloat16 about 2^-8 of the largest) are noise and come out as such, anywhere below
-        1 + max_error. Scale does not matter between norms of 1e-19 and 1e19; NaN, Inf and larger norms give NaN.
+        schedule.max_error of 1, all of them below schedule.max_singular_value (with an interlude 1 + FINISH_ERROR,
+        where FINISH is), zero ones at 0: a zero matrix gives zeros, in float32 a rank-1 matrix u v^T. Rounding adds up
+        to 2e-4 in float32 and 0.1 in bfloat16, FINISH 0.2 there. Singular values below 8 units of the rounding of dtype
+        (in bfloat16 2^-4 of the largest) are noise and come out as such, anywhere below that bound. Scale does not
+        matter between norms of 1e-19 and 1e19; NaN, Inf and larger norms give NaN.
 
     Cost: with m = min(M, N), n = max(M, N), (4 n/m + 2) m^3 FLOPs a step and matrix; from n = 1.5 m on
-    (4 n/m + 10) m^3 for two steps. No host sync.
+    (4 n/m + 10) m^3 for two steps, in bfloat16 after the schedule's bfloat16_singles. No host sync.
     """
     scale = row_scale_KM1
     if scale is None:
@@ -183,11 +193,12 @@ def polar(
         return X
     X = _scaled(X_KMN, scale / schedule.norm_margin, dtype)
     steps = schedule.coefficients
+    num_singles = schedule.bfloat16_singles if dtype == torch.bfloat16 else 0
     if interlude is None:
-        return _apply(X, steps)
+        return _apply(X, steps, num_singles)
     body = steps[:-1] if schedule.max_error > FINISH_ERROR else steps[:-2]
-    X = interlude(_apply(X, body[:-2]))
-    X = interlude(_apply(X, body[-2:]))
+    X = interlude(_apply(X, body[:-2], num_singles))
+    X = interlude(_apply(X, body[-2:], num_singles - len(body[:-2])))
     return _finish(X) if schedule.max_error > FINISH_ERROR else _apply(X, steps[-2:])
 
 
@@ -208,12 +219,23 @@ def _gram(X: Tensor) -> Tensor:
     return torch.bmm(X, X.mT)
 
 
-def _apply(X: Tensor, steps: Sequence[tuple[float, float, float]]) -> Tensor:
+def _apply(X: Tensor, steps: Sequence[tuple[float, float, float]], num_singles: int = 0) -> Tensor:
+    """All steps, two at a time where that is cheaper, but for the first num_singles.
+
+    In bfloat16 two steps at once err by some per cent where few rows or columns hold the large singular values: the
+    product of their factors is rounded, and is large next to what the steps make of a large singular value. So not
+    before a step that lacks the room. The first four of polar_express5 give singular values up to 2, and from 2.2 %
+    beyond that the next ones let them explode: 64 x 2 matrices came out with 1e13, and so did one in a hundred of
+    128 x 256 with four large rows. The other schedules have room for 5 % and more.
+    """
     is_oblong = max(X.shape[-2:]) >= MIN_GRAM_ASPECT * min(X.shape[-2:])
-    num_paired = len(steps) // 2 * 2 if is_oblong else 0
-    for first in range(0, num_paired, 2):
+    num_singles = min(max(num_singles, 0), len(steps)) if is_oblong else len(steps)
+    end = num_singles + (len(steps) - num_singles) // 2 * 2
+    for coefficients in steps[:num_singles]:
+        X = quintic_step(X, coefficients)
+    for first in range(num_singles, end, 2):
         X = _two_steps(X, *steps[first : first + 2])
-    for coefficients in steps[num_paired:]:
+    for coefficients in steps[end:]:
         X = quintic_step(X, coefficients)
     return X
 

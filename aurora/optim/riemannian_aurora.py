@@ -26,7 +26,8 @@ class RiemannianAurora(MatrixOptimizer):
         U <- U + ascent_lr Z            then retraction_steps times: rows to equal norm, U <- polar(U)
 
     l solves (diag(P o P 1) - P o P) l = q with P = U U^T and q_i = <U_i, X_i> - <U_i, (U sym(U^T X))_i>, a graph
-    Laplacian, by cg_steps conjugate gradients. Wide: on the transpose. Square: polar(X). lr as for Muon.
+    Laplacian, by cg_steps conjugate gradients. Wide: on the transpose. Square: polar(X). lr as for Muon,
+    and so are the bounds of direction.
 
     Differs from https://github.com/tilde-research/aurora-release (src/riemannian_aurora.py at 3d79a5c) in the scale of
     X, without which ascent_lr would depend on the size of the gradient, in the Laplacian's diagonal, there (N/M) I and
@@ -111,7 +112,9 @@ def solve_multipliers(U_KMN: Tensor, gap_KM1: Tensor, cg_steps: int) -> Tensor:
     for _ in range(cg_steps):
         product = degree_KM1 * search - squared_gram_times(search)
         curvature = dot(search, product)
-        is_open = norm_sq > CG_TOLERANCE**2 * first_norm_sq  # rounding would lead on into the null space
+        # Rounding would lead on into the null space, where the curvature is zero but for rounding.
+        is_open = norm_sq > CG_TOLERANCE**2 * first_norm_sq
+        is_open &= curvature > CG_TOLERANCE * dot(search, degree_KM1 * search)
         step = torch.where(is_open, norm_sq / curvature.clamp(min=TINY), 0.0)
         solution, residual = solution + step * search, residual - step * product
         previous, norm_sq = norm_sq, dot(residual, residual)

@@ -11,7 +11,7 @@ class UNorMuon(NorMuon):
 
     NorMuon scales a tall update by sqrt(M/N), which gives its rows norm 1. Without that scale the rows of a tall
     update have norm sqrt(N/M); wide and square updates are NorMuon's. So this is NorMuon with aspect_scale off, and
-    its lr is sqrt(M/N) times smaller in effect on tall matrices.
+    its lr is sqrt(M/N) times smaller in effect on tall matrices. direction has NorMuon's bounds.
     """
 
     def __init__(self, params: Iterable[Any], lr: float, aspect_scale: bool = False, **normuon_hparams: Any):
