@@ -125,8 +125,10 @@ def test_momentum_and_row_state_exist_on_the_owner_only(optimized, rule, world_s
     assert sorted(name for names in owned for name in names) == ["down", "gate", "k", "q", "up"] and all(owned)
     keys = {name: set(state) for rank in optimized(world_size) for name, state in rank["found"][rule]["own"].items()}
     assert all("momentum_buffer" in found for found in keys.values())
-    has_row_weight = rule in ("aurora folded", "aurora warm", "aurora refined")
-    assert all(("row_weight" in keys[name]) == (has_row_weight and name not in "qk") for name in keys)
+    balanced = {"aurora tall": {"up", "gate"}} | dict.fromkeys(
+        ("aurora folded", "aurora warm", "aurora refined"), {"up", "gate", "down"}
+    )
+    assert {name for name in keys if "row_weight" in keys[name]} == balanced.get(rule, set())
     assert all(("row_second_moment" in found) == ("normuon" in rule) for found in keys.values())
 
 

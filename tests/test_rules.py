@@ -69,7 +69,8 @@ def optimize(rule, W, grads, **hparams):
 
 KINDS = ["random", "rank-1", "zero", "zero rows", "tiny"]
 # The ascent takes as long as all other rules together.
-EXACT_CASES = [often((rule, kind), rule != "riemannian_aurora" or kind == "random") for rule in RULES for kind in KINDS]
+SELDOM = ("riemannian_aurora", "aurora warm", "aurora refined", "aurora tall")
+EXACT_CASES = [often((rule, kind), rule not in SELDOM or kind == "random") for rule in RULES for kind in KINDS]
 
 
 @pytest.mark.parametrize("rule, kind", EXACT_CASES)
@@ -92,7 +93,7 @@ def test_rule_with_exact_polar_equals_oracle_over_twenty_steps(rule, shape, kind
 
 @pytest.mark.parametrize("schedule", [often(name, name != "ns5_jordan") for name in POLYNOMIALS])
 @pytest.mark.parametrize("shape", OFTEN_SHAPES)
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", [often(rule, rule not in SELDOM) for rule in RULES])
 def test_rule_with_polynomial_equals_oracle_with_the_same_polynomial(rule, shape, schedule):
     torch.manual_seed(0)
     W, grads = torch.randn(shape), gradients(shape, "random", STEPS)
