@@ -89,6 +89,8 @@ def add(source: Path, results: Path) -> list[Path]:
         raise RecordError(f"{source} holds no record")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", source.resolve().name):
         raise RecordError(f"{source}: the name of the folder is to be of letters, digits, '.', '_' and '-'")
+    if source.resolve().name == STORE:
+        raise RecordError(f"{source}: the name {STORE} is that of the store; rename the folder")
     known = {tuple(run.validations): run.path for run in read_results(results)}
     refuted = {verdict.path: verdict.reasons[0] for verdict in verify_folder(source) if verdict.reasons}
     contents = {}
@@ -127,6 +129,7 @@ def restore(source: Path, out: Path) -> list[Path]:
 def write_all(contents: dict[Path, bytes]) -> None:
     """Write new files, all of them or, with an error, none. One gets its name when all are whole and on the disk."""
     temporary = {target: target.with_name(f"{target.name}.tmp") for target in contents}
+    renamed: list[Path] = []
     try:
         for target, content in contents.items():
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -136,8 +139,10 @@ def write_all(contents: dict[Path, bytes]) -> None:
                 os.fsync(file.fileno())
         for target, whole in temporary.items():
             whole.rename(target)
+            renamed.append(target)
     except BaseException:
-        for path in (*temporary, *temporary.values()):
+        texts = [target for target in renamed if target.parent.name == STORE]  # by now others may refer to them
+        for path in {*temporary.values(), *renamed} - {*texts}:
             path.unlink(missing_ok=True)
         raise
 

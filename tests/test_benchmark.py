@@ -147,6 +147,7 @@ def is_running(args) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_public_script_and_ours_take_turns_on_the_same_tokens(turns_args, capfd):
     """Three turns, of which the public script ends in the third: the two before it are reported."""
     turns_args.peer.write_text(PUBLIC_SCRIPT.replace("range(10000)", "range(20)"))

@@ -160,7 +160,8 @@ def test_more_ranks_than_matrices(launch):
     """Two ranks, one matrix: the rank that owns nothing takes part in the collectives."""
     code = (
         "import torch.distributed as dist, aurora\n"
-        "dist.init_process_group('gloo')\n"
+        "from aurora.trainer.ranks import join_ranks\n"
+        "join_ranks(timeout_s=60)\n"
         "p = torch.nn.Parameter(torch.ones(8, 4))\n"
         "p.grad = torch.full((8, 4), dist.get_rank() + 1.0)\n"
         "optimizer = aurora.Muon([p], lr=0.1, process_group=dist.group.WORLD)\n"
@@ -175,6 +176,53 @@ def test_more_ranks_than_matrices(launch):
     )
     outcome = launch(world_size=2, patch=code)
     # Not the exit code: a gloo process may abort when its peer closes the connection first.
+    assert outcome.out == ["passed\n"] * 2, outcome.err
+
+
+SHARDED_WHOLE_MODEL = """
+import torch.distributed as dist, aurora
+from aurora.trainer.ranks import join_ranks
+join_ranks(timeout_s=60)
+rank = dist.get_rank()
+
+def new(process_group):
+    torch.manual_seed(0)
+    convs = [torch.nn.Parameter(torch.randn(6, 2, 3, 3).to(memory_format=torch.channels_last)) for _ in range(2)]
+    vector, frozen = torch.nn.Parameter(torch.randn(5)), torch.nn.Parameter(torch.randn(3), requires_grad=False)
+    groups = [dict(params=convs, view="conv"), dict(params=[vector, frozen], algorithm="adamw", lr=0.1)]
+    return [*convs, vector], aurora.Muon(groups, lr=0.1, polar_dtype="float32", process_group=process_group)
+
+(params, sharded), (others, whole) = new(dist.group.WORLD), new(None)
+for step in range(3):
+    for index, (p, q) in enumerate(zip(params, others)):
+        parts = torch.randn(2, *p.shape, generator=torch.Generator().manual_seed(10 * step + index))
+        p.grad, q.grad = parts[rank].clone(), parts.sum(dim=0)
+    sharded.reduce_gradients()
+    norm = sharded.clip_grad_norm_(1.0)
+    assert (norm - torch.nn.utils.clip_grad_norm_(others, 1.0)).abs() < 1e-4
+    sharded.step(), whole.step()
+for p, q in zip(params, others):
+    torch.testing.assert_close(p, q, atol=1e-5, rtol=0)
+sharded.consolidate_state_dict(to=0)
+if rank == 0:
+    new(None)[1].load_state_dict(sharded.state_dict())
+    for index, state in whole.state_dict()["state"].items():
+        for key, value in state.items():
+            torch.testing.assert_close(sharded.state_dict()["state"][index][key], value, atol=1e-5, rtol=0)
+else:
+    try:
+        sharded.state_dict()
+    except RuntimeError as error:
+        assert "where it was gathered" in str(error)
+print("passed", flush=True)
+dist.barrier()
+os._exit(0)
+"""
+
+
+def test_a_sharded_optimizer_of_a_whole_model_is_that_of_one_process(launch):
+    """Convolutions as channels_last, AdamW groups, frozen parameters, clipping, and the state on rank 0."""
+    outcome = launch(world_size=2, patch=SHARDED_WHOLE_MODEL, timeout_s=40)
     assert outcome.out == ["passed\n"] * 2, outcome.err
 
 

@@ -27,9 +27,7 @@ sys.exit(code)
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize(
-    "optimizer", [pytest.param("adamw", marks=SLOW), "unormuon", pytest.param("aurora", marks=SLOW)]
-)
+@pytest.mark.parametrize("optimizer", [pytest.param(name, marks=SLOW) for name in ("adamw", "unormuon", "aurora")])
 def test_a_record_embeds_what_its_run_imported_from_beginning_to_end(tiny_track, tmp_path, optimizer):
     command = [sys.executable, "-c", IMPORTED, tmp_path / "imported.json", "--config", tiny_track, "--out", tmp_path]
     command += ["--optimizer", optimizer, "--set", "train.steps=4", "--set", "train.checkpoint_every=2"]

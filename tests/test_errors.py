@@ -74,6 +74,7 @@ def test_help_and_usage_errors_answer_without_importing_torch():
         assert not [line for line in err.splitlines() if line.startswith("import time:") and line.endswith(" torch")]
 
 
+@pytest.mark.slow
 def test_importing_the_trainer_has_no_side_effects(tmp_path):
     code = "import os, sys, torch; before = set(os.listdir()), torch.get_rng_state().tolist(), torch.get_default_dtype(); import train_gpt; assert before == (set(os.listdir()), torch.get_rng_state().tolist(), torch.get_default_dtype())"  # noqa: E501
     process = start_process("-c", code)

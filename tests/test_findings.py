@@ -178,6 +178,7 @@ def test_deaths_are_those_by_step_500_however_long_a_run_is(results, not_rendere
     assert found["2d."] == found["2e."] == "supported" and re.search(r"2d\. .*50\.0 %.*at step 500", page)
 
 
+@pytest.mark.slow
 def test_check_finds_a_page_or_plot_that_the_records_do_not_give(results, capsys):
     assert findings.main(["--results", str(results), "--check"]) == 1
     verdicts(results)
@@ -197,6 +198,7 @@ def test_the_committed_page_is_what_the_records_give():
     assert findings.main(["--check"]) == 0
 
 
+@pytest.mark.slow
 def test_plot_of_neurons_and_of_runs_without_telemetry(results, tmp_path, monkeypatch, capsys):
     def draw(folder, name):
         monkeypatch.setattr("sys.argv", ["plot.py", "neurons", str(results / folder), "--out", str(tmp_path / name)])

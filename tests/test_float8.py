@@ -102,6 +102,7 @@ def test_the_models_head_is_the_tested_layer_and_the_fast_forward_uses_it(tiny_t
     assert FastForward(model)(tokens, tokens).item() == pytest.approx(loss.item(), rel=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_runs_learn_as_with_the_standard_head_repeat_and_are_a_task_of_their_own(tiny_track, tmp_path, dtype):
     arguments = ["--optimizer", "muon", "--set", f"model.activation_dtype={dtype}"]

@@ -116,6 +116,7 @@ def test_inside_a_training_step_every_linear_is_linear(tiny_track, tmp_path):
 # ---- compilers and kernels ----
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton for this platform")
 def test_every_kernel_computes_its_formula():
     """Run by Triton's interpreter: the kernels as written, not as a compiler for some device makes them."""

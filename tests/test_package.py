@@ -62,6 +62,7 @@ assert callable(polar) and "aurora" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_the_optimizers_train_as_aurora_optim(tmp_path):
     shutil.copytree(ROOT / "aurora" / "optim", tmp_path / "aurora_optim")
     run_code(TRAINS, tmp_path)

@@ -109,6 +109,12 @@ def test_lr_conventions_are_those_of_torchs_muon(adjust, shape):
         (dict(params=[torch.ones(4)], algorithm="adamw", lr=-1.0), "at least 0"),
         (dict(params=[torch.ones(4)], algorithm="adamw", lr=0.1, betas=(0.9, 1.0)), r"in \[0, 1\)"),
         (dict(params=[torch.ones(4, 2)], algorithm="lion"), 'algorithm must be "adamw" or "Muon", got \'lion\''),
+        (dict(params=[torch.ones(4, 2)], split=3), r"split = 3 must sum to its 4 outputs"),
+        (dict(params=[torch.ones(4, 2)], maximize=True), "maximize = True, which is not supported; use the negative"),
+        (
+            dict(params=[torch.ones(4)], algorithm="adamw", lr=0.1, amsgrad=True),
+            "amsgrad = True, which is not supported",
+        ),
         (dict(params=[torch.ones(4, 2)], adjust_lr_fn="mine"), "adjust_lr_fn must be one of spectral, original"),
         (dict(params=[torch.ones(4, 2, dtype=torch.int32)]), "dtype torch.int32"),
     ],
@@ -281,3 +287,47 @@ def test_the_variant_of_a_fused_layer_may_change_in_mid_run():
         keys.append(set(optimizer.state[p]))
     assert keys == [{"momentum_buffer"}, {"momentum_buffer", "row_weight"}, {"momentum_buffer"}]
     assert p.isfinite().all()
+
+
+def test_state_of_torchs_adamw_and_muon_is_taken_over_and_of_others_refused():
+    p = torch.nn.Parameter(randn(8, 4))
+    make_adamw = lambda: aurora.Muon([dict(params=[p], algorithm="adamw", lr=0.1)], lr=0.1)  # noqa: E731
+    theirs = torch.optim.AdamW([p], lr=0.3)
+    train(theirs, [p])
+    ours = make_adamw()
+    ours.load_state_dict(theirs.state_dict())
+    assert ours.param_groups[0]["lr"] == 0.3 and torch.equal(ours.state[p]["exp_avg"], theirs.state[p]["exp_avg"])
+    state = theirs.state_dict()
+    state["state"] = {0: state["state"][0] | {"step": 5}, **{}}
+    make_adamw().load_state_dict(state)
+    muon = torch.optim.Muon([p], lr=0.1)
+    train(muon, [p])
+    ours = aurora.Muon([p], lr=0.1)
+    muon_state = muon.state_dict()
+    with pytest.raises(ValueError, match="ns_coefficients|ns_steps|dtype|is not supported"):
+        ours.load_state_dict({**muon_state, "param_groups": [muon_state["param_groups"][0] | {"ns_steps": 7}]})
+    for optimizer in (torch.optim.SGD([p], lr=1.0, momentum=0.9), torch.optim.Adam([p], lr=0.1, weight_decay=0.1)):
+        train(optimizer, [p])
+        with pytest.raises(ValueError, match="dampening|decoupled_weight_decay"):
+            (ours if isinstance(optimizer, torch.optim.SGD) else make_adamw()).load_state_dict(optimizer.state_dict())
+
+
+def test_how_parameters_lie_is_not_taken_from_a_state():
+    p = torch.nn.Parameter(randn(8, 4))
+    split, whole = make("muon", [dict(params=[p], split=(4, 4))]), make("muon", [p])
+    for ours, theirs in ((split, whole), (whole, split)):
+        ours.load_state_dict(theirs.state_dict())
+    assert split.param_groups[0]["split"] == (4, 4) and "split" not in whole.param_groups[0]
+
+
+def test_clipping_is_torchs():
+    params = [torch.nn.Parameter(randn(8, 4)), torch.nn.Parameter(randn(4))]
+    optimizer = make("muon", [dict(params=params[:1]), dict(params=params[1:], algorithm="adamw", lr=0.1)])
+    for p in params:
+        p.grad = 10 * p.detach().clone()
+    expected = [p.grad.clone() for p in params]
+    norm = torch.nn.utils.get_total_norm(expected)
+    torch.testing.assert_close(optimizer.clip_grad_norm_(0.5), norm)
+    for p, grad in zip(params, expected, strict=True):
+        torch.testing.assert_close(p.grad, grad * 0.5 / norm, rtol=1e-5, atol=1e-7)
+    assert aurora.Muon([dict(params=[params[1]], algorithm="adamw", lr=0.1)], lr=0.1).found_non_finite == 0

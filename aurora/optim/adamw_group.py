@@ -7,26 +7,21 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-DEFAULTS: dict[str, Any] = {"weight_decay": 0.0, "betas": (0.9, 0.95), "eps": 1e-8}
+ADAMW_DEFAULTS: dict[str, Any] = {"weight_decay": 0.0, "betas": (0.9, 0.95), "eps": 1e-8}
 
 
-def adamw_defaults(group: dict[str, Any]) -> dict[str, Any]:
-    """What a group gets that does not say otherwise.
-
-    Raises:
-        ValueError: it has no lr, a value is out of range, or it has a key that AdamW does not know.
-    """
+def check_adamw_group(group: dict[str, Any]) -> None:
+    """Raise ValueError for a group without lr, or with a value out of range."""
     if "lr" not in group:
         raise ValueError(
             'a group with algorithm = "adamw" needs an lr of its own, e.g. 3e-4: other rules\' have other units'
         )
-    values: dict[str, Any] = DEFAULTS | group
+    values: dict[str, Any] = ADAMW_DEFAULTS | group
     betas = tuple(values["betas"])
     if not (values["lr"] >= 0 and values["weight_decay"] >= 0 and values["eps"] >= 0):
         raise ValueError(f"lr, weight_decay and eps of an adamw group must be at least 0; got {group}")
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas of an adamw group must be two numbers in [0, 1), got {values['betas']}")
-    return DEFAULTS
 
 
 def adamw_step(params: Sequence[Tensor], states: dict[Tensor, dict[str, Tensor]], group: dict[str, Any]) -> None:

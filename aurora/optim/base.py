@@ -22,9 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .adamw_group import adamw_defaults, adamw_step
+from .adamw_group import ADAMW_DEFAULTS, adamw_step, check_adamw_group
 from .polar import COMPUTE_DTYPES, SCHEDULES, compute_dtype, polar
-from .shapes import check_shape, from_matrices, is_one_matrix, matrix_shapes, to_matrices
+from .shapes import SHAPE_OPTIONS, check_shape, from_matrices, is_one_matrix, matrix_shapes, to_matrices
 from .sharding import assign_owners, complete, gather_from_owners, polar_cost, sum_to_all, sum_to_owners
 
 # On a CPU a stack larger than the caches is slower than its parts one by one.
@@ -42,7 +42,12 @@ FOREIGN_ARGUMENTS = {
     "adamw_betas": 'betas of a group with algorithm = "adamw"',
     "adamw_params": 'a group with algorithm = "adamw"',
     "muon_params": "params",
-    "fused": "nothing", "foreach": "nothing", "maximize": "nothing: negate the loss",
+    "maximize": "the negative of the loss",
+}
+# Settings of torch's optimizers that change numbers, with the values that change none.
+FOREIGN_SETTINGS = {
+    "maximize": False, "amsgrad": False, "decoupled_weight_decay": True, "dampening": None,
+    "ns_steps": 5, "ns_coefficients": (3.4445, -4.775, 2.0315),
 }  # fmt: skip
 
 
@@ -165,8 +170,8 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
 
     @property
     def found_non_finite(self) -> Tensor:
-        """0-dim bool: whether a step has had a non-finite direction or gradient; it stays set, on every rank alike."""
-        flags = list(self._non_finite.values())
+        """0-dim bool: whether a matrix has had a non-finite direction; it stays set, on every rank alike."""
+        flags = list(self._non_finite.values()) or [torch.zeros((), dtype=torch.bool)]
         return torch.stack([flag.to(flags[0].device) for flag in flags]).any() if len(flags) != 1 else flags[0]
 
     @torch.no_grad()
@@ -254,7 +259,9 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
             indices = [i for i in range(len(parts)) if shapes[i % len(shapes)] == shape]
             for chunk in split_for_memory(indices, shape[0] * shape[1], parts[0].is_cpu):
                 X_KMN = torch.stack([parts[i] for i in chunk])
-                O_KMN = self._direction(X_KMN, [part_states[i] for i in chunk], group) * lr_factor(*shape, group)
+                O_KMN = self._direction(X_KMN, [part_states[i] for i in chunk], group).float() * lr_factor(
+                    *shape, group
+                )
                 for i, O_MN in zip(chunk, O_KMN.unbind(), strict=True):
                     done[i] = O_MN
         of_each = [done[i : i + len(shapes)] for i in range(0, len(done), len(shapes))]
@@ -318,10 +325,13 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
         Raises:
             ValueError: a hyper-parameter out of range, or a parameter that the group cannot update; says which.
         """
-        is_adamw, defaults, num_groups = param_group.get("algorithm") == "adamw", self.defaults, len(self.param_groups)
+        param_group, defaults, num_groups = dict(param_group), self.defaults, len(self.param_groups)
+        is_adamw = param_group.get("algorithm") == "adamw"
         try:
+            check_foreign_settings(param_group)
             if is_adamw:
-                self.defaults = adamw_defaults(param_group)  # a group gets all defaults that it lacks
+                check_adamw_group(param_group)
+                self.defaults = ADAMW_DEFAULTS  # a group gets all defaults that it lacks
             super().add_param_group(param_group)
             group = self.param_groups[-1]
             if not is_adamw:
@@ -346,12 +356,16 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
         return list(zip(names or [f"parameter {i}" for i in range(len(params))], params, strict=True))
 
     def _matrices_and_owners(self) -> tuple[list[Tensor], list[int]]:
-        params = [p for g in self.param_groups if g["algorithm"] != "adamw" for p in g["params"]]
+        groups = [group for group in self.param_groups if group["algorithm"] != "adamw"]
+        params = [p for group in groups for p in group["params"] if p.requires_grad]
         return params, [self.owner_of(p) for p in params]
 
     @torch.no_grad()
     def reduce_gradients(self, wire_dtype: torch.dtype | None = None) -> None:
         """Sum gradients over ranks: a matrix's into its owner, where others drop theirs; AdamW's into all. Collective.
+
+        Afterwards ranks hold different gradients: clip them with clip_grad_norm_() of this class, not torch's, and do
+        not use a GradScaler.
 
         Args:
             wire_dtype: what is sent, by default the gradients' own dtype. In another one every rank's gradient is
@@ -364,11 +378,12 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
         if not self._is_sharded:
             return
         for name, p in self._named_params():
-            if p.grad is None:
+            if p.grad is None and p.requires_grad:
                 raise ValueError(f"reduce_gradients: {name} of shape {tuple(p.shape)} has no gradient")
         params, owners = self._matrices_and_owners()
         sums = [sum_to_owners(gradients_of(params), owners, wire_dtype, self.process_group)] if params else []
-        others = [p for group in self.param_groups if group["algorithm"] == "adamw" for p in group["params"]]
+        groups = [group for group in self.param_groups if group["algorithm"] == "adamw"]
+        others = [p for group in groups for p in group["params"] if p.requires_grad]
         for same_dtype in group_by(others, lambda p: p.dtype):
             sums.append(sum_to_all(gradients_of(same_dtype), wire_dtype, self.process_group))
         complete(sums)
@@ -376,14 +391,37 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
             if owner != self._rank:
                 p.grad = None
 
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """As torch.nn.utils.clip_grad_norm_, and right after reduce_gradients(), too. Collective when sharded.
+
+        Returns the norm of all gradients before.
+        """
+        grads, counted = [], []
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    grads.append(p.grad)
+                    if (0 if group["algorithm"] == "adamw" else self.owner_of(p)) == self._rank:
+                        counted.append(p.grad)
+        norm_sq = grads[0].new_zeros((), dtype=torch.float32) if grads else torch.zeros(())
+        for grad in counted:
+            norm_sq += torch.linalg.vector_norm(grad, dtype=torch.float32).square()
+        if self._is_sharded:
+            dist.all_reduce(norm_sq, group=self.process_group)
+        norm = norm_sq.sqrt()
+        if grads:
+            torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
     # ---- state ----
 
     def __getstate__(self) -> dict[str, Any]:
         # torch's version drops everything but groups and state; a copy must know its flags, too.
         if self._is_sharded:
             raise TypeError("a sharded optimizer cannot be copied or pickled; save its state_dict()")
-        own = {key: self.__dict__[key] for key in ("process_group", "_rank", "_rank_loads", "_owners", "_non_finite")}
-        return {**super().__getstate__(), **own, "_whole_state": None}
+        own = {key: self.__dict__[key] for key in ("_rank", "_rank_loads", "_owners", "_non_finite")}
+        return {**super().__getstate__(), **own, "process_group": None, "_whole_state": None}
 
     def consolidate_state_dict(self, to: int | None = None) -> None:
         """Gather the state of all matrices on rank `to` of the process group, or on all. Collective.
@@ -392,6 +430,8 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
         """
         if not self._is_sharded:
             return
+        if to is not None and to not in range(len(self._rank_loads)):
+            raise ValueError(f"to must be a rank below {len(self._rank_loads)}, got {to}")
         params, owners = self._matrices_and_owners()
         layout = {i: {key: (t.shape, t.dtype) for key, t in self.state[p].items()}
                   for i, p in enumerate(params) if self.state.get(p)}  # fmt: skip
@@ -400,11 +440,14 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
         whole: dict[Tensor, dict[str, Tensor]] = {}
         for index, (p, owner) in enumerate(zip(params, owners, strict=True)):
             for key, (shape, dtype) in layouts[owner].get(index, {}).items():
-                is_owner = owner == self._rank
-                value = self.state[p][key] if is_owner else torch.empty(shape, dtype=dtype, device=p.device)
+                if owner == self._rank:
+                    value = self.state[p][key].contiguous()  # a broadcast sends memory, whatever its order
+                else:
+                    value = torch.empty(shape, dtype=dtype, device=p.device)
                 dist.broadcast(value, group_src=owner, group=self.process_group)
                 if to in (None, self._rank):
-                    whole.setdefault(p, {})[key] = value
+                    as_it_lies = torch.empty_like(p, dtype=dtype) if shape == p.shape else torch.empty_like(value)
+                    whole.setdefault(p, {})[key] = as_it_lies.copy_(value)
         if to in (None, self._rank):
             self._whole_state = whole | {p: state for p, state in self.state.items() if p not in self._owners}
 
@@ -418,7 +461,8 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
             return _in_order(super().state_dict())
         if self._whole_state is None:
             raise RuntimeError(
-                "the state is sharded over ranks: call consolidate_state_dict() on every rank, then state_dict()"
+                "the state is sharded over ranks: call consolidate_state_dict() on every rank, then state_dict() where "
+                "it was gathered"
             )
         own, self.state = self.state, collections.defaultdict(dict, self._whole_state)
         try:
@@ -449,9 +493,10 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
             if index not in indices:
                 raise ValueError(f"state of parameter number {index}, but there are {len(indices)}")
             name, p, group = ours[indices.index(index)]
-            self._check_state(name, p, saved, group)
-            if group["algorithm"] == "adamw" or self.owner_of(p) == self._rank:
-                state[p] = {key: value.to(_device_of(key, p), copy=True) for key, value in saved.items()}
+            if saved:
+                saved = self._checked_state(name, p, saved, group)
+                if group["algorithm"] == "adamw" or self.owner_of(p) == self._rank:
+                    state[p] = {key: value.to(_device_of(key, p), copy=True) for key, value in saved.items()}
         self.__setstate__({"state": state, "param_groups": groups})
         self._whole_state = None
         for flag in self._non_finite.values():
@@ -466,28 +511,47 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
             raise ValueError(f"the state has groups of {lengths[0]} parameters, this optimizer of {lengths[1]}")
         groups = []
         for saved, own in zip(theirs, self.param_groups, strict=True):
+            check_foreign_settings(saved)
+            if own["algorithm"] != "adamw" and saved.get("adjust_lr_fn", "") is None:
+                saved["adjust_lr_fn"] = "original"  # what torch.optim.Muon means by None
             if saved.get("algorithm", own["algorithm"]) != own["algorithm"]:
                 raise ValueError(f"state of {saved['algorithm']} cannot be loaded into {own['algorithm']}")
             if "param_names" in saved and "param_names" in own:
                 names = [[plain_name(name) for name in group["param_names"]] for group in (saved, own)]
                 if names[0] != names[1]:
                     raise ValueError(f"state belongs to parameters {names[0]}, this optimizer has {names[1]}")
-            fixed = {key: own[key] for key in ("params", "param_names") if key in own}
-            groups.append(own | saved | fixed)
+            # How parameters lie is the model's, not the state's.
+            fixed = {key: own[key] for key in ("params", "param_names", *SHAPE_OPTIONS) if key in own}
+            groups.append(own | {key: saved[key] for key in saved if key not in SHAPE_OPTIONS} | fixed)
             if own["algorithm"] != "adamw":
                 self.check_hparams(groups[-1])
         return groups
 
-    def _check_state(self, name: str, p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        found = {key: (tuple(value.shape), value.dtype) for key, value in state.items()}
+    def _checked_state(self, name: str, p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> dict[str, Tensor]:
+        """The state that is kept of a saved one; of AdamW's in the weights' dtype, as torch's loader has it."""
         if group["algorithm"] == "adamw":
-            averages = {key: (tuple(p.shape), p.dtype) for key in ("exp_avg", "exp_avg_sq")}
-            wanted: dict[str, Any] = {"step": ((), torch.float32), **averages}
+            if "step" in state:
+                state = state | {"step": torch.as_tensor(float(state["step"]), dtype=torch.float32)}
+            found = {key: tuple(value.shape) for key, value in state.items()}
+            wanted: dict[str, Any] = {"step": ()} | dict.fromkeys(("exp_avg", "exp_avg_sq"), tuple(p.shape))
+            kept = {key: value if key == "step" else value.to(p.dtype) for key, value in state.items()}
         else:
             new_state = self._new_state(torch.empty_like(p, device="meta"), group)
+            # A setting may have been changed since the last step, so that less is needed.
+            kept = {key: value for key, value in state.items() if key in new_state}
+            found = {key: (tuple(value.shape), value.dtype) for key, value in kept.items()}
             wanted = {key: (tuple(value.shape), value.dtype) for key, value in new_state.items()}
         if found != wanted:
             raise ValueError(f"state of {name} is {found}, but {group['algorithm']} keeps {wanted} for it")
+        return kept
+
+
+def check_foreign_settings(group: dict[str, Any]) -> None:
+    """Raise ValueError for a setting of other optimizers that would be ignored, and would mean something there."""
+    for key in group.keys() & FOREIGN_SETTINGS.keys():
+        if group[key] != FOREIGN_SETTINGS[key]:
+            remedy = f"; use {FOREIGN_ARGUMENTS[key]}" if key in FOREIGN_ARGUMENTS else ""
+            raise ValueError(f"a group has {key} = {group[key]!r}, which is not supported{remedy}")
 
 
 def lr_factor(rows: int, columns: int, group: dict[str, Any]) -> float:
@@ -509,7 +573,8 @@ def plain_name(name: str) -> str:
 
 def _in_order(state_dict: dict[str, Any]) -> dict[str, Any]:
     """With the states in order of the parameters, not of their first steps."""
-    return {**state_dict, "state": dict(sorted(state_dict["state"].items()))}
+    states = sorted(state_dict["state"].items(), key=lambda item: (isinstance(item[0], str), item[0]))
+    return {**state_dict, "state": dict(states)}
 
 
 def _device_of(key: str, p: Tensor) -> torch.device:

@@ -147,7 +147,7 @@ def param_groups(
     An optimizer fills in the groups it gets: call this again for a second one.
 
     Args:
-        model: any model, also under DDP, fully_shard, torch.compile or PEFT. Frozen parameters are left out.
+        model: any model, also under DDP, torch.compile or PEFT. Frozen parameters are left out.
         lr: of the matrices; None leaves it to the optimizer.
         weight_decay: of the matrices; None leaves it to the optimizer.
         adamw_lr: of all other groups.
@@ -236,8 +236,8 @@ def _check_sortable(model: nn.Module, layers: dict[Tensor, list[Layer]]) -> None
         raise ValueError(f"{', '.join(lazy)} have no shape yet: run the model once before param_groups()")
     if any(_is(module, "torch", "FullyShardedDataParallel") for module in model.modules()):
         raise ValueError(
-            "FullyShardedDataParallel flattens the weights of layers, so that they are matrices no longer: shard with "
-            "torch.distributed.fsdp.fully_shard"
+            "FullyShardedDataParallel flattens the weights of layers, so that they are matrices no longer: use DDP, or an "
+            "optimizer with process_group, which shards the state"
         )
 
 

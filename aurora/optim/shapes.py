@@ -15,6 +15,7 @@ from torch import Tensor
 
 VIEWS = ("matrix", "conv", "experts")
 LAYOUTS = ("out_in", "in_out")
+SHAPE_OPTIONS = ("view", "layout", "split")
 
 
 def check_shape(name: str, p: Tensor, group: dict[str, Any]) -> None:
@@ -24,7 +25,11 @@ def check_shape(name: str, p: Tensor, group: dict[str, Any]) -> None:
         raise ValueError(
             f"view must be one of {', '.join(VIEWS)}, layout one of {', '.join(LAYOUTS)}; got {view, layout}"
         )
-    is_plain = p.is_floating_point() and p.layout == torch.strided and not _is_wrapper(p)
+    if _is_wrapper(p):
+        raise ValueError(
+            f"{name} is a {type(p.data).__name__}; parameters that are sharded or quantized are not supported"
+        )
+    is_plain = p.is_floating_point() and p.layout == torch.strided
     if not is_plain or not {"matrix": p.ndim == 2, "conv": p.ndim > 2, "experts": p.ndim == 3}[view]:
         raise ValueError(
             f"{name} is a {type(p.data).__name__} of shape {tuple(p.shape)} and dtype {p.dtype}, which view = {view!r} "
@@ -33,8 +38,8 @@ def check_shape(name: str, p: Tensor, group: dict[str, Any]) -> None:
         )
     if split is not None:
         outputs = matrix_shapes(p.shape, {**group, "split": None})[0][0]
-        if not split or min(split) < 1 or sum(split) != outputs:
-            raise ValueError(f"{name}: the parts of split = {tuple(split)} must sum to its {outputs} outputs")
+        if not isinstance(split, tuple | list) or not split or min(split) < 1 or sum(split) != outputs:
+            raise ValueError(f"{name}: the parts of split = {split} must sum to its {outputs} outputs")
 
 
 def _is_wrapper(p: Tensor) -> bool:

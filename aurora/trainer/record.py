@@ -312,8 +312,12 @@ def with_sources(start: dict[str, Any], path: Path) -> dict[str, Any]:
         return start
     if "sources" in start or not isinstance(start["source_hashes"], dict):
         raise RecordError(f"{path}: source_hashes is no table, or stands beside sources")
-    folder = path.absolute().parent
-    texts = {name: stored_source(folder, digest) for name, digest in start["source_hashes"].items()}
+    folder, texts, num_characters = path.absolute().parent, {}, 0
+    for name, digest in start["source_hashes"].items():
+        texts[name] = stored_source(folder, digest)
+        num_characters += len(texts[name] or "")
+        if num_characters > MAX_LINE_BYTES:
+            raise RecordError(f"{path} refers to more than {MAX_LINE_BYTES:,} bytes of sources")
     if missing := sorted(name for name, text in texts.items() if text is None):
         names = f"{ascii(missing[0])[:80]} and {len(missing) - 1} more" if missing[1:] else ascii(missing[0])[:80]
         raise RecordError(f"{path} refers to texts that no folder {STORE}/ beside or above it holds whole: {names}")
@@ -327,7 +331,7 @@ def stored_source(folder: Path, digest: Any) -> str | None:
         return None
     try:
         return _stored_source(folder, digest)
-    except FileNotFoundError:
+    except (OSError, UnicodeDecodeError):
         return None
 
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from aurora.trainer.record import RecordError, read_event, with_sources
+from aurora.trainer.record import MAX_RECORD_BYTES, RecordError, read_event, with_sources
 
 
 def pack(content: bytes) -> tuple[bytes, dict[str, bytes]]:
@@ -34,6 +34,8 @@ def unpack(path: Path) -> bytes:
         RecordError: it is no record, or the store lacks a text.
         OSError: it cannot be read.
     """
+    if path.is_symlink() or not path.is_file() or path.stat().st_size > MAX_RECORD_BYTES:
+        raise RecordError(f"{path} is no regular file of at most {MAX_RECORD_BYTES:,} bytes (links are not followed)")
     content = path.read_bytes()
     first, newline, rest = content.partition(b"\n")
     start = read_event(first, f"{path}, line 1", is_first=True)
