@@ -270,7 +270,7 @@ def test_lazy_layers_are_refused():
 
 def test_flattened_weights_are_refused():
     wrapper = part_of("torch", type("FullyShardedDataParallel", (nn.Sequential,), {}))
-    with pytest.raises(ValueError, match="matrices no longer: shard with torch.distributed.fsdp.fully_shard"):
+    with pytest.raises(ValueError, match="matrices no longer: use DistributedDataParallel"):
         param_groups(nn.Sequential(wrapper(nn.Linear(4, 4))))
 
 

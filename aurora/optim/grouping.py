@@ -236,8 +236,8 @@ def _check_sortable(model: nn.Module, layers: dict[Tensor, list[Layer]]) -> None
         raise ValueError(f"{', '.join(lazy)} have no shape yet: run the model once before param_groups()")
     if any(_is(module, "torch", "FullyShardedDataParallel") for module in model.modules()):
         raise ValueError(
-            "FullyShardedDataParallel flattens the weights of layers, so that they are matrices no longer: use DDP, or an "
-            "optimizer with process_group, which shards the state"
+            "FullyShardedDataParallel flattens the weights of layers, so that they are matrices no longer: use "
+            "DistributedDataParallel, or an optimizer with process_group, which shards the state"
         )
 
 
