@@ -106,7 +106,8 @@ def eight_ranks(monkeypatch):
     for name, value in (("is_initialized", True), ("get_rank", 0), ("get_world_size", 8)):
         monkeypatch.setattr(dist, name, lambda group=None, value=value: value)
     monkeypatch.setattr(dist, "group", SimpleNamespace(WORLD="world"))
-    monkeypatch.setattr(dist, "all_reduce", lambda flag, group: None)  # four bytes
+    done = SimpleNamespace(wait=lambda: None)
+    monkeypatch.setattr(dist, "all_reduce", lambda flag, group, async_op: done)  # four bytes
     # (received, send, ...): each rank's share of what it sends stays at home.
     monkeypatch.setattr(dist, "all_to_all_single", count("all_to_all", 7 / 8))
     monkeypatch.setattr("aurora.optim.sharding._all_gather", count("all_gather", 7))

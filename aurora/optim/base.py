@@ -37,7 +37,6 @@ ADJUST_LR_FNS = ("spectral", "original", "match_rms_adamw")
 FOREIGN_ARGUMENTS = {
     "ns_steps": "polar_schedule, which fixes the number of steps",
     "ns_coefficients": "polar_schedule, e.g. 'ns5_jordan' for (3.4445, -4.775, 2.0315)",
-    "ns_eps": "nothing: the norm is guarded",
     "betas": 'betas of a group with algorithm = "adamw"',
     "adamw_betas": 'betas of a group with algorithm = "adamw"',
     "adamw_params": 'a group with algorithm = "adamw"',
@@ -201,13 +200,14 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
                 if self._is_sharded:
                     owners = [self.owner_of(p) for p in same_size]
                     gathers.append(gather_from_owners(same_size, owners, self.process_group))
-        if self._is_sharded:
-            for flag in self._non_finite.values():
-                bad_ranks = flag.to(torch.int32)
-                dist.all_reduce(bad_ranks, group=self.process_group)
-                flag.copy_(bad_ranks > 0)
+        flags = list(self._non_finite.values()) if self._is_sharded else []
+        counts = [flag.to(torch.int32) for flag in flags]
+        sums = [dist.all_reduce(count, group=self.process_group, async_op=True) for count in counts]
         for wait in gathers:
             wait()
+        for flag, count, work in zip(flags, counts, sums, strict=True):
+            work.wait()
+            flag.copy_(count > 0)
         return loss
 
     def _update(self, stack: list[Tensor], group: dict[str, Any]) -> None:
@@ -259,9 +259,8 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
             indices = [i for i in range(len(parts)) if shapes[i % len(shapes)] == shape]
             for chunk in split_for_memory(indices, shape[0] * shape[1], parts[0].is_cpu):
                 X_KMN = torch.stack([parts[i] for i in chunk])
-                O_KMN = self._direction(X_KMN, [part_states[i] for i in chunk], group).float() * lr_factor(
-                    *shape, group
-                )
+                O_KMN = self._direction(X_KMN, [part_states[i] for i in chunk], group)
+                O_KMN = O_KMN.float() * lr_factor(*shape, group)
                 for i, O_MN in zip(chunk, O_KMN.unbind(), strict=True):
                     done[i] = O_MN
         of_each = [done[i : i + len(shapes)] for i in range(0, len(done), len(shapes))]
@@ -473,9 +472,9 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state_dict() of the same rule and parameters, from any world size, bit for bit.
 
-        As torch's loader, but state keeps its dtype, whatever the weights' is. Settings that the saved groups lack stay
-        as they are, and what others have added to groups is kept, from both sides. Names count without the prefixes of
-        torch.compile and DDP; where one side has none, parameters are matched by position.
+        As torch's loader, but a matrix's state keeps its dtype, whatever the weights' is. Settings that the saved
+        groups lack stay as they are. What others have added to groups is kept, from both sides. Names count without the
+        prefixes of torch.compile and DDP. Where one side has none, parameters are matched by position.
 
         Raises:
             ValueError: another rule, other parameters, or state of other keys, shape or dtype; names what differs.
@@ -489,10 +488,11 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
         ours = [(name, p, group) for group in groups
                 for name, p in zip(names_of(group), group["params"], strict=True)]  # fmt: skip
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+        by_index = dict(zip(indices, ours, strict=True))
         for index, saved in state_dict["state"].items():
-            if index not in indices:
+            if index not in by_index:
                 raise ValueError(f"state of parameter number {index}, but there are {len(indices)}")
-            name, p, group = ours[indices.index(index)]
+            name, p, group = by_index[index]
             if saved:
                 saved = self._checked_state(name, p, saved, group)
                 if group["algorithm"] == "adamw" or self.owner_of(p) == self._rank:
