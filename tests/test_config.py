@@ -62,7 +62,7 @@ BAD_VALUES = [
     ("optimizer.muon.lr=-1", "optimizer.muon: lr must be at least 0"),
     ("optimizer.muon.nesterov=1", "optimizer.muon.nesterov must be true or false, got 1"),
     ("optimizer.muon.aux_betas=[0.9]", "aux_betas must be two numbers"),
-    ("optimizer.muon.aux_betas=[0.9, 1.5]", "optimizer.muon: Invalid beta"),
+    ("optimizer.muon.aux_betas=[0.9, 1.5]", "optimizer.muon: aux_betas must be two numbers in"),
     ("optimizer.muon.polar_schedule=ns9", "polar_schedule must be one of ns5_jordan"),
     ("optimizer.muon.warmup_steps=-1", "warmup_steps must be at least 0"),
 ]

@@ -277,13 +277,15 @@ def rewrite(folder, change):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda s: s["training"]["optimizers"][1]["state"].pop(3),
+        lambda s: s["training"]["optimizers"][0]["state"].pop(20),
         lambda s: s["training"]["optimizers"][0]["state"].pop(3),
         lambda s: [o["state"].clear() for o in s["training"]["optimizers"]],
-        lambda s: s["training"]["optimizers"][1].update(rule="Muon"),
+        lambda s: s["training"]["optimizers"][0]["param_groups"][0].update(algorithm="Muon"),
         lambda s: s["training"]["model"].pop("embed.weight"),
         lambda s: s["training"]["model"].update({"embed.weight": s["training"]["model"]["embed.weight"].bfloat16()}),
-        lambda s: s["training"]["optimizers"][0]["state"][0].update(exp_avg=torch.zeros(2)),
+        lambda s: s["training"]["optimizers"][0]["state"][20].update(exp_avg=torch.zeros(2)),
+        lambda s: s["training"]["optimizers"][0]["state"][20].pop("step"),
+        lambda s: s["training"]["optimizers"][0]["state"][0].update(momentum_buffer=torch.zeros(2)),
     ],
 )
 def test_whole_checkpoints_with_wrong_content_are_refused(saved, twelve_steps, tmp_path, capsys, change):
@@ -303,7 +305,8 @@ def test_resume_takes_over_the_dtype_that_auto_meant(twelve_steps, tmp_path, mon
     shutil.rmtree(checkpoints(tmp_path)[-1])
     monkeypatch.setattr(train_gpt.aurora, "compute_dtype", lambda name, device: torch.float32)
     assert train_here(twelve_steps[1], tmp_path, *arguments, "--resume") == 0
-    (group,) = load_checkpoint(checkpoints(tmp_path)[-1])["training"]["optimizers"][1]["param_groups"]
+    (optimizer,) = load_checkpoint(checkpoints(tmp_path)[-1])["training"]["optimizers"]
+    group = optimizer["param_groups"][0]
     assert group["polar_dtype"] == "bfloat16" and losses(tmp_path)[-1] == end[-1]
 
 

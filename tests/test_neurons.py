@@ -96,7 +96,7 @@ def test_event_of_a_real_step_equals_brute_force(tiny_track, optimizer, mlp):
     neurons.before_update()
     step(run)
     event = neurons.measure(5, *shown)
-    (group,) = run.optimizers[-1].param_groups
+    group = run.rule.param_groups[0]
     assert group["weight_decay"] == 0.01 and group["lr"] > 0
     assert sorted(event["matrices"]) == sorted(
         f"blocks.{i}.mlp.{kind}" for i in (0, 1) for kind in ("gate", "up", "down")[mlp == "relu2" :]
@@ -105,7 +105,7 @@ def test_event_of_a_real_step_equals_brute_force(tiny_track, optimizer, mlp):
         found = event["matrices"].get(name.removesuffix(".weight"))
         if found is None:
             continue
-        state, after = run.optimizers[-1].state[p], p.detach().double().numpy()
+        state, after = run.rule.state[p], p.detach().double().numpy()
         update = before[name] * (1 - group["lr"] * 0.01) - after
         momentum = state["exp_avg" if optimizer == "adamw" else "momentum_buffer"].double().numpy()
         if "down" in name:
@@ -134,14 +134,14 @@ def test_a_planted_dead_neuron_and_a_planted_starved_row_are_reported_and_only_t
         for row in (*rows, mlps[1].down.weight[:, 7]):
             row.zero_()
         neurons.before_update()
-        (group,) = run.optimizers[-1].param_groups
+        group = run.rule.param_groups[0]
         for p in neurons.matrices.values():
             update = torch.randn(p.shape, generator=generator) * 1e-3
             momentum = torch.randn(p.shape, generator=generator)
             if p is mlps[0].up.weight:
                 update[9] *= 0.1
                 momentum[9] *= 0.1
-            run.optimizers[-1].state[p]["momentum_buffer"].copy_(momentum)
+            run.rule.state[p]["momentum_buffer"].copy_(momentum)
             p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update)
         for row in (*rows, mlps[1].down.weight[:, 7]):
             row.zero_()

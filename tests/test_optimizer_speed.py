@@ -123,7 +123,7 @@ def bytes_of_a_step(activation_dtype, sent):
     for p in model.parameters():
         p.grad = torch.empty_like(p)
     GradientSum(model.parameters(), optimizers, activation_dtype, world_size=8).finish()
-    optimizers[-1].step()
+    optimizers[0].step()
     return sum(sent.values())
 
 

@@ -33,13 +33,14 @@ def test_the_rules_of_the_tests_are_all_that_have_a_public_name():
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_build_gives_each_role_its_settings(name):
     optimizers = aurora.build(name, params(), HPARAMS)
+    assert len(optimizers) == 1
     groups = {group["role"]: (type(o).__name__, group) for o in optimizers for group in o.param_groups}
     assert {role: group["lr"] for role, (_, group) in groups.items()} == {
         "embed": 0.3, "head": 0.004, "vector": 0.01, "matrix": 0.02,
     }  # fmt: skip
     assert groups["matrix"][0].lower() == name.replace("_", "")
     for role in ("embed", "head", "vector"):
-        assert groups[role][0] == "AdamW"
+        assert groups[role][1].get("algorithm", "adamw") == "adamw"
         assert groups[role][1]["betas"] == (0.8, 0.95) and groups[role][1]["weight_decay"] == 0.1
 
 
@@ -60,6 +61,23 @@ def test_a_constructor_must_state_types(copied):
     )
     with pytest.raises(ValueError, match="Untyped.__init__ must say which type lr has"):
         package.hparam_types("untyped")
+
+
+def test_a_rule_that_is_any_other_optimizer_gets_an_adamw_beside_it(copied):
+    package, folder = copied
+    (folder / "plain.py").write_text(
+        "import torch\nclass Plain(torch.optim.SGD):\n    def __init__(self, params, lr: float):\n"
+        "        super().__init__(params, lr=lr)\n"
+    )
+    rule, adamw = package.build(
+        "plain", params(), {k: v for k, v in HPARAMS.items() if k in package.hparam_types("plain")}
+    )
+    assert [group["role"] for group in rule.param_groups] == ["matrix"]
+    assert isinstance(adamw, torch.optim.AdamW) and [g["role"] for g in adamw.param_groups] == [
+        "embed",
+        "head",
+        "vector",
+    ]
 
 
 def test_build_refuses_unknown_names_and_roles():
@@ -163,7 +181,7 @@ assert "torch" not in sys.modules
 assert {"Aurora", "polar", "find_rule"} <= set(dir(aurora))
 
 finds = {"registry", "params"}
-matrix = finds | {"base", "polar", "sharding", "shapes", "adamw_group"}
+matrix = finds | {"base", "loading", "polar", "sharding", "shapes", "adamw_group"}
 needed = {"adamw": finds, "muon": matrix, "normuon": matrix | {"rows"}, "unormuon": matrix | {"rows", "normuon"},
           "aurora": matrix | {"rows"}, "riemannian_aurora": matrix | {"rows"}}
 for rule, modules in needed.items():

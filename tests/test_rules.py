@@ -183,7 +183,7 @@ def test_aurora_variants_keep_rows_even_and_nearly_orthogonal(variant, shape):
     for p.grad in grads:
         optimizer.step()
     (group,) = optimizer.param_groups
-    X_KMN = torch.stack(optimizer.lookahead([p], group))
+    X_KMN = optimizer.lookahead([p], group)
     U = optimizer.direction(X_KMN, [optimizer.state[p]], group)[0]
     plain = polar(X_KMN, SCHEDULES["polar_express5"])[0]
     U, plain = (V if shape[0] > shape[1] else V.T for V in (U, plain))

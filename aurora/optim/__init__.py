@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .polar import SCHEDULES, PolarSchedule, compute_dtype
     from .registry import REQUIRED_HPARAMS, build, find_rule, hparam_types
     from .riemannian_aurora import RiemannianAurora
+    from .telemetry import NeuronTelemetry
     from .unormuon import UNorMuon
 else:  # hidden from type checkers, to which a misspelt name would be Any
 
@@ -33,9 +34,9 @@ else:  # hidden from type checkers, to which a misspelt name would be Any
 
 __version__ = "0.2.0"
 __all__ = [
-    "AdamW", "Aurora", "MatrixOptimizer", "Muon", "NorMuon", "Param", "ParamGroups", "PolarSchedule",
-    "REQUIRED_HPARAMS", "RiemannianAurora", "Role", "SCHEDULES", "UNorMuon", "VARIANTS", "build", "check_exact_cover",
-    "compute_dtype", "find_rule", "hparam_types", "param_groups",
+    "AdamW", "Aurora", "MatrixOptimizer", "Muon", "NeuronTelemetry", "NorMuon", "Param", "ParamGroups",
+    "PolarSchedule", "REQUIRED_HPARAMS", "RiemannianAurora", "Role", "SCHEDULES", "UNorMuon", "VARIANTS", "build",
+    "check_exact_cover", "compute_dtype", "find_rule", "hparam_types", "param_groups",
 ]  # fmt: skip
 _NAMES = {
     "adamw": ["AdamW"],
@@ -48,6 +49,7 @@ _NAMES = {
     "polar": ["PolarSchedule", "SCHEDULES", "compute_dtype"],
     "registry": ["REQUIRED_HPARAMS", "build", "find_rule", "hparam_types"],
     "riemannian_aurora": ["RiemannianAurora"],
+    "telemetry": ["NeuronTelemetry"],
     "unormuon": ["UNorMuon"],
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}

@@ -23,9 +23,26 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .adamw_group import ADAMW_DEFAULTS, adamw_step, check_adamw_group
+from .loading import (
+    FOREIGN_ARGUMENTS,
+    check_foreign_settings,
+    checked_state,
+    device_of_state,
+    in_order,
+    loaded_groups,
+    names_of,
+)
 from .polar import COMPUTE_DTYPES, SCHEDULES, compute_dtype, polar
-from .shapes import SHAPE_OPTIONS, check_shape, from_matrices, is_one_matrix, matrix_shapes, to_matrices
-from .sharding import assign_owners, complete, gather_from_owners, polar_cost, sum_to_all, sum_to_owners
+from .shapes import check_shape, is_one_matrix, matrix_shapes, to_matrices
+from .sharding import (
+    assign_owners,
+    complete,
+    gather_from_owners,
+    gather_states,
+    polar_cost,
+    sum_to_all,
+    sum_to_owners,
+)
 
 # On a CPU a stack larger than the caches is slower than its parts one by one.
 CPU_STACK_ELEMENTS = 2**21
@@ -33,21 +50,6 @@ CPU_STACK_ELEMENTS = 2**21
 STACK_ELEMENTS = 2**26
 
 ADJUST_LR_FNS = ("spectral", "original", "match_rms_adamw")
-# Arguments of other Muons, and what to use here.
-FOREIGN_ARGUMENTS = {
-    "ns_steps": "polar_schedule, which fixes the number of steps",
-    "ns_coefficients": "polar_schedule, e.g. 'ns5_jordan' for (3.4445, -4.775, 2.0315)",
-    "betas": 'betas of a group with algorithm = "adamw"',
-    "adamw_betas": 'betas of a group with algorithm = "adamw"',
-    "adamw_params": 'a group with algorithm = "adamw"',
-    "muon_params": "params",
-    "maximize": "the negative of the loss",
-}
-# Settings of torch's optimizers that change numbers, with the values that change none.
-FOREIGN_SETTINGS = {
-    "maximize": False, "amsgrad": False, "decoupled_weight_decay": True, "dampening": None,
-    "ns_steps": 5, "ns_coefficients": (3.4445, -4.775, 2.0315),
-}  # fmt: skip
 
 
 class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
@@ -103,9 +105,9 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
             remedy = f"; use {FOREIGN_ARGUMENTS[name]}" if name in FOREIGN_ARGUMENTS else ""
             raise TypeError(f"{type(self).__name__} has no argument {name!r}{remedy}")
         self.process_group = process_group
+        self.owners: dict[Tensor, int] = {}  # of all matrices; 0 without process_group
         self._rank = dist.get_rank(process_group) if process_group else 0
         self._rank_loads = [0] * (dist.get_world_size(process_group) if process_group else 1)
-        self._owners: dict[Tensor, int] = {}
         self._whole_state: dict[Tensor, Any] | None = None
         self._non_finite: dict[torch.device, Tensor] = {}
         defaults = dict(
@@ -221,14 +223,16 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
             if not state:
                 state.update(self._new_state(p, group))
         buffers = [state["momentum_buffer"] for state in states]
-        grads = [grad.float() for grad in gradients_of(stack)]
-        torch._foreach_lerp_(buffers, grads, _weights(1 - group["momentum"], stack))
+        torch._foreach_lerp_(
+            buffers, [grad.float() for grad in gradients_of(stack)], _weights(1 - group["momentum"], stack)
+        )
+        step_size = group["lr"]
         if is_one_matrix(group):
-            O_KMN = self._direction(torch.stack(self.lookahead(stack, group)), states, group)
-            updates = list(O_KMN.to(torch.promote_types(O_KMN.dtype, stack[0].dtype)).unbind())
-            step_size = group["lr"] * lr_factor(stack[0].size(0), stack[0].size(1), group)
+            O_K = self._direction(self.lookahead(stack, group), states, group)
+            step_size = step_size * lr_factor(stack[0].size(0), stack[0].size(1), group)
         else:
-            updates, step_size = self._updates_of_parts(stack, states, group), group["lr"]
+            O_K = self._directions_of_parts(stack, states, group)
+        updates = list(O_K.to(torch.promote_types(O_K.dtype, stack[0].dtype)).unbind())
         if group["weight_decay"]:
             torch._foreach_mul_(stack, 1 - group["lr"] * group["weight_decay"])
         if isinstance(step_size, Tensor):  # which alpha may not be
@@ -245,27 +249,21 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
         self._non_finite[O_KMN.device].logical_or_(is_bad)  # in place: before torch 2.13 no compiled step may set one
         return O_KMN
 
-    def _updates_of_parts(
-        self, stack: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]
-    ) -> list[Tensor]:
-        """The updates of parameters of one shape, of several matrices each; scaled, lr left out, as the weights lie."""
+    def _directions_of_parts(self, stack: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]) -> Tensor:
+        """(K, *shape): direction() times lr_factor() of parameters of one shape that hold several matrices each."""
         shapes = matrix_shapes(stack[0].shape, group)
-        parts = [part for X in self.lookahead(stack, group) for part in to_matrices(X, group)]
+        X_K = self.lookahead(stack, group).contiguous()
+        parts = [part for X in X_K for part in to_matrices(X, group)]  # views of it, overwritten one after the other
         part_states = [
             part for p, state in zip(stack, states, strict=True) for part in self._split_state(p, state, group)
         ]
-        done: list[Tensor] = [parts[0]] * len(parts)
         for shape in dict.fromkeys(shapes):
             indices = [i for i in range(len(parts)) if shapes[i % len(shapes)] == shape]
             for chunk in split_for_memory(indices, shape[0] * shape[1], parts[0].is_cpu):
-                X_KMN = torch.stack([parts[i] for i in chunk])
-                O_KMN = self._direction(X_KMN, [part_states[i] for i in chunk], group)
-                O_KMN = O_KMN.float() * lr_factor(*shape, group)
+                O_KMN = self._direction(torch.stack([parts[i] for i in chunk]), [part_states[i] for i in chunk], group)
                 for i, O_MN in zip(chunk, O_KMN.unbind(), strict=True):
-                    done[i] = O_MN
-        of_each = [done[i : i + len(shapes)] for i in range(0, len(done), len(shapes))]
-        dtype = torch.promote_types(done[0].dtype, stack[0].dtype)
-        return [from_matrices(own, p, group).to(dtype) for p, own in zip(stack, of_each, strict=True)]
+                    parts[i].copy_(O_MN).mul_(lr_factor(*shape, group))
+        return X_K
 
     def _new_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """new_state() of all matrices of a parameter: momentum as the weights lie, row states one below the other."""
@@ -293,16 +291,17 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
                 parts[i][key] = of_part
         return parts
 
-    def lookahead(self, stack: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
-        """What direction() sees of these parameters of one group, in float32 and their shape; not to be changed.
+    def lookahead(self, stack: list[Tensor], group: dict[str, Any]) -> Tensor:
+        """(K, *shape) float32: what direction() sees of K parameters of one shape and group.
 
         Between step() and the next zero_grad() it gives what the step has used.
         """
         buffers = [self.state[p]["momentum_buffer"] for p in stack]
         if not group["nesterov"]:
-            return buffers
-        grads = [grad.float() for grad in gradients_of(stack)]
-        return list(torch._foreach_lerp(grads, buffers, _weights(group["momentum"], stack)))
+            return torch.stack(buffers)
+        X_K = torch.stack([grad.float() for grad in gradients_of(stack)])
+        torch._foreach_lerp_(list(X_K.unbind()), buffers, _weights(group["momentum"], stack))
+        return X_K
 
     # ---- sharding over ranks ----
 
@@ -314,9 +313,9 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
         """The rank of the process group that holds the state of this parameter and computes its update."""
         if not self._is_sharded:
             return 0
-        if p not in self._owners:
+        if p not in self.owners:
             raise RuntimeError("a parameter was exchanged; build a sharded optimizer after the model is wrapped")
-        return self._owners[p]
+        return self.owners[p]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; a group that is refused changes nothing.
@@ -344,7 +343,7 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
             self.defaults = defaults
         if not is_adamw:
             costs = [sum(map(polar_cost, matrix_shapes(p.shape, group))) for p in group["params"]]
-            self._owners.update(zip(group["params"], assign_owners(costs, self._rank_loads), strict=True))
+            self.owners.update(zip(group["params"], assign_owners(costs, self._rank_loads), strict=True))
             for p in group["params"]:
                 self._non_finite.setdefault(p.device, torch.zeros((), dtype=torch.bool, device=p.device))
 
@@ -419,7 +418,7 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
         # torch's version drops everything but groups and state; a copy must know its flags, too.
         if self._is_sharded:
             raise TypeError("a sharded optimizer cannot be copied or pickled; save its state_dict()")
-        own = {key: self.__dict__[key] for key in ("_rank", "_rank_loads", "_owners", "_non_finite")}
+        own = {key: self.__dict__[key] for key in ("_rank", "_rank_loads", "owners", "_non_finite")}
         return {**super().__getstate__(), **own, "process_group": None, "_whole_state": None}
 
     def consolidate_state_dict(self, to: int | None = None) -> None:
@@ -431,24 +430,9 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
             return
         if to is not None and to not in range(len(self._rank_loads)):
             raise ValueError(f"to must be a rank below {len(self._rank_loads)}, got {to}")
-        params, owners = self._matrices_and_owners()
-        layout = {i: {key: (t.shape, t.dtype) for key, t in self.state[p].items()}
-                  for i, p in enumerate(params) if self.state.get(p)}  # fmt: skip
-        layouts: list[Any] = [None] * len(self._rank_loads)
-        dist.all_gather_object(layouts, layout, group=self.process_group)
-        whole: dict[Tensor, dict[str, Tensor]] = {}
-        for index, (p, owner) in enumerate(zip(params, owners, strict=True)):
-            for key, (shape, dtype) in layouts[owner].get(index, {}).items():
-                if owner == self._rank:
-                    value = self.state[p][key].contiguous()  # a broadcast sends memory, whatever its order
-                else:
-                    value = torch.empty(shape, dtype=dtype, device=p.device)
-                dist.broadcast(value, group_src=owner, group=self.process_group)
-                if to in (None, self._rank):
-                    as_it_lies = torch.empty_like(p, dtype=dtype) if shape == p.shape else torch.empty_like(value)
-                    whole.setdefault(p, {})[key] = as_it_lies.copy_(value)
+        states = gather_states(*self._matrices_and_owners(), self.state, self.process_group, to)
         if to in (None, self._rank):
-            self._whole_state = whole | {p: state for p, state in self.state.items() if p not in self._owners}
+            self._whole_state = states | {p: state for p, state in self.state.items() if p not in self.owners}
 
     def state_dict(self) -> dict[str, Any]:
         """The whole state, in torch's form, the same on every rank and for every world size.
@@ -457,7 +441,7 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
             RuntimeError: the state is sharded and has not been gathered since the last step.
         """
         if not self._is_sharded:
-            return _in_order(super().state_dict())
+            return in_order(super().state_dict())
         if self._whole_state is None:
             raise RuntimeError(
                 "the state is sharded over ranks: call consolidate_state_dict() on every rank, then state_dict() where "
@@ -465,7 +449,7 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
             )
         own, self.state = self.state, collections.defaultdict(dict, self._whole_state)
         try:
-            return _in_order(super().state_dict())
+            return in_order(super().state_dict())
         finally:
             self.state = own
 
@@ -483,7 +467,7 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        groups = self._loaded_groups(copy.deepcopy(state_dict["param_groups"]))
+        groups = loaded_groups(copy.deepcopy(state_dict["param_groups"]), self.param_groups, self.check_hparams)
         state: dict[Tensor, Any] = collections.defaultdict(dict)
         ours = [(name, p, group) for group in groups
                 for name, p in zip(names_of(group), group["params"], strict=True)]  # fmt: skip
@@ -494,9 +478,11 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
                 raise ValueError(f"state of parameter number {index}, but there are {len(indices)}")
             name, p, group = by_index[index]
             if saved:
-                saved = self._checked_state(name, p, saved, group)
-                if group["algorithm"] == "adamw" or self.owner_of(p) == self._rank:
-                    state[p] = {key: value.to(_device_of(key, p), copy=True) for key, value in saved.items()}
+                is_adamw = group["algorithm"] == "adamw"
+                new_state = None if is_adamw else self._new_state(torch.empty_like(p, device="meta"), group)
+                saved = checked_state(name, p, saved, group, new_state)
+                if is_adamw or self.owner_of(p) == self._rank:
+                    state[p] = {key: value.to(device_of_state(key, p), copy=True) for key, value in saved.items()}
         self.__setstate__({"state": state, "param_groups": groups})
         self._whole_state = None
         for flag in self._non_finite.values():
@@ -504,82 +490,12 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def _loaded_groups(self, theirs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Our parameters with the settings of saved groups."""
-        lengths = [[len(group["params"]) for group in groups] for groups in (theirs, self.param_groups)]
-        if lengths[0] != lengths[1]:
-            raise ValueError(f"the state has groups of {lengths[0]} parameters, this optimizer of {lengths[1]}")
-        groups = []
-        for saved, own in zip(theirs, self.param_groups, strict=True):
-            check_foreign_settings(saved)
-            if own["algorithm"] != "adamw" and saved.get("adjust_lr_fn", "") is None:
-                saved["adjust_lr_fn"] = "original"  # what torch.optim.Muon means by None
-            if saved.get("algorithm", own["algorithm"]) != own["algorithm"]:
-                raise ValueError(f"state of {saved['algorithm']} cannot be loaded into {own['algorithm']}")
-            if "param_names" in saved and "param_names" in own:
-                names = [[plain_name(name) for name in group["param_names"]] for group in (saved, own)]
-                if names[0] != names[1]:
-                    raise ValueError(f"state belongs to parameters {names[0]}, this optimizer has {names[1]}")
-            # How parameters lie is the model's, not the state's.
-            fixed = {key: own[key] for key in ("params", "param_names", *SHAPE_OPTIONS) if key in own}
-            groups.append(own | {key: saved[key] for key in saved if key not in SHAPE_OPTIONS} | fixed)
-            if own["algorithm"] != "adamw":
-                self.check_hparams(groups[-1])
-        return groups
-
-    def _checked_state(self, name: str, p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> dict[str, Tensor]:
-        """The state that is kept of a saved one; of AdamW's in the weights' dtype, as torch's loader has it."""
-        if group["algorithm"] == "adamw":
-            if "step" in state:
-                state = state | {"step": torch.as_tensor(float(state["step"]), dtype=torch.float32)}
-            found = {key: tuple(value.shape) for key, value in state.items()}
-            wanted: dict[str, Any] = {"step": ()} | dict.fromkeys(("exp_avg", "exp_avg_sq"), tuple(p.shape))
-            kept = {key: value if key == "step" else value.to(p.dtype) for key, value in state.items()}
-        else:
-            new_state = self._new_state(torch.empty_like(p, device="meta"), group)
-            # A setting may have been changed since the last step, so that less is needed.
-            kept = {key: value for key, value in state.items() if key in new_state}
-            found = {key: (tuple(value.shape), value.dtype) for key, value in kept.items()}
-            wanted = {key: (tuple(value.shape), value.dtype) for key, value in new_state.items()}
-        if found != wanted:
-            raise ValueError(f"state of {name} is {found}, but {group['algorithm']} keeps {wanted} for it")
-        return kept
-
-
-def check_foreign_settings(group: dict[str, Any]) -> None:
-    """Raise ValueError for a setting of other optimizers that would be ignored, and would mean something there."""
-    for key in group.keys() & FOREIGN_SETTINGS.keys():
-        if group[key] != FOREIGN_SETTINGS[key]:
-            remedy = f"; use {FOREIGN_ARGUMENTS[key]}" if key in FOREIGN_ARGUMENTS else ""
-            raise ValueError(f"a group has {key} = {group[key]!r}, which is not supported{remedy}")
-
 
 def lr_factor(rows: int, columns: int, group: dict[str, Any]) -> float:
     """What lr is multiplied by for matrices (rows, columns)."""
     if group["adjust_lr_fn"] == "match_rms_adamw":
         return 0.2 * math.sqrt(max(rows, columns))
     return math.sqrt(max(1.0, rows / columns)) if group["aspect_scale"] or group["adjust_lr_fn"] == "original" else 1.0
-
-
-def names_of(group: dict[str, Any]) -> list[str]:
-    """The names of a group's parameters, or their positions."""
-    return group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
-
-
-def plain_name(name: str) -> str:
-    """A parameter's name without what torch.compile and DDP put before it."""
-    return ".".join(part for part in name.split(".") if part not in ("_orig_mod", "module"))
-
-
-def _in_order(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """With the states in order of the parameters, not of their first steps."""
-    states = sorted(state_dict["state"].items(), key=lambda item: (isinstance(item[0], str), item[0]))
-    return {**state_dict, "state": dict(states)}
-
-
-def _device_of(key: str, p: Tensor) -> torch.device:
-    """As torch's AdamW has it: the count of steps is on the CPU unless the step is fused on a GPU."""
-    return torch.device("cpu") if key == "step" and not p.is_cuda else p.device
 
 
 def gradients_of(params: Iterable[Tensor]) -> list[Tensor]:

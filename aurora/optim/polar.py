@@ -246,8 +246,8 @@ def quintic_step(X: Tensor, coefficients: tuple[float, float, float]) -> Tensor:
         return quintic_step(X.mT, coefficients).mT
     a, b, c = coefficients
     R = _gram(X)
-    quartic = torch.baddbmm(R, R, R, beta=b, alpha=c)
-    return torch.baddbmm(X, X, quartic, beta=a) if X.size(-2) > X.size(-1) else torch.baddbmm(X, quartic, X, beta=a)
+    R = torch.baddbmm(R, R, R, beta=b, alpha=c)  # one name, so that the Gram matrix is freed
+    return torch.baddbmm(X, X, R, beta=a) if X.size(-2) > X.size(-1) else torch.baddbmm(X, R, X, beta=a)
 
 
 def _two_steps(X: Tensor, first: tuple[float, float, float], second: tuple[float, float, float]) -> Tensor:

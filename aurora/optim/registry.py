@@ -1,4 +1,4 @@
-"""From the name of a rule to its class, and to the optimizers of a run: the rule, and AdamW for all but the matrices.
+"""From the name of a rule to its class, and to the optimizers of a run: the rule, with AdamW for all but the matrices.
 
 A rule is one file of this folder that defines one optimizer. It is imported when it is named, not before.
 """
@@ -94,7 +94,7 @@ REQUIRED_HPARAMS = (*(field.name for field in fields(AuxHparams)), "lr")
 def build(
     name: str, params: Sequence[Param], hparams: dict[str, Any], process_group: Any = None
 ) -> list[torch.optim.Optimizer]:
-    """The optimizers of a run: AdamW over embed, head and vector, and the named rule over the matrices.
+    """The optimizers of a run: the named rule over the matrices, and AdamW over embed, head and vector.
 
     Args:
         name: of the rule, see find_rule().
@@ -103,13 +103,13 @@ def build(
         process_group: whose ranks share the matrices, by a rule that can; see MatrixOptimizer.
 
     Returns:
-        [AdamW, rule]. Each group carries its role under "role" and its lr at full scale under "peak_lr".
+        [rule], its first group the matrices; AdamW's groups are in it, too. Of a rule that is neither a MatrixOptimizer
+        nor AdamW: [rule, AdamW]. Each group carries its role under "role" and its lr at full scale under "peak_lr".
 
     Raises:
         ValueError: no such rule, a value out of range, or a parameter not covered exactly once.
         KeyError, TypeError: a hyper-parameter that is missing or unknown.
     """
-    from .adamw import AdamW  # a rule, too: imported when it is used, not before
     from .base import MatrixOptimizer
 
     rule, rule_hparams = find_rule(name), dict(hparams)
@@ -121,18 +121,27 @@ def build(
         by_role[param.role].append((param.name, param.tensor))
 
     aux_lr = {"embed": aux.embed_lr, "head": aux.head_lr, "vector": aux.vector_lr}
-    for role, lr in aux_lr.items():
-        if not lr >= 0:
-            raise ValueError(f"{role}_lr must be at least 0, got {lr!r}")
-    aux_groups = [dict(params=by_role[role], lr=lr, role=role) for role, lr in aux_lr.items() if by_role[role]]
-    optimizers: list[torch.optim.Optimizer] = []
-    if aux_groups:
-        optimizers.append(
-            AdamW(aux_groups, lr=0.0, weight_decay=aux.aux_weight_decay, betas=aux.aux_betas, eps=aux.aux_eps)
-        )
-    if by_role["matrix"]:
-        sharding = {"process_group": process_group} if issubclass(rule, MatrixOptimizer) else {}
-        optimizers.append(rule([dict(params=by_role["matrix"], role="matrix")], **sharding, **rule_hparams))
+    at_least_0 = {f"{role}_lr": lr for role, lr in aux_lr.items()}
+    for key, value in (at_least_0 | dict(aux_eps=aux.aux_eps, aux_weight_decay=aux.aux_weight_decay)).items():
+        if not value >= 0:
+            raise ValueError(f"{key} must be at least 0, got {value!r}")
+    if len(aux.aux_betas) != 2 or not all(0 <= beta < 1 for beta in aux.aux_betas):
+        raise ValueError(f"aux_betas must be two numbers in [0, 1), got {aux.aux_betas!r}")
+    groups: list[dict[str, Any]] = [dict(params=by_role["matrix"], role="matrix")] if by_role["matrix"] else []
+    adamw = dict(weight_decay=aux.aux_weight_decay, betas=aux.aux_betas, eps=aux.aux_eps)
+    others = [dict(params=by_role[role], role=role, lr=lr, **adamw) for role, lr in aux_lr.items() if by_role[role]]
+    optimizers: list[torch.optim.Optimizer]
+    if issubclass(rule, MatrixOptimizer):
+        others = [dict(algorithm="adamw", **group) for group in others]
+        optimizers = [rule(groups + others, process_group=process_group, **rule_hparams)]
+    else:
+        from .adamw import AdamW  # a rule, too: imported when it is used, not before
+
+        if issubclass(rule, AdamW):
+            optimizers = [rule(groups + others, **rule_hparams)]
+        else:
+            optimizers = [rule(groups, **rule_hparams)] if groups else []
+            optimizers += [AdamW(others, lr=0.0)] if others else []
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]

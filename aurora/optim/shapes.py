@@ -55,7 +55,7 @@ def is_one_matrix(group: dict[str, Any]) -> bool:
 
 
 def to_matrices(X: Tensor, group: dict[str, Any]) -> list[Tensor]:
-    """The matrices (M, N) of a tensor of a parameter's shape, views where that can be."""
+    """The matrices (M, N) of a tensor of a parameter's shape; of a contiguous one, views."""
     if is_one_matrix(group):
         return [X]
     X_EMN = X.flatten(1) if group.get("view") == "conv" else X
@@ -63,15 +63,6 @@ def to_matrices(X: Tensor, group: dict[str, Any]) -> list[Tensor]:
     X_EMN = X_EMN.mT if group.get("layout") == "in_out" else X_EMN
     split = group.get("split")
     return [part for X_MN in X_EMN for part in (X_MN.split(list(split)) if split else [X_MN])]
-
-
-def from_matrices(matrices: list[Tensor], like: Tensor, group: dict[str, Any]) -> Tensor:
-    """The inverse of to_matrices(), of the shape of like."""
-    if is_one_matrix(group):
-        return matrices[0]
-    num_parts = len(group.get("split") or [0])
-    X_EMN = torch.stack([torch.cat(matrices[i : i + num_parts]) for i in range(0, len(matrices), num_parts)])
-    return (X_EMN.mT if group.get("layout") == "in_out" else X_EMN).reshape(like.shape)
 
 
 def matrix_shapes(shape: torch.Size, group: dict[str, Any]) -> list[tuple[int, int]]:

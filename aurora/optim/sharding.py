@@ -9,7 +9,7 @@ wire: 149 + 297 MB for the matrices, and 271 MB for the all-reduce of embedding,
 
 from __future__ import annotations  # a torch without torch.distributed has no dist.Work
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -128,6 +128,32 @@ def gather_from_owners(tensors: Sequence[Tensor], owners: Sequence[int], group: 
                 _copy(chunk, _views(received[owner], chunk))
 
     return wait
+
+
+def gather_states(
+    params: Sequence[Tensor],
+    owners: Sequence[int],
+    states: Mapping[Tensor, dict[str, Tensor]],
+    group: Any = None,
+    to: int | None = None,
+) -> dict[Tensor, dict[str, Tensor]]:
+    """The states of parameters, which their owners hold, on rank `to` or on all; elsewhere nothing. Collective."""
+    rank = dist.get_rank(group)
+    layout = {i: {key: (value.shape, value.dtype) for key, value in states[p].items()}
+              for i, p in enumerate(params) if states.get(p)}  # fmt: skip
+    layouts: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(layouts, layout, group=group)
+    gathered: dict[Tensor, dict[str, Tensor]] = {}
+    for index, (p, owner) in enumerate(zip(params, owners, strict=True)):
+        for key, (shape, dtype) in layouts[owner].get(index, {}).items():
+            # A broadcast sends memory, whatever its order.
+            own = states[p][key].contiguous() if owner == rank else None
+            value = torch.empty(shape, dtype=dtype, device=p.device) if own is None else own
+            dist.broadcast(value, group_src=owner, group=group)
+            if to in (None, rank):
+                as_it_lies = torch.empty_like(p, dtype=dtype) if shape == p.shape else torch.empty_like(value)
+                gathered.setdefault(p, {})[key] = as_it_lies.copy_(value)
+    return gathered
 
 
 def _chunks_by_dtype(

@@ -156,7 +156,8 @@ def describe_groups(optimizers: list[torch.optim.Optimizer]) -> list[dict[str, A
                     "polar_norm_margin": schedule.norm_margin,
                     "polar_dtype": str(dtype).removeprefix("torch."),
                 }
-            descriptions.append({"optimizer": type(optimizer).__name__} | description)
+            name = "AdamW" if group.get("algorithm") == "adamw" else type(optimizer).__name__
+            descriptions.append({"optimizer": name} | description)
     return descriptions
 
 

@@ -36,7 +36,7 @@ class GradientSum:
         self.owners: dict[Tensor, int] = {}
         for optimizer in optimizers:
             if isinstance(optimizer, MatrixOptimizer) and world_size > 1:
-                self.owners |= {p: optimizer.owner_of(p) for group in optimizer.param_groups for p in group["params"]}
+                self.owners |= optimizer.owners
         self.buckets: list[list[Tensor]] = [[]]
         for p in params:
             if sum(other.numel() for other in self.buckets[-1]) >= BUCKET_ELEMENTS and p.numel() >= SMALL_ELEMENTS:

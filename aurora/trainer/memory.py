@@ -123,7 +123,7 @@ def memory_estimate_gib(
     Of the unedited model, eager: by the fast forward, or by the model itself, whose loss keeps float32 logits.
     """
     counts, model = params_by_role(params), config.model
-    num_params, is_sharded_rule = sum(counts.values()), isinstance(optimizers[-1], aurora.MatrixOptimizer)
+    num_params, is_sharded_rule = sum(counts.values()), isinstance(optimizers[0], aurora.MatrixOptimizer)
     # AdamW keeps two floats a weight, a matrix rule one, on its owner.
     state: float = 2 * (num_params - counts["matrix"])
     state += counts["matrix"] / world_size if is_sharded_rule else 2 * counts["matrix"]

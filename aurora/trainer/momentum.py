@@ -31,7 +31,7 @@ def checked_dump(
     """
     if not isinstance(optimizer, aurora.MatrixOptimizer):
         raise HarnessError(Exit.CONFIG, f"--dump-momentum needs a matrix optimizer, not {type(optimizer).__name__}")
-    (group,) = optimizer.param_groups
+    group = optimizer.param_groups[0]
     names = fnmatch.filter(group["param_names"], pattern)
     if not names:
         known = ", ".join(group["param_names"])
@@ -52,7 +52,7 @@ def record_momentum(optimizer: torch.optim.Optimizer, dump: Dump, step: int, fol
     Args:
         step: steps that the optimizer has taken already.
     """
-    (group,) = optimizer.param_groups
+    group = optimizer.param_groups[0]
     named = dict(zip(group["param_names"], group["params"], strict=True))
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,8 +62,7 @@ def record_momentum(optimizer: torch.optim.Optimizer, dump: Dump, step: int, fol
         step += 1
         if dump.first_step <= step <= dump.last_step:
             own = [name for name in dump.names if optimizer.owner_of(named[name]) == rank]
-            momentum = optimizer.lookahead([named[name] for name in own], group) if own else []
-            by_name = {name: X_MN.cpu() for name, X_MN in zip(own, momentum, strict=True)}
+            by_name = {name: optimizer.lookahead([named[name]], group)[0].cpu() for name in own}
             torch.save({"step": step, "momentum": by_name}, folder / f"step{step:06d}.rank{rank}.pt")
 
     optimizer.register_step_post_hook(write)

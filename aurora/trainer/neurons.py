@@ -12,16 +12,7 @@ from torch import Tensor, nn
 
 import aurora
 from aurora.config import Config
-from aurora.optim.diagnostics import (
-    dead_neurons,
-    effective_rank,
-    leverage_scores,
-    norm_quantiles,
-    row_energies,
-    silent_neurons,
-    starved,
-    wide,
-)
+from aurora.optim.telemetry import applied_update, layer_event, matrix_event, momentum_of
 from aurora.trainer.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -46,7 +37,8 @@ class Neurons:
         self.steps = {step for step in validation_steps if is_on and step > 0 and (step % every == 0 or step == last)}
         self.num_tokens = max(1, min(TOKENS, config.eval.tokens) // config.model.seq_len) * config.model.seq_len
         self.model, self.rule, self.ranks = model, rule, ranks
-        self.groups = {p: group for group in rule.param_groups for p in group["params"]}
+        self.group = rule.param_groups[0]
+        params = set(self.group["params"])
         blocks = enumerate(getattr(model, "blocks", []))
         mlps = {f"blocks.{i}.mlp": block.mlp for i, block in blocks if hasattr(block, "mlp")}
         # By name: an edited MLP may lack some, or be made of other layers.
@@ -54,7 +46,7 @@ class Neurons:
             f"{mlp_name}.{name}": layer.weight
             for mlp_name, mlp in mlps.items()
             for name in ("gate", "up", "down")
-            if isinstance(layer := getattr(mlp, name, None), nn.Linear) and layer.weight in self.groups
+            if isinstance(layer := getattr(mlp, name, None), nn.Linear) and layer.weight in params
         }
         # The layers that multiply the neurons' activations, and whether these are gated.
         self.downs = {
@@ -97,26 +89,18 @@ class Neurons:
             event |= {key: sum(layer[key] for layer in layers) / count for key in ("dead", "silent")}
         if rows := [name for name in found if not name.endswith("down")]:  # shares of the rows of up (and gate)
             count = sum(widths[name] for name in rows)
-            event |= {key: sum(found[name][key] for name in rows) / count for key in ("starved", "starved_momentum")}
+            keys = ["starved"]
+            if found[rows[0]]["starved_momentum"] is not None:  # a rule may keep no momentum
+                keys.append("starved_momentum")
+            event |= {key: sum(found[name][key] for name in rows) / count for key in keys}
         return event | {"layers": layers, "matrices": {name: found[name] for name in self.matrices}}
 
     def _matrix(self, name: str, p: Tensor) -> dict[str, Any]:
         """Of the applied update, without its decay, and of momentum and weights, with neurons as rows."""
-        group, state = self.groups[p], self.rule.state[p]
-        # What AdamW and the matrix rules call their average of gradients.
-        momentum = state["momentum_buffer"] if "momentum_buffer" in state else state["exp_avg"]
-        update = wide(self.before[name]) * (1 - group["lr"] * group["weight_decay"]) - wide(p)
-        update, momentum, weights = (X.T if name.endswith("down") else X for X in (update, momentum, p))
-        energies, leverage = row_energies(update), leverage_scores(momentum)
-        cv, quantiles = norm_quantiles(energies)
-        even_leverage = min(1.0, weights.size(1) / weights.size(0))
-        return {
-            "update_cv": rounded(cv),
-            "update_quantiles": list(map(rounded, quantiles)),
-            "starved": int(starved(energies, energies.mean()).sum()),
-            "starved_momentum": int(starved(leverage, even_leverage).sum()),
-            "effective_rank": rounded(effective_rank(weights)),
-        }
+        update, momentum = applied_update(self.before[name], p, self.group, self.rule), momentum_of(self.rule, p)
+        if name.endswith("down"):
+            return matrix_event(update.T, p.T, momentum if momentum is None else momentum.T)
+        return matrix_event(update, p, momentum)
 
     def _layers(self, inputs_BT: Tensor, targets_BT: Tensor) -> list[dict[str, Any]]:
         """Of each MLP, what its down-projection multiplies, seen by a hook while the model itself runs once."""
@@ -125,12 +109,10 @@ class Neurons:
 
         def measure(down: nn.Linear, args: tuple[Tensor]) -> None:
             (activations,) = args
-            dead = dead_now[down] = dead_neurons(activations, down.weight)
-            layers[down] = {
-                "dead": int(dead.sum()),
-                "still_dead": int((dead & self.dead_before[down]).sum()) if self.dead_before else None,
-                "silent": int(silent_neurons(activations, self.downs[down]).sum()),
-            }
+            event, dead = layer_event(activations, down.weight, self.downs[down])
+            dead_now[down] = dead
+            still_dead = int((dead & self.dead_before[down]).sum()) if self.dead_before else None
+            layers[down] = {"dead": event["dead"], "still_dead": still_dead, "silent": event["silent"]}
 
         hooks = [down.register_forward_pre_hook(measure) for down in self.downs]
         self.model.eval()
@@ -145,8 +127,3 @@ class Neurons:
                 hook.remove()
         self.dead_before = dead_now
         return list(layers.values())
-
-
-def rounded(value: float) -> float:
-    """To four digits."""
-    return float(f"{value:.4g}")

@@ -23,7 +23,7 @@ def checked_hparams(config: Config) -> dict[str, Any]:
 
 
 def build_optimizers(config: Config, params: list[aurora.Param]) -> list[torch.optim.Optimizer]:
-    """[AdamW, rule]; the rule's matrices are shared out over all ranks."""
+    """The rule first, see aurora.build(); its matrices are shared out over all ranks."""
     process_group = dist.group.WORLD if dist.is_initialized() else None
     try:
         return aurora.build(config.optimizer, params, config.hparams, process_group)
@@ -33,7 +33,7 @@ def build_optimizers(config: Config, params: list[aurora.Param]) -> list[torch.o
 
 def fix_polar_dtype(optimizers: list[torch.optim.Optimizer], ranks: Ranks) -> None:
     """Let all ranks compute in the dtype that "auto" means on rank 0; a checkpoint holds it, and so fixes it too."""
-    for group in optimizers[-1].param_groups:
+    for group in optimizers[0].param_groups:
         if group.get("polar_dtype") == "auto":
             dtype = str(aurora.compute_dtype("auto", ranks.device)).removeprefix("torch.")
             group["polar_dtype"] = ranks.all_gather_object(dtype)[0]

@@ -57,7 +57,7 @@ def check_run(args: argparse.Namespace, ranks: Ranks, make_model: MakeModel, lr_
                 ranks.say(f"--set {override} changes nothing for {args.optimizer}")
         if config.model.head_dtype == "float8":
             check_float8(ranks.device)
-        dump = args.dump_momentum and checked_dump(optimizers[-1], config.train.steps, *args.dump_momentum)
+        dump = args.dump_momentum and checked_dump(optimizers[0], config.train.steps, *args.dump_momentum)
         if args.dry_run:
             ranks.say(dry_run_report(config, params, optimizers, ranks.world_size, plan.micro_steps, plan.micro_batch))
         return Checked(config, plan, dump)

@@ -34,7 +34,7 @@ class Run:
     ranks: Ranks
     clock: Clock
     model: "GPT"
-    optimizers: list[torch.optim.Optimizer]  # AdamW for embed, head and vectors; last, the rule for the matrices
+    optimizers: list[torch.optim.Optimizer]  # the rule, whose first group is the matrices; AdamW where it is apart
     loader: TokenLoader
     val_tokens: np.ndarray
     out: Path  # the folder of its record and checkpoints
@@ -52,7 +52,7 @@ class Run:
     @property
     def rule(self) -> torch.optim.Optimizer:
         """The optimizer of the matrices, which --optimizer names."""
-        return self.optimizers[-1]
+        return self.optimizers[0]
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
         """Inputs and targets (B, T) of this rank's part of the next global batch."""

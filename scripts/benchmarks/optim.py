@@ -2,10 +2,12 @@
 
 import argparse
 import functools
+import itertools
 import json
 import shlex
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,6 +82,24 @@ def time_ms(step: Callable[[], object], device: str) -> float:
     return elapsed_ms(begin, end)
 
 
+def temporary_bytes(step: Callable[[], object], device: str) -> int:
+    """The most memory that a step has beyond what it finds and leaves; call it once before."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    events = sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"])
+    return max(itertools.accumulate((event["args"]["Bytes"] for event in events), initial=0))
+
+
 def time_contenders(
     contenders: dict[str, torch.optim.Optimizer], rounds: int, device: str
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
@@ -125,13 +145,14 @@ def synthetic_momentum(shape: torch.Size, steps: int) -> list[torch.Tensor]:
     signal = signal @ torch.randn(rank, N, generator=generator) / rank**0.5
     rows = torch.logspace(0, -2, M)[torch.randperm(M, generator=generator), None]
     optimizer = aurora.Muon([torch.nn.Parameter(torch.zeros(shape))], lr=0.0)
-    (group,), momentum = optimizer.param_groups, []
+    (group,) = optimizer.param_groups
+    momentum: list[torch.Tensor] = []
     (p,) = group["params"]
     optimizer.state[p] = optimizer.new_state(p, group)
     for _ in range(steps):
         p.grad = rows * (signal + 0.5 * torch.randn(shape, generator=generator))
         optimizer.state[p]["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-        momentum += optimizer.lookahead([p], group)
+        momentum += optimizer.lookahead([p], group).unbind()
     return momentum
 
 

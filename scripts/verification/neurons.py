@@ -32,7 +32,8 @@ def check_neurons(run: Events) -> Iterator[str]:
             yield f"step {step}: neurons are not of the model in the config"
             continue
         sums = {key: sum(layer[key] for layer in event["layers"]) / (width * len(layers)) for key in ("dead", "silent")}
-        for key in ("starved", "starved_momentum"):
+        shares = ("starved", "starved_momentum") if "starved_momentum" in event else ("starved",)
+        for key in shares:
             sums[key] = sum(found[name][key] for name in tall) / (width * len(tall))
         is_possible = [0 < event["tokens"] <= validations["tokens"], *(0 <= event[key] <= 1 for key in sums)]
         is_possible += [math.isclose(event[key], value, abs_tol=1e-9) for key, value in sums.items()]
@@ -41,7 +42,7 @@ def check_neurons(run: Events) -> Iterator[str]:
         for matrix in found.values():
             low, high = matrix["update_quantiles"][0], matrix["update_quantiles"][-1]
             rank = matrix["effective_rank"]
-            is_possible += [0 <= matrix[key] <= width for key in ("starved", "starved_momentum")]
+            is_possible += [0 <= matrix[key] <= width for key in shares]
             is_possible += [
                 0 <= matrix["update_cv"] <= math.sqrt(width),
                 0 <= rank <= 1.001 * min(width, model["model_dim"]),

@@ -1,0 +1,112 @@
+"""What a saved state must have to be taken over, and which settings of other optimizers would be ignored."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .shapes import SHAPE_OPTIONS
+
+# Arguments of other Muons, and what to use here.
+FOREIGN_ARGUMENTS = {
+    "ns_steps": "polar_schedule, which fixes the number of steps",
+    "ns_coefficients": "polar_schedule, e.g. 'ns5_jordan' for (3.4445, -4.775, 2.0315)",
+    "betas": 'betas of a group with algorithm = "adamw"',
+    "adamw_betas": 'betas of a group with algorithm = "adamw"',
+    "adamw_params": 'a group with algorithm = "adamw"',
+    "muon_params": "params",
+    "maximize": "the negative of the loss",
+}
+# Settings of torch's optimizers that change numbers, with the values that change none.
+FOREIGN_SETTINGS = {
+    "maximize": False, "amsgrad": False, "decoupled_weight_decay": True, "dampening": None,
+    "ns_steps": 5, "ns_coefficients": (3.4445, -4.775, 2.0315),
+}  # fmt: skip
+
+
+def check_foreign_settings(group: dict[str, Any]) -> None:
+    """Raise ValueError for a setting of other optimizers that would be ignored, and would mean something there."""
+    for key in group.keys() & FOREIGN_SETTINGS.keys():
+        if group[key] != FOREIGN_SETTINGS[key]:
+            remedy = f"; use {FOREIGN_ARGUMENTS[key]}" if key in FOREIGN_ARGUMENTS else ""
+            raise ValueError(f"a group has {key} = {group[key]!r}, which is not supported{remedy}")
+
+
+def names_of(group: dict[str, Any]) -> list[str]:
+    """The names of a group's parameters, or their positions."""
+    return group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what torch.compile and DDP put before it."""
+    return ".".join(part for part in name.split(".") if part not in ("_orig_mod", "module"))
+
+
+def loaded_groups(
+    saved_groups: list[dict[str, Any]],
+    own_groups: list[dict[str, Any]],
+    check_hparams: Callable[[dict[str, Any]], None],
+) -> list[dict[str, Any]]:
+    """Our parameters with the settings of saved groups.
+
+    Raises:
+        ValueError: another number or other names of parameters, another rule, or a setting that the rule has not.
+    """
+    lengths = [[len(group["params"]) for group in groups] for groups in (saved_groups, own_groups)]
+    if lengths[0] != lengths[1]:
+        raise ValueError(f"the state has groups of {lengths[0]} parameters, this optimizer of {lengths[1]}")
+    groups = []
+    for saved, own in zip(saved_groups, own_groups, strict=True):
+        check_foreign_settings(saved)
+        if own["algorithm"] != "adamw" and saved.get("adjust_lr_fn", "") is None:
+            saved["adjust_lr_fn"] = "original"  # what torch.optim.Muon means by None
+        if saved.get("algorithm", own["algorithm"]) != own["algorithm"]:
+            raise ValueError(f"state of {saved['algorithm']} cannot be loaded into {own['algorithm']}")
+        if "param_names" in saved and "param_names" in own:
+            names = [[plain_name(name) for name in group["param_names"]] for group in (saved, own)]
+            if names[0] != names[1]:
+                raise ValueError(f"state belongs to parameters {names[0]}, this optimizer has {names[1]}")
+        # How parameters lie is the model's, not the state's.
+        fixed = {key: own[key] for key in ("params", "param_names", *SHAPE_OPTIONS) if key in own}
+        groups.append(own | {key: saved[key] for key in saved if key not in SHAPE_OPTIONS} | fixed)
+        if own["algorithm"] != "adamw":
+            check_hparams(groups[-1])
+    return groups
+
+
+def checked_state(
+    name: str, p: Tensor, saved: dict[str, Any], group: dict[str, Any], new_state: dict[str, Tensor] | None
+) -> dict[str, Tensor]:
+    """What is kept of a parameter's saved state; of AdamW's in the weights' dtype, as torch's loader has it.
+
+    new_state: of a matrix, what its rule keeps for it, for shapes and dtypes; None in AdamW's groups.
+
+    Raises:
+        ValueError: what is kept would have other keys, shapes or dtypes.
+    """
+    if new_state is None:
+        if "step" in saved:
+            saved = saved | {"step": torch.as_tensor(float(saved["step"]), dtype=torch.float32)}
+        found = {key: tuple(value.shape) for key, value in saved.items()}
+        wanted: dict[str, Any] = {"step": ()} | dict.fromkeys(("exp_avg", "exp_avg_sq"), tuple(p.shape))
+        kept = {key: value if key == "step" else value.to(p.dtype) for key, value in saved.items()}
+    else:
+        # A setting may have been changed since the last step, so that less is needed.
+        kept = {key: value for key, value in saved.items() if key in new_state}
+        found = {key: (tuple(value.shape), value.dtype) for key, value in kept.items()}
+        wanted = {key: (tuple(value.shape), value.dtype) for key, value in new_state.items()}
+    if found != wanted:
+        raise ValueError(f"state of {name} is {found}, but {group['algorithm']} keeps {wanted} for it")
+    return kept
+
+
+def device_of_state(key: str, p: Tensor) -> torch.device:
+    """As torch's AdamW has it: the count of steps is on the CPU unless the step is fused on a GPU."""
+    return torch.device("cpu") if key == "step" and not p.is_cuda else p.device
+
+
+def in_order(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """With the states in order of the parameters, not of their first steps."""
+    states = sorted(state_dict["state"].items(), key=lambda item: (isinstance(item[0], str), item[0]))
+    return {**state_dict, "state": dict(states)}

@@ -1,0 +1,338 @@
+"""NeuronTelemetry: what an optimizer does to the neurons of any model's MLPs, in any trainer.
+
+A neuron is a row of the layers that widen (up, and SwiGLU's gate) and a column of the layer that narrows again (down).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .base import MatrixOptimizer
+from .diagnostics import (
+    QUANTILES,
+    dead_neurons,
+    effective_rank,
+    leverage_scores,
+    norm_quantiles,
+    row_energies,
+    silent_neurons,
+    starved,
+    wide,
+)
+
+
+class NeuronMatrix(NamedTuple):
+    """A matrix of an MLP within a parameter.
+
+    view: gives of a tensor of the parameter's shape the matrices (M, N) with the neurons as rows.
+    """
+
+    param: nn.Parameter
+    view: Callable[[Tensor], list[Tensor]]
+    makes_neurons: bool  # as up and gate do; down reads them
+
+
+class Mlp(NamedTuple):
+    """An MLP of a model.
+
+    down: the layer whose input are the activations; None where a layer of experts holds all of them.
+    is_gated: whether the activations are the product of a gate with another layer.
+    """
+
+    matrices: dict[str, NeuronMatrix]
+    down: nn.Module | None
+    is_gated: bool
+
+
+class NeuronTelemetry:
+    """Looks at the neurons of a model every so many optimizer steps, from hooks: the training loop stays as it is.
+
+        telemetry = NeuronTelemetry(model, optimizer, every=100, report=lambda event: print(event["starved"]))
+
+    The event of a step:
+
+        step            optimizer steps since this was built
+        dead            share of the neurons whose part in their layer's output is next to nothing
+        silent          share of the neurons that are active on almost no token
+        starved         share of the rows of up and gate whose update has under 0.1 of an even row's squared norm
+        starved_momentum  share of those rows whose leverage in the momentum is under 0.1 of an even one
+        mlps            {name: {"width", "dead", "silent"}}, of the last training forward pass before the step
+        matrices        {name: {"update_cv", "update_quantiles", "starved", "leverage_quantiles", "starved_momentum",
+                        "effective_rank"}}, see matrix_event()
+
+    What cannot be seen is None: activations within a layer of experts or compiled code, momentum that another rank
+    holds or that the optimizer does not keep. Weight decay counts as part of the update for optimizers other than
+    those of this package and torch's AdamW. Only steps that are looked at cost time: a copy of the MLPs' weights, and
+    a few float64 decompositions. Models of torch.compile: build this before compiling.
+
+    Args:
+        model: any model; its MLPs are found by find_mlps().
+        optimizer: the one that updates them; under accelerate the one that prepare() was given.
+        every: steps from one look to the next.
+        report: is called with each event, e.g. wandb.log; by default events are only kept in .events.
+        mlps: names of the layers of MLPs that find_mlps() does not know: {"name": (("up", "gate"), "down")}.
+
+    Raises:
+        ValueError: no MLP is found, or none that the optimizer updates.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        every: int = 100,
+        report: Callable[[dict[str, Any]], Any] | None = None,
+        mlps: Mapping[str, tuple[Sequence[str], str]] | None = None,
+    ):
+        if every < 1:
+            raise ValueError(f"every must be at least 1, got {every}")
+        self.optimizer, self.every, self.report = optimizer, every, report
+        self.mlps = find_mlps(model) if mlps is None else named_mlps(model, mlps)
+        self.groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+        named = {name: matrix for mlp in self.mlps.values() for name, matrix in mlp.matrices.items()}
+        self.matrices = {name: matrix for name, matrix in named.items() if matrix.param in self.groups}
+        if not self.matrices:
+            seen = f"the optimizer updates none of {', '.join(named)}"
+            seen = seen if named else "the model has no MLP that is known"
+            raise ValueError(f'{seen}; name them: mlps={{"blocks.0": (("blocks.0.up",), "blocks.0.down")}}')
+        self.step = 0
+        self.events: list[dict[str, Any]] = []
+        self.layers: dict[str, dict[str, Any]] = {}
+        self.before: dict[nn.Parameter, Tensor] = {}
+        self.handles = [optimizer.register_step_pre_hook(self._keep), optimizer.register_step_post_hook(self._measure)]
+        for name, mlp in self.mlps.items():
+            if mlp.down is not None:
+                self.handles.append(mlp.down.register_forward_pre_hook(self._look(name, mlp)))
+
+    def remove(self) -> None:
+        """Take all hooks off again."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the step to come is looked at."""
+        return (self.step + 1) % self.every == 0
+
+    def _look(self, name: str, mlp: Mlp) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        @torch.no_grad()
+        def look(down: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if self.is_due and down.training:
+                weight = next(matrix for matrix in mlp.matrices.values() if not matrix.makes_neurons)
+                (down_MD,) = weight.view(weight.param)
+                self.layers[name] = layer_event(args[0], down_MD.T, mlp.is_gated)[0]
+
+        return look
+
+    @torch.no_grad()
+    def _keep(self, *_: Any) -> None:
+        if self.is_due:
+            self.before = {matrix.param: matrix.param.detach().clone() for matrix in self.matrices.values()}
+
+    @torch.no_grad()
+    def _measure(self, *_: Any) -> None:
+        is_due, self.step = self.is_due, self.step + 1
+        if not is_due:
+            return
+        matrices: dict[str, dict[str, Any]] = {}
+        for name, matrix in self.matrices.items():
+            p, group = matrix.param, self.groups[matrix.param]
+            update = applied_update(self.before[p], p, group, self.optimizer)
+            average = momentum_of(self.optimizer, p)
+            views = [matrix.view(X) if X is not None else [] for X in (update, p, average)]
+            parts = [
+                matrix_event(U, W, views[2][i] if views[2] else None)
+                for i, (U, W) in enumerate(zip(*views[:2], strict=True))
+            ]
+            for i, part in enumerate(parts):
+                matrices[name if len(parts) == 1 else f"{name}[{i}]"] = part | {"rows": views[0][i].size(0)}
+        layers, self.layers, self.before = self.layers, {}, {}
+        makers = [entry for name, entry in matrices.items() if self.matrices[name.partition("[")[0]].makes_neurons]
+        self.events.append({
+            "step": self.step,
+            **{key: _share(list(layers.values()), key, "width") for key in ("dead", "silent")},
+            **{key: _share(makers, key, "rows") for key in ("starved", "starved_momentum")},
+            "mlps": layers,
+            "matrices": matrices,
+        })  # fmt: skip
+        if self.report:
+            self.report(self.events[-1])
+
+
+def _share(entries: list[dict[str, Any]], key: str, total: str) -> float | None:
+    known = [entry for entry in entries if entry[key] is not None]
+    return sum(entry[key] for entry in known) / sum(entry[total] for entry in known) if known else None
+
+
+# ---- what is measured; the trainer's own telemetry, too, is made of these ----
+
+
+def applied_update(before: Tensor, after: Tensor, group: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> Tensor:
+    """What a step has taken off a parameter, float64, without the decoupled weight decay of optimizers known here."""
+    is_decoupled = isinstance(optimizer, MatrixOptimizer | torch.optim.AdamW)
+    decay = group["lr"] * group["weight_decay"] if is_decoupled else 0.0
+    return wide(before) * (1 - decay) - wide(after)
+
+
+def momentum_of(optimizer: torch.optim.Optimizer, p: Tensor) -> Tensor | None:
+    """The average of a parameter's gradients, as the matrix rules and SGD call it, or AdamW."""
+    state = optimizer.state.get(p, {})
+    return state.get("momentum_buffer", state.get("exp_avg"))
+
+
+def matrix_event(update_MN: Tensor, weights_MN: Tensor, momentum_MN: Tensor | None) -> dict[str, Any]:
+    """What an update does to M neurons, the rows. The quantiles are 0, 0.1, 0.5, 0.9 and 1.
+
+    update_cv: standard deviation of the row norms of the update over their mean; update_quantiles: of the row norms,
+    in units of their mean; starved: rows with under a tenth of the mean squared norm. leverage_quantiles: what rows
+    polar(momentum) would give, squared, in units of an even row's; starved_momentum: rows with under a tenth of it.
+    effective_rank: of the weights.
+    """
+    energies = row_energies(update_MN)
+    cv, quantiles = norm_quantiles(energies)
+    event: dict[str, Any] = {
+        "update_cv": rounded(cv),
+        "update_quantiles": list(map(rounded, quantiles)),
+        "starved": int(starved(energies, energies.mean()).sum()),
+        "leverage_quantiles": None,
+        "starved_momentum": None,
+        "effective_rank": rounded(effective_rank(weights_MN)),
+    }
+    if momentum_MN is not None:
+        rows, columns = momentum_MN.shape
+        even = min(1.0, columns / rows)
+        leverage = leverage_scores(momentum_MN)
+        levels = torch.tensor(QUANTILES, dtype=leverage.dtype, device=leverage.device)
+        event["leverage_quantiles"] = list(map(rounded, (leverage / even).quantile(levels).tolist()))
+        event["starved_momentum"] = int(starved(leverage, even).sum())
+    return event
+
+
+def layer_event(activations: Tensor, down_DM: Tensor, is_gated: bool) -> tuple[dict[str, Any], Tensor]:
+    """How many of M neurons are dead or silent on these activations (..., M), and (M,) bool which are dead."""
+    dead_M = dead_neurons(activations, down_DM)
+    silent = int(silent_neurons(activations, is_gated).sum())
+    return {"width": dead_M.numel(), "dead": int(dead_M.sum()), "silent": silent}, dead_M
+
+
+def rounded(value: float) -> float:
+    """To four digits."""
+    return float(f"{value:.4g}")
+
+
+# ---- which layers are MLPs ----
+
+
+def find_mlps(model: nn.Module) -> dict[str, Mlp]:
+    """The MLPs of a model by name, from the shapes of its layers.
+
+    An MLP is the smallest module whose linear layers, square ones aside, are one up (D to M) and one down (M to D) with
+    M > D, or a gate and an up, apart or in one layer (D to 2 M), and a down, for any M. Experts of transformers in
+    three-dimensional parameters count as one MLP a layer.
+    """
+    found: dict[str, Mlp] = {}
+    names = {module: name for name, module in model.named_modules()}
+    taken: set[nn.Module] = set()
+
+    def visit(module: nn.Module) -> list[nn.Module]:
+        """The linear layers within, but for those of MLPs that were found there."""
+        if _sizes(module):
+            return [module]
+        own = [layer for child in module.children() if child not in taken for layer in visit(child)]
+        mlp = _experts(names[module], module) or _mlp(names, own)
+        if mlp:
+            found[names[module]] = mlp
+            taken.update(own)
+            return []
+        return own
+
+    visit(model)
+    order = {name: i for i, name in enumerate(names.values())}
+    return dict(sorted(found.items(), key=lambda item: order[item[0]]))
+
+
+def named_mlps(model: nn.Module, wanted: Mapping[str, tuple[Sequence[str], str]]) -> dict[str, Mlp]:
+    """The MLPs that the user names: {"name": (("up", "gate"), "down")}.
+
+    Raises:
+        ValueError: no such layer, or layers that do not fit together.
+    """
+    modules = dict(model.named_modules())
+    names = {module: name for name, module in modules.items()}
+    mlps = {}
+    for name, (ups, down) in wanted.items():
+        missing = [layer for layer in (*ups, down) if layer not in modules or not _sizes(modules[layer])]
+        if missing:
+            raise ValueError(f"mlps[{name!r}]: {', '.join(missing)} is no linear layer of the model")
+        layers, last = [modules[layer] for layer in ups], modules[down]
+        neurons = _sizes(last)[0]
+        if not all(_sizes(layer)[1] in (neurons, 2 * neurons) for layer in layers):
+            raise ValueError(f"mlps[{name!r}]: {', '.join(ups)} do not make the {neurons} inputs of {down}")
+        mlps[name] = _as_mlp(names, layers, last)
+    return mlps
+
+
+def _sizes(module: nn.Module) -> tuple[int, ...]:
+    """Inputs and outputs of a linear layer, or nothing. transformers' Conv1D has its weight as (in, out)."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        return tuple(module.get_parameter("weight").shape)
+    return ()
+
+
+def _mlp(names: Mapping[nn.Module, str], layers: list[nn.Module]) -> Mlp | None:
+    """The MLP that these layers make, if it is one."""
+    layers = [layer for layer in layers if len(set(_sizes(layer))) == 2]
+    for down in layers if len(layers) in (2, 3) else []:
+        ups = [layer for layer in layers if layer is not down]
+        (neurons, dim), sizes = _sizes(down), [_sizes(up) for up in ups]
+        is_plain = sizes == [(dim, neurons)] and neurons > dim and down is layers[-1]  # an adapter narrows first
+        if is_plain or sizes in ([(dim, neurons)] * 2, [(dim, 2 * neurons)]):
+            return _as_mlp(names, ups, down)
+    return None
+
+
+def _as_mlp(names: Mapping[nn.Module, str], ups: list[nn.Module], down: nn.Module) -> Mlp:
+    neurons = _sizes(down)[0]
+    matrices = {}
+    for layer in (*ups, down):
+        is_first_last = isinstance(layer, nn.Linear) != (layer is down)  # whether the neurons lie along dimension 0
+        num_parts = _sizes(layer)[1] // neurons if layer is not down else 1
+        view = _rows_first(is_first_last, num_parts)
+        matrices[f"{names[layer]}.weight"] = NeuronMatrix(layer.get_parameter("weight"), view, layer is not down)
+    return Mlp(matrices, down, len(ups) == 2 or _sizes(ups[0])[1] == 2 * neurons)
+
+
+def _rows_first(is_first: bool, num_parts: int) -> Callable[[Tensor], list[Tensor]]:
+    return lambda X: list((X if is_first else X.T).chunk(num_parts))
+
+
+def _experts(name: str, module: nn.Module) -> Mlp | None:
+    """The experts of transformers 5 and later: (E, 2 M, D) and (E, D, M), or transposed."""
+    weights = dict(module.named_parameters(recurse=False))
+    up = weights.get("gate_up_proj", weights.get("up_proj"))
+    down = weights.get("down_proj")
+    if up is None or down is None or up.ndim != 3 or not hasattr(module, "is_transposed"):
+        return None
+    is_gated, is_turned = "gate_up_proj" in weights, bool(module.is_transposed)
+    is_interleaved = is_gated and not getattr(module, "is_concatenated", True)
+
+    def view_up(X: Tensor) -> list[Tensor]:
+        rows = [X_MN.T if is_turned else X_MN for X_MN in X]
+        if is_interleaved:
+            return [part for X_MN in rows for part in (X_MN[::2], X_MN[1::2])]
+        return [part for X_MN in rows for part in X_MN.chunk(2 if is_gated else 1)]
+
+    def view_down(X: Tensor) -> list[Tensor]:
+        return [X_MN if is_turned else X_MN.T for X_MN in X]
+
+    prefix = f"{name}." if name else ""
+    matrices = {
+        f"{prefix}{'gate_up_proj' if is_gated else 'up_proj'}": NeuronMatrix(up, view_up, True),
+        f"{prefix}down_proj": NeuronMatrix(down, view_down, False),
+    }
+    return Mlp(matrices, None, is_gated)
