@@ -11,8 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt
 from aurora.config import load_config
+from aurora.optim import base
 from aurora.trainer.gradients import GradientSum
 from aurora.trainer.optimizers import build_optimizers
+from scripts.benchmarks.optim import temporary_bytes
 from tests.conftest import ROOT, often
 from tests.test_rules import RULES, make
 
@@ -24,6 +26,27 @@ def new_params(device="cpu"):
     for p in params:
         p.grad = torch.randn(p.shape, device=device)
     return params
+
+
+STACKED = [((64, 64), 48), ((256, 64), 12), ((64, 256), 12), ((512, 16), 32), ((128, 64), 24)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", often("bfloat16", False)])
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "riemannian_aurora"])
+def test_a_step_takes_at_most_two_and_a_half_of_the_largest_stack(rule, dtype, monkeypatch):
+    """Of many matrices of one shape, and of the parts of stacked experts and fused layers."""
+    monkeypatch.setattr(base, "CPU_STACK_BYTES", 2**18)
+    for shape, count in STACKED:
+        params = [torch.nn.Parameter(torch.randn(shape)) for _ in range(count)]
+        experts = torch.nn.Parameter(torch.randn(4, *shape))
+        options = dict(view="experts", split=(shape[0] // 2,) * 2)
+        for groups in ([dict(params=params)], [dict(params=[experts], **options)]):
+            for group in groups:
+                for p in group["params"]:
+                    p.grad = torch.randn_like(p)
+            optimizer = make(rule, groups, polar_dtype=dtype)
+            optimizer.step()
+            assert 0.5 < temporary_bytes(optimizer.step, "cpu") / base.CPU_STACK_BYTES < 2.5, (shape, len(groups))
 
 
 class SyncCounter(TorchDispatchMode):

@@ -80,21 +80,19 @@ class Aurora(MatrixOptimizer):
 
     def direction(self, X_KMN: Tensor, states: list[dict[str, Any]], group: dict[str, Any]) -> Tensor:
         # variant and balance may have been changed since the state was made.
-        for X_MN, state in zip(X_KMN, states, strict=True):
-            if not remembers_rows(X_MN, group):
+        for state in states:
+            if not remembers_rows(X_KMN[0], group):
                 state.pop("row_weight", None)
             elif "row_weight" not in state:
-                state.update(new_row_state(X_MN))
+                state.update(new_row_state(X_KMN[0]))
 
         if not is_balanced(X_KMN[0], group):
-            return self.polar(X_KMN, group)
-        if X_KMN.size(-2) < X_KMN.size(-1):
-            return self._balanced(X_KMN.mT, states, group).mT
-        return self._balanced(X_KMN, states, group)
-
-    def _balanced(self, X_KMN: Tensor, states: list[dict[str, Any]], group: dict[str, Any]) -> Tensor:
+            return self.polar(X_KMN, group, overwrite=True)
+        is_wide = X_KMN.size(-2) < X_KMN.size(-1)
+        X_KMN = X_KMN.mT if is_wide else X_KMN
         if group["variant"] == "iterated":
-            return self._iterated(X_KMN, group)
+            U_KMN = self._iterated(X_KMN, group)
+            return U_KMN.mT if is_wide else U_KMN
         weights = [state["row_weight"] for state in states]
         weight_KM1 = torch.stack(weights)
         max_scale_error = SCHEDULES[group["polar_schedule"]].max_error + rounding(self.polar_dtype(X_KMN, group))
@@ -108,6 +106,7 @@ class Aurora(MatrixOptimizer):
             return (correction(V_KMN, HEADROOM * INTERLUDE_GROWTH) / HEADROOM).to(V_KMN.dtype) * V_KMN
 
         U_KMN = self._polar_of_rows(X_KMN, weight_KM1, group, fold if group["variant"] == "folded" else None)
+        del X_KMN
         if group["variant"] == "refined":
             U_KMN = quintic_step(correction(U_KMN, HEADROOM).to(U_KMN.dtype) * U_KMN, REFINEMENT)
         U_KMN = correction(U_KMN, max_scale_error=max_scale_error) * U_KMN
@@ -115,13 +114,14 @@ class Aurora(MatrixOptimizer):
         new_KM1 = weight_KM1 * math.prod(corrections) ** (2 * group["balance_power"])
         new_KM1 = (new_KM1 / new_KM1.log().mean(dim=-2, keepdim=True).exp()).clamp(*ROW_WEIGHT_RANGE)
         torch._foreach_copy_(weights, list(new_KM1.unbind()))
-        return U_KMN
+        return U_KMN.mT if is_wide else U_KMN
 
     def _iterated(self, X_KMN: Tensor, group: dict[str, Any]) -> Tensor:
         weight_KM1 = torch.ones_like(X_KMN[..., :1])
         U_KMN = self._polar_of_rows(X_KMN, weight_KM1, group)
         for _ in range(group["balance_steps"] - 1):
             weight_KM1 = weight_KM1 * evening_factors(U_KMN) ** (2 * group["balance_power"])
+            del U_KMN  # before there is the next
             U_KMN = self._polar_of_rows(X_KMN, weight_KM1, group)
         return U_KMN
 
@@ -137,7 +137,8 @@ class Aurora(MatrixOptimizer):
         scale_KM1 = weight_KM1 / norm_KM1.clamp(min=TINY_NORM)
         total_K11 = torch.linalg.vector_norm(scale_KM1 * norm_KM1, dim=-2, keepdim=True)
         scale_KM1 = scale_KM1 / total_K11.clamp(min=MIN_ROW_NORM)
-        return self.polar(X_KMN, group, row_scale_KM1=scale_KM1, interlude=interlude)
+        is_last = group["variant"] != "iterated"
+        return self.polar(X_KMN, group, row_scale_KM1=scale_KM1, interlude=interlude, overwrite=is_last)
 
 
 def is_balanced(X_MN: Tensor, group: dict[str, Any]) -> bool:

@@ -44,10 +44,11 @@ from .sharding import (
     sum_to_owners,
 )
 
-# On a CPU a stack larger than the caches is slower than its parts one by one.
-CPU_STACK_ELEMENTS = 2**21
-# Elsewhere larger stacks gain nothing, and a step takes a few times the memory of the largest one.
-STACK_ELEMENTS = 2**26
+# The largest stack of float32 matrices, unless one alone is larger. More gains nothing, and a CPU's caches hold less.
+STACK_BYTES, CPU_STACK_BYTES = 2**28, 2**23
+# A stack and what is made of it are up to 4.1 times its size. These shares keep a step below 2.5 STACK_BYTES; that of
+# parts is smaller, since the parameter that they are parts of is there, too.
+STACK_SHARE, PARTS_SHARE = 0.6, 0.3
 
 ADJUST_LR_FNS = ("spectral", "original", "match_rms_adamw")
 
@@ -131,7 +132,7 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
         """The update direction of a stack of same-shape matrices, before scale and lr.
 
         Args:
-            X_KMN: (K, M, N) float32 momentum, not to be changed.
+            X_KMN: (K, M, N) float32 momentum; its memory is the rule's, to work in.
             states: the state of each of the K matrices, in stack order, to be changed in place; see new_state().
             group: the hyper-parameters.
 
@@ -197,7 +198,7 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
             for same_size in group_by(params, lambda p: (p.numel(), p.dtype, p.device)):
                 own = [p for p in same_size if p.grad is not None and self.owner_of(p) == self._rank]
                 for same_shape in group_by(own, lambda p: p.shape):
-                    for stack in split_for_memory(same_shape):
+                    for stack in split_for_memory(same_shape, same_shape[0].numel(), same_shape[0].is_cpu, STACK_SHARE):
                         self._update(stack, group)
                 if self._is_sharded:
                     owners = [self.owner_of(p) for p in same_size]
@@ -228,7 +229,7 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
         )
         step_size = group["lr"]
         if is_one_matrix(group):
-            O_K = self._direction(self.lookahead(stack, group), states, group)
+            O_K = self._checked(self.direction(self.lookahead(stack, group), states, group))
             step_size = step_size * lr_factor(stack[0].size(0), stack[0].size(1), group)
         else:
             O_K = self._directions_of_parts(stack, states, group)
@@ -240,9 +241,8 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
             updates, step_size = [update.to(dtype) * step_size for update in updates], 1
         torch._foreach_sub_(stack, updates, alpha=step_size)  # of one dtype it is one launch on CUDA
 
-    def _direction(self, X_KMN: Tensor, states: list[dict[str, Any]], group: dict[str, Any]) -> Tensor:
-        """direction(), and the flag of what is not finite."""
-        O_KMN = self.direction(X_KMN, states, group)
+    def _checked(self, O_KMN: Tensor) -> Tensor:
+        """A direction as it is, with the flag set where it is not finite."""
         is_bad = ~torch.linalg.vector_norm(O_KMN).isfinite()
         if O_KMN.device not in self._non_finite:  # the model was moved after the optimizer was built
             self._non_finite[O_KMN.device] = torch.zeros_like(is_bad)
@@ -259,8 +259,9 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
         ]
         for shape in dict.fromkeys(shapes):
             indices = [i for i in range(len(parts)) if shapes[i % len(shapes)] == shape]
-            for chunk in split_for_memory(indices, shape[0] * shape[1], parts[0].is_cpu):
-                O_KMN = self._direction(torch.stack([parts[i] for i in chunk]), [part_states[i] for i in chunk], group)
+            for chunk in split_for_memory(indices, shape[0] * shape[1], X_K.is_cpu, PARTS_SHARE):
+                X_KMN, chunk_states = torch.stack([parts[i] for i in chunk]), [part_states[i] for i in chunk]
+                O_KMN = self._checked(self.direction(X_KMN, chunk_states, group))
                 for i, O_MN in zip(chunk, O_KMN.unbind(), strict=True):
                     parts[i].copy_(O_MN).mul_(lr_factor(*shape, group))
         return X_K
@@ -516,15 +517,10 @@ def group_by(params: Iterable[Tensor], key: Callable[[Tensor], Any]) -> list[lis
     return list(groups.values())
 
 
-def split_for_memory(stack: list[Any], num_elements: int = 0, is_cpu: bool = False) -> list[list[Any]]:
-    """The stack in parts that a CPU's caches hold, or that take little of a GPU's memory.
-
-    num_elements, is_cpu: of each member, where these are not tensors.
-    """
-    if isinstance(stack[0], Tensor):
-        num_elements, is_cpu = stack[0].numel(), stack[0].is_cpu
-    size = max(1, (CPU_STACK_ELEMENTS if is_cpu else STACK_ELEMENTS) // num_elements)
-    return [stack[first : first + size] for first in range(0, len(stack), size)]
+def split_for_memory(members: list[Any], num_elements: int, is_cpu: bool, share: float) -> list[list[Any]]:
+    """Members of a stack, with num_elements each, in parts of at most this share of the largest stack."""
+    size = max(1, int(share * (CPU_STACK_BYTES if is_cpu else STACK_BYTES)) // (4 * num_elements))
+    return [members[first : first + size] for first in range(0, len(members), size)]
 
 
 def check_hparam(is_valid: bool, key: str, wanted: str, group: dict[str, Any]) -> None:

@@ -16,4 +16,4 @@ class Muon(MatrixOptimizer):
     """
 
     def direction(self, X_KMN: Tensor, states: list[dict[str, Any]], group: dict[str, Any]) -> Tensor:
-        return self.polar(X_KMN, group)
+        return self.polar(X_KMN, group, overwrite=True)

@@ -41,7 +41,8 @@ class NorMuon(MatrixOptimizer):
         return {**super().new_state(p, group), "row_second_moment": row_second_moment}
 
     def direction(self, X_KMN: Tensor, states: list[dict[str, Any]], group: dict[str, Any]) -> Tensor:
-        O_KMN = self.polar(X_KMN, group)
+        O_KMN = self.polar(X_KMN, group, overwrite=True)
+        del X_KMN
         norm_KM1 = row_norms(O_KMN)
         moments = [state["row_second_moment"] for state in states]
         torch._foreach_lerp_(moments, list((norm_KM1.square() / O_KMN.size(-1)).unbind()), 1 - group["beta2"])

@@ -155,15 +155,17 @@ def polar(
     schedule: PolarSchedule,
     dtype: torch.dtype = torch.float32,
     row_scale_KM1: Tensor | None = None,
+    overwrite: bool = False,
     interlude: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Approximate polar factor of every matrix in the stack.
 
     Args:
-        X_KMN: (K, M, N), any float dtype; not changed.
+        X_KMN: (K, M, N), any float dtype; not changed unless overwrite is true.
         schedule: one of SCHEDULES.
         dtype: dtype of the matmuls; the normalisation is always float32.
         row_scale_KM1: (K, M, 1) float32, for the polar factor of row_scale * X, whose Frobenius norm must then be 1.
+        overwrite: whether X_KMN may be used as working memory.
         interlude: changes the almost orthogonal matrices ((K, M, N) in dtype) shortly before the end, and two steps
             before that; what follows makes them orthogonal again: further polar factors for almost nothing. It may let
             a singular value grow by INTERLUDE_GROWTH at most. After it come the last two steps of the schedule, or,
@@ -191,14 +193,20 @@ def polar(
             for _ in range(2):
                 X = _polar_svd(interlude(X), schedule.min_singular_value)
         return X
-    X = _scaled(X_KMN, scale / schedule.norm_margin, dtype)
     steps = schedule.coefficients
     num_singles = schedule.bfloat16_singles if dtype == torch.bfloat16 else 0
+    # Calls within calls: a name would keep its stack alive, and large ones are most of a step's memory.
     if interlude is None:
-        return _apply(X, steps, num_singles)
+        return _apply(_scaled(X_KMN, scale / schedule.norm_margin, dtype, overwrite), steps, num_singles)
     body = steps[:-1] if schedule.max_error > FINISH_ERROR else steps[:-2]
-    X = interlude(_apply(X, body[:-2], num_singles))
-    X = interlude(_apply(X, body[-2:], num_singles - len(body[:-2])))
+    begin, end = body[:-2], body[-2:]
+    X = interlude(
+        _apply(
+            interlude(_apply(_scaled(X_KMN, scale / schedule.norm_margin, dtype, overwrite), begin, num_singles)),
+            end,
+            num_singles - len(begin),
+        )
+    )
     return _finish(X) if schedule.max_error > FINISH_ERROR else _apply(X, steps[-2:])
 
 
@@ -207,10 +215,11 @@ def is_turned(X: Tensor) -> bool:
     return X.mT.is_contiguous() and not X.is_contiguous()
 
 
-def _scaled(X: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def _scaled(X: Tensor, scale: Tensor, dtype: torch.dtype, overwrite: bool) -> Tensor:
     if is_turned(X):
-        return _scaled(X.mT, scale.mT, dtype).mT
-    return torch.mul(X, scale, out=X.new_empty(X.shape, dtype=dtype))  # one pass
+        return _scaled(X.mT, scale.mT, dtype, overwrite).mT
+    out = X if overwrite and X.dtype == dtype else X.new_empty(X.shape, dtype=dtype)
+    return torch.mul(X, scale, out=out)  # one pass
 
 
 def _gram(X: Tensor) -> Tensor:
@@ -257,16 +266,19 @@ def _two_steps(X: Tensor, first: tuple[float, float, float], second: tuple[float
     Gram matrix is taken anew, since in bfloat16 small singular values drown in its rounding: with three steps
     heavy-tailed spectra came out with singular values up to 2, with four far above.
     """
-    R = _gram(X)
+    return _times(X, _two_factors(_gram(X), first, second))
+
+
+def _two_factors(R: Tensor, first: tuple[float, float, float], second: tuple[float, float, float]) -> Tensor:
     P = _factor(R, first)
-    Q = _factor(torch.bmm(torch.bmm(P, R), P), second)
-    return _times(X, torch.bmm(Q, P))
+    R = torch.bmm(torch.bmm(P, R), P)
+    return torch.bmm(_factor(R, second), P)
 
 
 def _factor(R: Tensor, coefficients: tuple[float, float, float]) -> Tensor:
     """a I + b R + c R^2, by which a step multiplies X."""
     a, b, c = coefficients
-    return torch.baddbmm(_add_to_diagonal(b * R, a), R, R, alpha=c)
+    return _add_to_diagonal(b * R, a).baddbmm_(R, R, alpha=c)
 
 
 def _add_to_diagonal(R: Tensor, value: float) -> Tensor:
@@ -287,11 +299,14 @@ def _times(X: Tensor, factor: Tensor) -> Tensor:
 
 def _finish(X: Tensor) -> Tensor:
     """The polynomial FINISH: X (c1 I + c3 R + R^2 (c5 I + c7 R + c9 R^2)) with R the Gram matrix of X."""
+    return _times(X, _finishing_factor(_gram(X)))
+
+
+def _finishing_factor(R: Tensor) -> Tensor:
     c1, c3, c5, c7, c9 = FINISH
-    R = _gram(X)
     R_sq = torch.bmm(R, R)
-    inner = _add_to_diagonal(torch.add(c7 * R, R_sq, alpha=c9), c5)
-    return _times(X, torch.baddbmm(_add_to_diagonal(c3 * R, c1), R_sq, inner))
+    inner = _add_to_diagonal((c7 * R).add_(R_sq, alpha=c9), c5)
+    return _add_to_diagonal(c3 * R, c1).baddbmm_(R_sq, inner)
 
 
 def _polar_svd(X_KMN: Tensor, min_singular_value: float) -> Tensor:

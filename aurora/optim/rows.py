@@ -12,7 +12,8 @@ def row_norms(X_KMN: Tensor) -> Tensor:
     if X_KMN.is_cuda:
         return torch.linalg.vector_norm(X_KMN, dim=-1, keepdim=True, dtype=torch.float32)
     # On a CPU ten times as fast where X is the transpose of a wide matrix.
-    return X_KMN.square().sum(dim=-1, keepdim=True, dtype=torch.float32).sqrt()
+    squares = X_KMN.square() if X_KMN.dtype == torch.float32 else X_KMN.float().square_()
+    return squares.sum(dim=-1, keepdim=True).sqrt()
 
 
 def evening_factors(U_KMN: Tensor, max_scale_error: float = 0.0) -> Tensor:

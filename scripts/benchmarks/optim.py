@@ -4,6 +4,7 @@ import argparse
 import functools
 import itertools
 import json
+import os
 import shlex
 import statistics
 import sys
@@ -90,6 +91,7 @@ def temporary_bytes(step: Callable[[], object], device: str) -> int:
         before = torch.cuda.memory_allocated()
         step()
         return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler prints lines of its own
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     with tempfile.TemporaryDirectory() as folder:
