@@ -6,7 +6,8 @@ import torch
 from aurora.errors import HarnessError
 from aurora.optim.sharding import assign_owners
 from aurora.trainer.ranks import join_ranks
-from tests.conftest import OPTIMIZERS, events, losses
+from tests.conftest import OPTIMIZERS, events, losses, often
+from tests.optimizer_driver import CHOSEN, STEPS
 from tests.test_rules import RULES
 
 # Runs of riemannian_aurora part company: its conjugate gradients amplify differences of summation order. That its steps
@@ -102,6 +103,8 @@ def optimized(launch, tmp_path_factory):
     return get
 
 
+# In bfloat16 a gradient that is one rounding off may become an update that is one rounding of bfloat16 off.
+BFLOAT16_LIMIT = 0.02 * 2**-8 * STEPS
 THREE = pytest.param(3, marks=pytest.mark.slow)
 
 
@@ -109,21 +112,39 @@ def equal_state(ours, theirs):
     return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
+@pytest.mark.parametrize("world_size", [1, 2, THREE, 4])
+def largest_difference(kind, rule, ranks, one):
+    pairs = [(rank[kind][rule]["weights"][name], weight) for rank in ranks for name, weight in one["weights"].items()]
+    return max((weight - other).abs().max().item() for weight, other in pairs)
+
+
 @pytest.mark.parametrize("world_size", [2, THREE, 4])
 @pytest.mark.parametrize("rule", RULES)
 def test_weights_after_twenty_steps_do_not_depend_on_the_number_of_ranks(optimized, rule, world_size):
+    """With clipping and a scheduler."""
     (one,) = optimized(1)
-    for rank in optimized(world_size):
-        for name, weight in one["found"][rule]["weights"].items():
-            torch.testing.assert_close(rank["found"][rule]["weights"][name], weight, atol=1e-5, rtol=0)
+    limit = 1e-4 if rule == "riemannian_aurora" else 1e-5
+    assert largest_difference("found", rule, optimized(world_size), one["found"][rule]) <= limit
+
+
+@pytest.mark.parametrize("world_size", [1, 2, THREE, 4])
+@pytest.mark.parametrize("rule", CHOSEN)
+def test_sharded_and_replicated_ranks_take_the_steps_of_one_process(optimized, rule, world_size):
+    (one,), ranks = optimized(1), optimized(world_size)
+    for kind in ("found", "replicated"):
+        assert largest_difference(kind, rule, ranks, one["replicated"][rule]) <= 1e-5
+    assert largest_difference("bfloat16", rule, ranks, one["bfloat16"][rule]) <= BFLOAT16_LIMIT
+    assert largest_difference("bfloat16", rule, ranks, one["replicated"][rule]) > 1e-5, "it is in bfloat16"
 
 
 @pytest.mark.parametrize("world_size", [1, 2, THREE, 4])
 @pytest.mark.parametrize("rule", RULES)
 def test_momentum_and_row_state_exist_on_the_owner_only(optimized, rule, world_size):
-    owned = [list(rank["found"][rule]["own"]) for rank in optimized(world_size)]
-    assert sorted(name for names in owned for name in names) == ["down", "gate", "k", "q", "up"] and all(owned)
-    keys = {name: set(state) for rank in optimized(world_size) for name, state in rank["found"][rule]["own"].items()}
+    states = [dict(rank["found"][rule]["own"]) for rank in optimized(world_size)]
+    assert all(set(state.pop("gain")) == {"step", "exp_avg", "exp_avg_sq"} for state in states), "AdamW's is everyone's"
+    owned = [name for state in states for name in state]
+    assert sorted(owned) == ["down", "gate", "k", "q", "up"] and all(states)
+    keys = {name: set(state) for own in states for name, state in own.items()}
     assert all("momentum_buffer" in found for found in keys.values())
     balanced = {"aurora tall": {"up", "gate"}} | dict.fromkeys(
         ("aurora folded", "aurora warm", "aurora refined"), {"up", "gate", "down"}
@@ -136,13 +157,14 @@ def test_momentum_and_row_state_exist_on_the_owner_only(optimized, rule, world_s
 @pytest.mark.parametrize("rule", RULES)
 def test_state_saved_by_four_ranks_loads_into_fewer_bit_for_bit(optimized, rule, world_size):
     saved = optimized(4)[0]["found"][rule]["state"]
-    by_name = dict(zip(saved["param_groups"][0]["param_names"], saved["state"].values(), strict=True))
+    names = [name for group in saved["param_groups"] for name in group["param_names"]]
+    by_name = dict(zip(names, saved["state"].values(), strict=True))
     loaded = [rank["loaded"][rule] for rank in optimized(world_size)]
     for rank in loaded:
         assert all(equal_state(state, by_name[name]) for name, state in rank["own"].items())
         again = rank["state"]
         assert all(equal_state(again["state"][index], state) for index, state in saved["state"].items())
-    assert sorted(name for rank in loaded for name in rank["own"]) == sorted(by_name)
+    assert {name for rank in loaded for name in rank["own"]} == set(by_name)
 
 
 def test_owners_share_the_cost_evenly_and_do_not_depend_on_the_rank():
@@ -224,6 +246,71 @@ def test_a_sharded_optimizer_of_a_whole_model_is_that_of_one_process(launch):
     """Convolutions as channels_last, AdamW groups, frozen parameters, clipping, and the state on rank 0."""
     outcome = launch(world_size=2, patch=SHARDED_WHOLE_MODEL, timeout_s=40)
     assert outcome.out == ["passed\n"] * 2, outcome.err
+
+
+DISTRIBUTED_CHECKPOINT = """
+import time, torch.distributed as dist, aurora
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from aurora.trainer.ranks import join_ranks
+if "RANK" in os.environ:
+    join_ranks(timeout_s=60)
+else:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+rank = dist.get_rank()
+
+def new(seed, process_group=None):
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 3))
+    ddp = torch.nn.parallel.DistributedDataParallel(model)
+    rule = aurora.Aurora(aurora.param_groups(ddp), lr=0.1, polar_dtype="float32", process_group=process_group)
+    return ddp, rule, torch.optim.lr_scheduler.LambdaLR(rule, lambda step: 1 - step / 20)
+
+def train(model, rule, scheduler, steps):
+    for step in steps:
+        x = torch.randn(6, 4, generator=torch.Generator().manual_seed(10 * step + rank))
+        model(x).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        rule.step(), scheduler.step(), rule.zero_grad()
+
+model, rule, scheduler = new(0)
+train(model, rule, scheduler, range(3))
+begin_s = time.monotonic()
+if rank == 0:
+    assert len(rule.state_dict()["state"]) == 6
+    assert time.monotonic() - begin_s < 1
+weights, state = get_state_dict(model, rule)
+dcp.save({{"model": weights, "optimizer": state}}, checkpoint_id="{folder}")
+other_model, other, other_scheduler = new(1)
+weights, state = get_state_dict(other_model, other)
+dcp.load({{"model": weights, "optimizer": state}}, checkpoint_id="{folder}")
+set_state_dict(other_model, other, model_state_dict=weights, optim_state_dict=state)
+other_scheduler.load_state_dict(scheduler.state_dict())
+for each in ((model, rule, scheduler), (other_model, other, other_scheduler)):
+    train(*each, range(3, 6))
+for p, q in zip(model.parameters(), other_model.parameters()):
+    assert torch.equal(p, q)
+
+sharded_model, sharded, sharded_scheduler = new(0, dist.group.WORLD)
+train(sharded_model, sharded, sharded_scheduler, range(1))
+begin_s = time.monotonic()
+if rank == 0 and dist.get_world_size() > 1:
+    try:
+        sharded.state_dict()
+        raise AssertionError("it must raise")
+    except RuntimeError as error:
+        assert "call consolidate_state_dict() on every rank" in str(error) and time.monotonic() - begin_s < 1
+print("passed", flush=True)
+dist.barrier()
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("world_size", [often(1, False), 2])
+def test_distributed_checkpoints_resume_bit_for_bit_and_one_rank_may_save(launch, tmp_path, world_size):
+    patch = DISTRIBUTED_CHECKPOINT.format(folder=tmp_path / "checkpoint")
+    outcome = launch(world_size=world_size, patch=patch, timeout_s=60)
+    assert outcome.out == ["passed\n"] * world_size, outcome.err
 
 
 def test_an_error_on_one_rank_alone_is_told_and_stops_all(tiny_track, launch, tmp_path):
