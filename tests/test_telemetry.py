@@ -1,5 +1,7 @@
 """The telemetry hook for other people's models and trainers: what it finds, against brute force."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch import nn
 import aurora
 from aurora.optim.telemetry import find_mlps
 from tests.test_neurons import brute_effective_rank, brute_leverage
+from tests.test_param_groups import MODELS
 
 
 class Conv1D(nn.Module):
@@ -232,3 +235,31 @@ def test_what_cannot_be_found_is_said_and_can_be_named():
         aurora.NeuronTelemetry(new_model("plain"), optimizer)
     with pytest.raises(ValueError, match="every must be at least 1"):
         aurora.NeuronTelemetry(model, optimizer, every=0)
+
+
+GATED = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
+MLPS_OF = {
+    "GPT2LMHeadModel": {"transformer.h.*.mlp": ("c_fc.weight", "c_proj.weight")},
+    "LlamaForCausalLM": {"model.layers.*.mlp": GATED},
+    "MixtralForCausalLM": {"model.layers.*.mlp.experts": ("gate_up_proj", "down_proj")},
+    "Phi3ForCausalLM": {"model.layers.*.mlp": ("gate_up_proj.weight", "down_proj.weight")},
+    "ViTForImageClassification": {"vit.layers.*.mlp": ("fc1.weight", "fc2.weight")},
+    "WhisperForConditionalGeneration": dict.fromkeys(
+        ("model.encoder.layers.*", "model.decoder.layers.*"), ("fc1.weight", "fc2.weight")
+    ),
+    "MambaForCausalLM": {},
+    "ResNetForImageClassification": {},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MLPS_OF)
+def test_mlps_of_models_of_transformers(name):
+    transformers = pytest.importorskip("transformers")
+    config, settings, _ = MODELS[name]
+    model = getattr(transformers, name)(getattr(transformers, config)(**settings))
+    found = find_mlps(model)
+    names = {re.sub(r"\.\d+", ".*", mlp): tuple(key[len(mlp) + 1 :] for key in found[mlp].matrices) for mlp in found}
+    assert names == MLPS_OF[name]
+    assert all(mlp.is_gated == (len(mlp.matrices) == 3 or "gate_up" in "".join(mlp.matrices)) for mlp in found.values())
+    assert len(found) == (2 if names else 0), "both layers, or one of each half"

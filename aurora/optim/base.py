@@ -176,6 +176,15 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
         flags = list(self._non_finite.values()) or [torch.zeros((), dtype=torch.bool)]
         return torch.stack([flag.to(flags[0].device) for flag in flags]).any() if len(flags) != 1 else flags[0]
 
+    def _have_flags(self) -> None:
+        """See to it that every device that holds matrices has a flag: the model may have been moved."""
+        groups = [group for group in self.param_groups if group["algorithm"] != "adamw"]
+        devices = dict.fromkeys(p.device for group in groups for p in group["params"])
+        if self._non_finite.keys() != devices.keys():
+            was_set = self.found_non_finite
+            was_set = torch.zeros_like(was_set, device="cpu") if was_set.is_meta else was_set
+            self._non_finite = {device: was_set.to(device, copy=True) for device in devices}
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient. No host sync.
@@ -188,6 +197,7 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
             with torch.enable_grad():
                 loss = closure()
         self._whole_state = None
+        self._have_flags()
         gathers = []
         for group in self.param_groups:
             if group["algorithm"] == "adamw":
@@ -244,8 +254,6 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
     def _checked(self, O_KMN: Tensor) -> Tensor:
         """A direction as it is, with the flag set where it is not finite."""
         is_bad = ~torch.linalg.vector_norm(O_KMN).isfinite()
-        if O_KMN.device not in self._non_finite:  # the model was moved after the optimizer was built
-            self._non_finite[O_KMN.device] = torch.zeros_like(is_bad)
         self._non_finite[O_KMN.device].logical_or_(is_bad)  # in place: before torch 2.13 no compiled step may set one
         return O_KMN
 
@@ -345,8 +353,7 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
         if not is_adamw:
             costs = [sum(map(polar_cost, matrix_shapes(p.shape, group))) for p in group["params"]]
             self.owners.update(zip(group["params"], assign_owners(costs, self._rank_loads), strict=True))
-            for p in group["params"]:
-                self._non_finite.setdefault(p.device, torch.zeros((), dtype=torch.bool, device=p.device))
+            self._have_flags()
 
     def _named_params(self) -> list[tuple[str, Tensor]]:
         """All parameters with their names, or their positions where they were given without."""
