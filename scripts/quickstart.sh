@@ -4,4 +4,4 @@ set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 setup train,report
 ls data/local/local_train_*.bin data/local/local_val_*.bin >/dev/null 2>&1 || python data/local.py
-exec python scripts/compare.py --out runs/quickstart "$@"
+exec python scripts/compare.py --out runs/quickstart --jobs 2 "$@"
