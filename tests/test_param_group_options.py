@@ -267,6 +267,8 @@ def test_a_sharded_optimizer_says_what_it_cannot_do_alone(monkeypatch):
     monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
     p = torch.nn.Parameter(randn(8, 4))
     optimizer = aurora.Muon([p], lr=0.1, process_group=group)
+    assert optimizer.state_dict()["state"] == {}, "there is none yet"
+    optimizer._whole_state = None  # as after a step
     with pytest.raises(RuntimeError, match=r"call consolidate_state_dict\(\) on every rank"):
         optimizer.state_dict()
     with pytest.raises(TypeError, match="cannot be copied or pickled"):

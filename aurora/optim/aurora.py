@@ -54,6 +54,8 @@ class Aurora(MatrixOptimizer):
         Others: see MatrixOptimizer.
     """
 
+    optional_state = ("row_weight",)
+
     def __init__(
         self,
         params: Iterable[Any],

@@ -13,6 +13,7 @@ Groups with algorithm = "adamw" are updated by torch's AdamW: one optimizer for 
 
 import abc
 import collections
+import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterable
@@ -25,8 +26,11 @@ from torch import Tensor
 from .adamw_group import ADAMW_DEFAULTS, adamw_step, check_adamw_group
 from .loading import (
     FOREIGN_ARGUMENTS,
+    FOREIGN_SETTINGS,
+    HARMLESS_ARGUMENTS,
     check_foreign_settings,
     checked_state,
+    copied_to,
     device_of_state,
     in_order,
     loaded_groups,
@@ -80,12 +84,14 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
         process_group: whose ranks share the work; without one nothing is sharded.
         rule_hparams: for subclasses: the hyper-parameters that the rule adds.
 
-    lr and momentum may be 0-dim tensors, as for torch's optimizers. A step under torch.compile is then not compiled
-    again when they change.
+    lr and momentum may be tensors of one element, as for torch's optimizers. A step under torch.compile is then not
+    compiled again when they change.
 
     Raises:
         ValueError: a hyper-parameter out of range, or a parameter that its group cannot update.
     """
+
+    optional_state: tuple[str, ...] = ()  # keys of a rule's state that some settings do without
 
     def __init__(
         self,
@@ -102,14 +108,16 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
         rule_hparams: dict[str, Any] | None = None,
         **unknown: Any,
     ):
-        for name in unknown:
+        for name, value in unknown.items():
+            if name in HARMLESS_ARGUMENTS and value == FOREIGN_SETTINGS[name]:
+                continue
             remedy = f"; use {FOREIGN_ARGUMENTS[name]}" if name in FOREIGN_ARGUMENTS else ""
             raise TypeError(f"{type(self).__name__} has no argument {name!r}{remedy}")
         self.process_group = process_group
         self.owners: dict[Tensor, int] = {}  # of all matrices; 0 without process_group
         self._rank = dist.get_rank(process_group) if process_group else 0
         self._rank_loads = [0] * (dist.get_world_size(process_group) if process_group else 1)
-        self._whole_state: dict[Tensor, Any] | None = None
+        self._whole_state: dict[Tensor, Any] | None = {}  # there is none before the first step
         self._non_finite: dict[torch.device, Tensor] = {}
         defaults = dict(
             lr=lr,
@@ -119,7 +127,7 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
             aspect_scale=aspect_scale,
             polar_schedule=polar_schedule,
             polar_dtype=polar_dtype,
-            adjust_lr_fn=adjust_lr_fn,
+            adjust_lr_fn=adjust_lr_fn or "original",  # what torch.optim.Muon means by None
             algorithm=type(self).__name__,
             **(rule_hparams or {}),
         )
@@ -209,7 +217,9 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
                 own = [p for p in same_size if p.grad is not None and self.owner_of(p) == self._rank]
                 for same_shape in group_by(own, lambda p: p.shape):
                     for stack in split_for_memory(same_shape, same_shape[0].numel(), same_shape[0].is_cpu, STACK_SHARE):
-                        self._update(stack, group)
+                        # The states are found here: torch.compile may take _update() for a step of its own, and would
+                        # then remember whose they were in the first call.
+                        self._update(stack, [self.state[p] for p in stack], group)
                 if self._is_sharded:
                     owners = [self.owner_of(p) for p in same_size]
                     gathers.append(gather_from_owners(same_size, owners, self.process_group))
@@ -223,9 +233,8 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
             flag.copy_(count > 0)
         return loss
 
-    def _update(self, stack: list[Tensor], group: dict[str, Any]) -> None:
+    def _update(self, stack: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]) -> None:
         """Update parameters of one shape, all with gradients."""
-        states = [self.state[p] for p in stack]
         for p, state in zip(stack, states, strict=True):
             if p.grad is not None and p.grad.layout != torch.strided:
                 raise RuntimeError(
@@ -237,15 +246,17 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
         torch._foreach_lerp_(
             buffers, [grad.float() for grad in gradients_of(stack)], _weights(1 - group["momentum"], stack)
         )
-        step_size = group["lr"]
-        if is_one_matrix(group):
-            O_K = self._checked(self.direction(self.lookahead(stack, group), states, group))
-            step_size = step_size * lr_factor(stack[0].size(0), stack[0].size(1), group)
-        else:
-            O_K = self._directions_of_parts(stack, states, group)
+        lr = group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
+        step_size = lr
+        with without_autocast(stack[0].device):
+            if is_one_matrix(group):
+                O_K = self._checked(self.direction(_lookahead(stack, buffers, group), states, group))
+                step_size = lr * lr_factor(stack[0].size(0), stack[0].size(1), group)
+            else:
+                O_K = self._directions_of_parts(stack, states, group)
         updates = list(O_K.to(torch.promote_types(O_K.dtype, stack[0].dtype)).unbind())
         if group["weight_decay"]:
-            torch._foreach_mul_(stack, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_mul_(stack, 1 - lr * group["weight_decay"])
         if isinstance(step_size, Tensor):  # which alpha may not be
             dtype = torch.promote_types(torch.float32, stack[0].dtype)
             updates, step_size = [update.to(dtype) * step_size for update in updates], 1
@@ -260,7 +271,7 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
     def _directions_of_parts(self, stack: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]) -> Tensor:
         """(K, *shape): direction() times lr_factor() of parameters of one shape that hold several matrices each."""
         shapes = matrix_shapes(stack[0].shape, group)
-        X_K = self.lookahead(stack, group).contiguous()
+        X_K = _lookahead(stack, [state["momentum_buffer"] for state in states], group).contiguous()
         parts = [part for X in X_K for part in to_matrices(X, group)]  # views of it, overwritten one after the other
         part_states = [
             part for p, state in zip(stack, states, strict=True) for part in self._split_state(p, state, group)
@@ -288,10 +299,12 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
         shapes = matrix_shapes(p.shape, group)
         own = {shape: self.new_state(torch.empty(shape, device="meta"), group) for shape in dict.fromkeys(shapes)}
         wanted = {key for part in own.values() for key in part}
-        if state.keys() != wanted:  # a setting was changed on which the state depends
+        # A setting may have been changed on which the state depends.
+        for key in [key for key in self.optional_state if key in state and key not in wanted]:
+            del state[key]
+        if missing := wanted - state.keys():
             fresh = self._new_state(p, group)
-            for key in state.keys() ^ wanted:
-                state.pop(key) if key in state else state.update({key: fresh[key]})
+            state.update({key: fresh[key] for key in missing})
         parts: list[dict[str, Any]] = [{} for _ in shapes]
         for key in wanted - {"momentum_buffer"}:
             holders = [i for i, shape in enumerate(shapes) if key in own[shape]]  # square matrices may need none
@@ -305,12 +318,7 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
 
         Between step() and the next zero_grad() it gives what the step has used.
         """
-        buffers = [self.state[p]["momentum_buffer"] for p in stack]
-        if not group["nesterov"]:
-            return torch.stack(buffers)
-        X_K = torch.stack([grad.float() for grad in gradients_of(stack)])
-        torch._foreach_lerp_(list(X_K.unbind()), buffers, _weights(group["momentum"], stack))
-        return X_K
+        return _lookahead(stack, [self.state[p]["momentum_buffer"] for p in stack], group)
 
     # ---- sharding over ranks ----
 
@@ -333,12 +341,16 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
             ValueError: a hyper-parameter out of range, or a parameter that the group cannot update; says which.
         """
         param_group, defaults, num_groups = dict(param_group), self.defaults, len(self.param_groups)
+        if param_group.get("adjust_lr_fn", "") is None:
+            param_group["adjust_lr_fn"] = "original"  # what torch.optim.Muon means by None
         is_adamw = param_group.get("algorithm") == "adamw"
         try:
             check_foreign_settings(param_group)
             if is_adamw:
                 check_adamw_group(param_group)
                 self.defaults = ADAMW_DEFAULTS  # a group gets all defaults that it lacks
+            elif not param_group.get("use_muon", True) or "betas" in param_group:
+                raise ValueError('a group with use_muon = False or betas is AdamW\'s: it needs algorithm = "adamw"')
             super().add_param_group(param_group)
             group = self.param_groups[-1]
             if not is_adamw:
@@ -488,9 +500,9 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
             if saved:
                 is_adamw = group["algorithm"] == "adamw"
                 new_state = None if is_adamw else self._new_state(torch.empty_like(p, device="meta"), group)
-                saved = checked_state(name, p, saved, group, new_state)
+                saved = checked_state(name, p, saved, group, new_state, self.optional_state)
                 if is_adamw or self.owner_of(p) == self._rank:
-                    state[p] = {key: value.to(device_of_state(key, p), copy=True) for key, value in saved.items()}
+                    state[p] = {key: copied_to(device_of_state(key, p), value) for key, value in saved.items()}
         self.__setstate__({"state": state, "param_groups": groups})
         self._whole_state = None
         for flag in self._non_finite.values():
@@ -509,6 +521,21 @@ def lr_factor(rows: int, columns: int, group: dict[str, Any]) -> float:
 def gradients_of(params: Iterable[Tensor]) -> list[Tensor]:
     """The gradients of the parameters that have one."""
     return [p.grad for p in params if p.grad is not None]
+
+
+def _lookahead(stack: list[Tensor], buffers: list[Tensor], group: dict[str, Any]) -> Tensor:
+    if not group["nesterov"]:
+        return torch.stack(buffers)
+    X_K = torch.stack([grad.float() for grad in gradients_of(stack)])
+    torch._foreach_lerp_(list(X_K.unbind()), buffers, _weights(group["momentum"], stack))
+    return X_K
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Matmuls in the dtype that they are given, also where a step is taken within torch.autocast."""
+    if not torch.amp.is_autocast_available(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def _weights(weight: float | Tensor, stack: list[Tensor]) -> float | list[Tensor]:

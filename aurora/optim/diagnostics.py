@@ -86,13 +86,13 @@ def silent_neurons(activations: Tensor, is_gated: bool) -> Tensor:
     if is_gated:
         norms_M = column_norms(activations)
         return norms_M <= DEAD_FRAC * norms_M.mean()
-    is_active = activations.flatten(0, -2) > 0
+    is_active = activations.reshape(-1, activations.size(-1)) > 0
     return is_active.sum(dim=0) <= SILENT_FRAC * is_active.size(0)
 
 
 def column_norms(X: Tensor) -> Tensor:
     """(M,) norms over all but the last dimension of (..., M)."""
-    return torch.linalg.vector_norm(wide(X.flatten(0, -2)), dim=0)
+    return torch.linalg.vector_norm(wide(X.reshape(-1, X.size(-1))), dim=0)
 
 
 def on_host_if_need_be(decompose: Callable[[Tensor], Any], gram: Tensor) -> Any:

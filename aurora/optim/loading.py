@@ -1,5 +1,6 @@
 """What a saved state must have to be taken over, and which settings of other optimizers would be ignored."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -17,18 +18,22 @@ FOREIGN_ARGUMENTS = {
     "adamw_params": 'a group with algorithm = "adamw"',
     "muon_params": "params",
     "maximize": "the negative of the loss",
+    "eps": "none: without one a zero matrix gives zeros, too",
 }
 # Settings of torch's optimizers that change numbers, with the values that change none.
 FOREIGN_SETTINGS = {
     "maximize": False, "amsgrad": False, "decoupled_weight_decay": True, "dampening": None,
     "ns_steps": 5, "ns_coefficients": (3.4445, -4.775, 2.0315),
 }  # fmt: skip
+# Those that constructors take, with these values, for code that was written for torch's.
+HARMLESS_ARGUMENTS = ("maximize", "amsgrad", "decoupled_weight_decay")
 
 
 def check_foreign_settings(group: dict[str, Any]) -> None:
     """Raise ValueError for a setting of other optimizers that would be ignored, and would mean something there."""
     for key in group.keys() & FOREIGN_SETTINGS.keys():
-        if group[key] != FOREIGN_SETTINGS[key]:
+        value = tuple(group[key]) if isinstance(group[key], list) else group[key]  # as JSON gives it back
+        if value != FOREIGN_SETTINGS[key]:
             remedy = f"; use {FOREIGN_ARGUMENTS[key]}" if key in FOREIGN_ARGUMENTS else ""
             raise ValueError(f"a group has {key} = {group[key]!r}, which is not supported{remedy}")
 
@@ -76,11 +81,20 @@ def loaded_groups(
 
 
 def checked_state(
-    name: str, p: Tensor, saved: dict[str, Any], group: dict[str, Any], new_state: dict[str, Tensor] | None
-) -> dict[str, Tensor]:
+    name: str,
+    p: Tensor,
+    saved: dict[str, Any],
+    group: dict[str, Any],
+    new_state: dict[str, Tensor] | None,
+    optional: tuple[str, ...],
+) -> dict[str, Any]:
     """What is kept of a parameter's saved state; of AdamW's in the weights' dtype, as torch's loader has it.
 
-    new_state: of a matrix, what its rule keeps for it, for shapes and dtypes; None in AdamW's groups.
+    What others have added to it is kept as it is.
+
+    Args:
+        new_state: of a matrix, what its rule keeps for it, for shapes and dtypes; None in AdamW's groups.
+        optional: keys that are left out where new_state has them not: a setting was changed since.
 
     Raises:
         ValueError: what is kept would have other keys, shapes or dtypes.
@@ -88,16 +102,15 @@ def checked_state(
     if new_state is None:
         if "step" in saved:
             saved = saved | {"step": torch.as_tensor(float(saved["step"]), dtype=torch.float32)}
-        found = {key: tuple(value.shape) for key, value in saved.items()}
         wanted: dict[str, Any] = {"step": ()} | dict.fromkeys(("exp_avg", "exp_avg_sq"), tuple(p.shape))
-        kept = {key: value if key == "step" else value.to(p.dtype) for key, value in saved.items()}
+        kept = {key: value.to(p.dtype) if key in ("exp_avg", "exp_avg_sq") else value for key, value in saved.items()}
+        found = {key: tuple(value.shape) for key, value in saved.items() if key in wanted}
     else:
-        # A setting may have been changed since the last step, so that less is needed.
-        kept = {key: value for key, value in saved.items() if key in new_state}
-        found = {key: (tuple(value.shape), value.dtype) for key, value in kept.items()}
         wanted = {key: (tuple(value.shape), value.dtype) for key, value in new_state.items()}
+        kept = {key: value for key, value in saved.items() if key in wanted or key not in optional}
+        found = {key: (tuple(value.shape), value.dtype) for key, value in kept.items() if key in wanted}
     if found != wanted:
-        raise ValueError(f"state of {name} is {found}, but {group['algorithm']} keeps {wanted} for it")
+        raise ValueError(f"state of {name} is {found or list(saved)}, but {group['algorithm']} keeps {wanted} for it")
     return kept
 
 
@@ -106,7 +119,13 @@ def device_of_state(key: str, p: Tensor) -> torch.device:
     return torch.device("cpu") if key == "step" and not p.is_cuda else p.device
 
 
+def copied_to(device: torch.device, value: Any) -> Any:
+    return value.to(device, copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
+
+
 def in_order(state_dict: dict[str, Any]) -> dict[str, Any]:
     """With the states in order of the parameters, not of their first steps."""
+    if "state" not in state_dict:  # a hook has given it another form
+        return state_dict
     states = sorted(state_dict["state"].items(), key=lambda item: (isinstance(item[0], str), item[0]))
     return {**state_dict, "state": dict(states)}

@@ -123,7 +123,7 @@ def _measured_cpu_dtype(size: int = 256, rounds: int = 5) -> torch.dtype:
     best_s = dict.fromkeys((torch.float32, torch.bfloat16), math.inf)
     for _ in range(rounds):
         for dtype in best_s:
-            X_KNN = torch.ones(1, size, size, dtype=dtype)
+            X_KNN = torch.ones(1, size, size, dtype=dtype, device="cpu")
             begin_s = time.perf_counter()
             torch.bmm(X_KNN, X_KNN.mT)
             best_s[dtype] = min(best_s[dtype], time.perf_counter() - begin_s)

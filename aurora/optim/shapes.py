@@ -36,7 +36,7 @@ def check_shape(name: str, p: Tensor, group: dict[str, Any]) -> None:
             "does not take: 'matrix' takes plain 2-D floating-point tensors, 'conv' more dimensions, 'experts' three; "
             'give others to a group with algorithm = "adamw"'
         )
-    if split is not None:
+    if split is not None and p.numel():
         outputs = matrix_shapes(p.shape, {**group, "split": None})[0][0]
         if not isinstance(split, tuple | list) or not split or min(split) < 1 or sum(split) != outputs:
             raise ValueError(f"{name}: the parts of split = {split} must sum to its {outputs} outputs")

@@ -63,15 +63,16 @@ class NeuronTelemetry:
                         "effective_rank"}}, see matrix_event()
 
     What cannot be seen is None: activations within a layer of experts or compiled code, momentum that another rank
-    holds or that the optimizer does not keep. Weight decay counts as part of the update for optimizers other than
-    those of this package and torch's AdamW. Only steps that are looked at cost time: a copy of the MLPs' weights, and
-    a few float64 decompositions. Models of torch.compile: build this before compiling.
+    holds or that the optimizer does not keep, and what is not finite. Matrices that a step leaves alone are left out.
+    Weight decay counts as part of the update for optimizers other than those of this package and torch's AdamW. Only
+    steps that are looked at cost time: a copy of the MLPs' weights, and a few float64 decompositions. Models of
+    torch.compile: build this before compiling.
 
     Args:
         model: any model; its MLPs are found by find_mlps().
         optimizer: the one that updates them; under accelerate the one that prepare() was given.
         every: steps from one look to the next.
-        report: is called with each event, e.g. wandb.log; by default events are only kept in .events.
+        report: is called with each event, e.g. wandb.log; without one events are kept in .events.
         mlps: names of the layers of MLPs that find_mlps() does not know: {"name": (("up", "gate"), "down")}.
 
     Raises:
@@ -90,10 +91,9 @@ class NeuronTelemetry:
             raise ValueError(f"every must be at least 1, got {every}")
         self.optimizer, self.every, self.report = optimizer, every, report
         self.mlps = find_mlps(model) if mlps is None else named_mlps(model, mlps)
-        self.groups = {p: group for group in optimizer.param_groups for p in group["params"]}
         named = {name: matrix for mlp in self.mlps.values() for name, matrix in mlp.matrices.items()}
-        self.matrices = {name: matrix for name, matrix in named.items() if matrix.param in self.groups}
-        if not self.matrices:
+        self.matrices = named
+        if not any(matrix.param in self._groups() for matrix in named.values()):
             seen = f"the optimizer updates none of {', '.join(named)}"
             seen = seen if named else "the model has no MLP that is known"
             raise ValueError(f'{seen}; name them: mlps={{"blocks.0": (("blocks.0.up",), "blocks.0.down")}}')
@@ -104,7 +104,8 @@ class NeuronTelemetry:
         self.handles = [optimizer.register_step_pre_hook(self._keep), optimizer.register_step_post_hook(self._measure)]
         for name, mlp in self.mlps.items():
             if mlp.down is not None:
-                self.handles.append(mlp.down.register_forward_pre_hook(self._look(name, mlp)))
+                hook = _Look(self, name, mlp)
+                self.handles.append(mlp.down.register_forward_pre_hook(hook, with_kwargs=True))
 
     def remove(self) -> None:
         """Take all hooks off again."""
@@ -117,20 +118,16 @@ class NeuronTelemetry:
         """Whether the step to come is looked at."""
         return (self.step + 1) % self.every == 0
 
-    def _look(self, name: str, mlp: Mlp) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        @torch.no_grad()
-        def look(down: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if self.is_due and down.training:
-                weight = next(matrix for matrix in mlp.matrices.values() if not matrix.makes_neurons)
-                (down_MD,) = weight.view(weight.param)
-                self.layers[name] = layer_event(args[0], down_MD.T, mlp.is_gated)[0]
-
-        return look
+    def _groups(self) -> dict[Tensor, dict[str, Any]]:
+        """The group of every parameter. Loading a state gives the optimizer new ones."""
+        return {p: group for group in self.optimizer.param_groups for p in group["params"]}
 
     @torch.no_grad()
     def _keep(self, *_: Any) -> None:
         if self.is_due:
-            self.before = {matrix.param: matrix.param.detach().clone() for matrix in self.matrices.values()}
+            groups = self._groups()
+            params = [matrix.param for matrix in self.matrices.values() if matrix.param in groups]
+            self.before = {p: p.detach().clone() for p in params}
 
     @torch.no_grad()
     def _measure(self, *_: Any) -> None:
@@ -138,8 +135,12 @@ class NeuronTelemetry:
         if not is_due:
             return
         matrices: dict[str, dict[str, Any]] = {}
+        groups = self._groups()
         for name, matrix in self.matrices.items():
-            p, group = matrix.param, self.groups[matrix.param]
+            p = matrix.param
+            if p not in self.before or torch.equal(self.before[p], p):  # frozen, or an expert without tokens
+                continue
+            group = groups[p]
             update = applied_update(self.before[p], p, group, self.optimizer)
             average = momentum_of(self.optimizer, p)
             views = [matrix.view(X) if X is not None else [] for X in (update, p, average)]
@@ -151,15 +152,37 @@ class NeuronTelemetry:
                 matrices[name if len(parts) == 1 else f"{name}[{i}]"] = part | {"rows": views[0][i].size(0)}
         layers, self.layers, self.before = self.layers, {}, {}
         makers = [entry for name, entry in matrices.items() if self.matrices[name.partition("[")[0]].makes_neurons]
-        self.events.append({
+        event = {
             "step": self.step,
             **{key: _share(list(layers.values()), key, "width") for key in ("dead", "silent")},
             **{key: _share(makers, key, "rows") for key in ("starved", "starved_momentum")},
             "mlps": layers,
             "matrices": matrices,
-        })  # fmt: skip
+        }
         if self.report:
-            self.report(self.events[-1])
+            self.report(event)
+        else:
+            self.events.append(event)
+
+
+class _Look:
+    """The hook before a down-projection. Copies of the model, also those in files, have one that looks at nothing."""
+
+    def __init__(self, telemetry: NeuronTelemetry | None = None, name: str = "", mlp: Mlp | None = None):
+        self.telemetry, self.name, self.mlp = telemetry, name, mlp
+
+    def __reduce__(self) -> Any:
+        return _Look, ()
+
+    @torch.no_grad()
+    def __call__(self, down: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.telemetry is None or self.mlp is None or not (self.telemetry.is_due and down.training):
+            return
+        activations = args[0] if args else next(iter(kwargs.values()))
+        weight = next(matrix for matrix in self.mlp.matrices.values() if not matrix.makes_neurons)
+        (down_MD,) = weight.view(weight.param)
+        if activations.numel():
+            self.telemetry.layers[self.name] = layer_event(activations, down_MD.T, self.mlp.is_gated)[0]
 
 
 def _share(entries: list[dict[str, Any]], key: str, total: str) -> float | None:
@@ -191,17 +214,16 @@ def matrix_event(update_MN: Tensor, weights_MN: Tensor, momentum_MN: Tensor | No
     polar(momentum) would give, squared, in units of an even row's; starved_momentum: rows with under a tenth of it.
     effective_rank: of the weights.
     """
-    energies = row_energies(update_MN)
-    cv, quantiles = norm_quantiles(energies)
-    event: dict[str, Any] = {
-        "update_cv": rounded(cv),
-        "update_quantiles": list(map(rounded, quantiles)),
-        "starved": int(starved(energies, energies.mean()).sum()),
-        "leverage_quantiles": None,
-        "starved_momentum": None,
-        "effective_rank": rounded(effective_rank(weights_MN)),
-    }
-    if momentum_MN is not None:
+    keys = "update_cv", "update_quantiles", "starved", "leverage_quantiles", "starved_momentum", "effective_rank"
+    event: dict[str, Any] = dict.fromkeys(keys)
+    if update_MN.isfinite().all():
+        energies = row_energies(update_MN)
+        cv, quantiles = norm_quantiles(energies)
+        event |= {"update_cv": rounded(cv), "update_quantiles": list(map(rounded, quantiles))}
+        event["starved"] = int(starved(energies, energies.mean()).sum())
+    if weights_MN.isfinite().all():
+        event["effective_rank"] = rounded(effective_rank(weights_MN))
+    if momentum_MN is not None and momentum_MN.isfinite().all():
         rows, columns = momentum_MN.shape
         even = min(1.0, columns / rows)
         leverage = leverage_scores(momentum_MN)
@@ -277,6 +299,8 @@ def named_mlps(model: nn.Module, wanted: Mapping[str, tuple[Sequence[str], str]]
 
 def _sizes(module: nn.Module) -> tuple[int, ...]:
     """Inputs and outputs of a linear layer, or nothing. transformers' Conv1D has its weight as (in, out)."""
+    if not isinstance(getattr(module, "weight", None), nn.Parameter):  # a parametrization makes it from others
+        return ()
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
