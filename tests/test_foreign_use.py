@@ -10,7 +10,11 @@ import torch
 from torch import nn
 
 import aurora
+from tests.conftest import often
 from tests.test_rules import make
+
+
+PARTS = {"split": (8, 8)}
 
 
 def new_model():
@@ -30,8 +34,13 @@ def set_gradients(model, step):
         p.grad = torch.randn(p.shape, generator=generator)
 
 
-@pytest.mark.parametrize("options", [{}, {"split": (8, 8)}], ids=["matrices", "parts"])
-@pytest.mark.parametrize("rule", ["muon", "aurora folded"])
+@pytest.mark.parametrize(
+    "rule, options",
+    [
+        ("muon", {}),
+        *(often(case, False) for case in (("muon", PARTS), ("aurora folded", {}), ("aurora folded", PARTS))),
+    ],
+)
 def test_a_compiled_step_of_a_whole_model_updates_all_of_it(rule, options):
     """AdamW's step breaks the graph; then torch compiles parts of step(), which must not remember the first stack."""
     torch._dynamo.reset()
