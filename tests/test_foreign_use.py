@@ -13,7 +13,6 @@ import aurora
 from tests.conftest import often
 from tests.test_rules import make
 
-
 PARTS = {"split": (8, 8)}
 
 
