@@ -1,4 +1,4 @@
-"""This process among others of the machine: signals, its launcher's death, its folder, console and exit code."""
+"""This process among others of the machine: its launcher's death, its folder, console and exit code."""
 
 import contextlib
 import ctypes
@@ -8,43 +8,42 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import threading
+import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from aurora.errors import Exit, HarnessError
+from aurora.trainer.timeline import timeline
 
 PR_SET_PDEATHSIG = 1
-
-
-@contextlib.contextmanager
-def stop_signals(request_stop: Callable[[], None]) -> Iterator[None]:
-    """SIGTERM, SIGUSR1 and Ctrl-C ask the run to stop with a checkpoint; a second Ctrl-C means now."""
-    interrupted = False
-
-    def handle(signum: int, frame: Any) -> None:
-        nonlocal interrupted
-        if signum == signal.SIGINT and interrupted:
-            raise KeyboardInterrupt
-        interrupted |= signum == signal.SIGINT
-        request_stop()
-
-    names = [name for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
-    previous = {name: signal.signal(getattr(signal, name), handle) for name in names}
-    try:
-        yield
-    finally:
-        for name, handler in previous.items():
-            signal.signal(getattr(signal, name), handler)
+STILL_S, SAVE_S = 3, 60  # without its launcher, a process that stands still for so long ends; one that saves, later
 
 
 def die_with_launcher() -> None:
-    """Have the kernel (of Linux) kill this process when its torchrun dies: it would go on alone and keep its GPU.
+    """Let this process stop when its torchrun dies: it would go on alone and keep its GPU.
 
-    Elsewhere the watch looks at the parent. A run that was started by hand may outlive its shell.
+    torchrun dies of SIGUSR1, with which Slurm warns. So there is time to save, as long as the run moves on. Under
+    scripts/launch.sh there is none: it starts the run again. A run that was started by hand may outlive its shell.
     """
-    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    if sys.platform == "linux":
+        signal_of_death = signal.SIGKILL if "SPEEDRUN_STATUS" in os.environ else signal.SIGTERM
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal_of_death)
+    threading.Thread(target=end_after, args=(os.getppid(),), name="launcher", daemon=True).start()
+
+
+def end_after(launcher: int) -> None:
+    """Wait for the launcher's death, then until this process stands still, and end it."""
+    while os.getppid() == launcher:
+        time.sleep(0.5)
+    moved_s, passed = time.monotonic(), timeline.place.passed
+    while time.monotonic() - moved_s < (SAVE_S if timeline.place.name.startswith("checkpoint") else STILL_S):
+        time.sleep(0.1)
+        if timeline.place.passed != passed:
+            moved_s, passed = time.monotonic(), timeline.place.passed
+    os._exit(report_exit(Exit.PEER))
 
 
 def lock_folder(out: Path) -> TextIO:

@@ -75,7 +75,6 @@ class Watch:
         unseen = State(0, 0, 0, "start", 0, 0, "unknown host", False)
         for rank in range(self.ranks.world_size):
             self.states[rank], self.answered_s[rank] = unseen, time.monotonic()
-        self.parent = os.getppid()
         self.publish()  # before anything can happen to this rank, so that the others know its process
         self.thread = threading.Thread(target=self.run, name="watch", daemon=True)
         self.thread.start()
@@ -142,8 +141,6 @@ class Watch:
     def run(self) -> None:
         moved_s = time.monotonic()
         while not self.leaving.wait(self.poll_s):
-            if os.getppid() != self.parent and "TORCHELASTIC_RUN_ID" in os.environ:
-                os._exit(Exit.PEER)  # the launcher is gone, see die_with_launcher()
             try:
                 if self.poll():
                     moved_s = time.monotonic()
