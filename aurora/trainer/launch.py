@@ -47,7 +47,8 @@ def run_rank(train: Callable[[argparse.Namespace, Ranks, Clock], None], args: ar
         if is_out_of_memory(error):
             reason, message = Exit.CONFIG, "is out of memory, lower train.micro_batch"
         elif is_peer_failure(error):
-            reason, message = Exit.PEER, f"lost a peer: {watch.who_is_lost() if watch else ''}"
+            finding = watch.who_is_lost() if watch else ""
+            reason, message = Exit.PEER, f"lost a peer: {finding}".rstrip(": ")
         else:
             report_exit(1)
             raise
