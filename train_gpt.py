@@ -281,8 +281,9 @@ def train(args: argparse.Namespace, ranks: Ranks, clock: Clock) -> None:
         return
     with open_run(args, checked, ranks, clock, GPT) as run:  # data, weights, folder lock, checkpoint
         model = prepare(run, forward_backward)  # fast and compiled where that works; warmed up, then undone
-        resume(run)
-        journal = Journal(run, args, checked.dump, validation_steps(run.config))
+        due = validation_steps(run.config)
+        resume(run, due)
+        journal = Journal(run, args, checked.dump, due)
         with journal:
             train_steps(run, model, journal)
 
