@@ -2,10 +2,12 @@
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import os
 import signal
 import socket
+import stat
 import sys
 import tempfile
 import threading
@@ -46,27 +48,45 @@ def end_after(launcher: int) -> None:
     os._exit(report_exit(Exit.PEER))
 
 
-def lock_folder(out: Path) -> TextIO:
-    """Take the run folder until the file returned is closed, or this process ends in whatever way.
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+
+
+def lock_folder(out: Path, name: str = ".lock") -> TextIO:
+    """Take the folder until the file returned is closed, or this process ends in whatever way.
+
+    On a file system without locks this warns and goes on.
 
     Raises:
-        HarnessError: CONFIG, when another process has it, naming that; DISK, when the disk is full or has no locks.
+        HarnessError: CONFIG, when another process has it, naming that; DISK, when the file cannot be written, or leads
+            to another.
     """
     try:
-        file = open(out / ".lock", "a+")  # noqa: SIM115
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # A link would have its target overwritten; a pipe would be waited for.
+        handle = os.open(out / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        file = os.fdopen(handle, "w+")
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+            raise OSError(errno.ELOOP, "it is a link, or no file")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            print_line(
+                f"warning: --out {out} is on a disk without locks; take care that no other run uses it meanwhile"
+            )
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         return file
     except BlockingIOError:
-        file.seek(0)
         owner = file.read(200) or "another process"
         file.close()
         message = f"--out {out} is in use by {owner}: wait for it, or choose another folder"
         raise HarnessError(Exit.CONFIG, message) from None
     except OSError as error:
-        message = f"--out {out}: its file .lock cannot be written and locked: {error.strerror}; choose another disk"
+        why = "it is a link" if error.errno == errno.ELOOP else error.strerror
+        message = f"--out {out}: its file {name} cannot be written and locked: {why}; remove it or choose another disk"
         raise HarnessError(Exit.DISK, message) from error
 
 
@@ -83,7 +103,7 @@ def print_line(line: str, stream: str = "stderr") -> None:
     """Print a line to that stream of sys. A console that is full or gone is no reason to stop, or not to."""
     try:
         print(line, file=getattr(sys, stream), flush=True)
-    except OSError:
+    except (OSError, UnicodeError):
         # At exit Python would try once more, and exit with 120.
         setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 import aurora
-from aurora.config import Config, ModelConfig, load_config
+from aurora.config import ROOT, Config, ModelConfig, load_config
 from aurora.errors import Exit, HarnessError
 from aurora.fast import hopper
 from aurora.fast.float8 import check_float8
@@ -108,6 +108,8 @@ def open_run(
             hopper.import_kernels()  # now, so that the run event embeds them
         run.start = run_event(run, args.config, args.seed, data)
         check_same_start(run)
+        if run.start["git"] is None and (ROOT / ".git").exists():
+            ranks.say("warning: git does not tell the commit of this checkout, so the record has none")
         find_checkpoint = lambda: newest_checkpoint(args.out, run.start, ranks.say)  # noqa: E731
         run.checkpoint = ranks.all_or_none(find_checkpoint) if args.resume else None
         ranks.check_agree(checkpoint_step=run.checkpoint["step"] if run.checkpoint else None)
