@@ -7,17 +7,25 @@
 Top to bottom: the model, the schedule, one step, validation, the loop, the run. Ranks, clock, record, checkpoints and
 fast forward passes are imported from aurora/. Shapes: B batch, T time, D model, C MLP width, H heads, K head dim,
 V vocabulary. Losses are nats per token. Exit codes: 0 done, 2 usage or config, 3 data, 4 checkpoint, 5 non-finite
-number, 6 a rank lost, 7 disk, 8 ranks disagree, 75 stopped on request with a checkpoint saved, 130 Ctrl-C twice.
+number, 6 a rank lost, 7 disk, 8 ranks disagree, 75 stopped on request (what was done is saved), 130 Ctrl-C twice.
 """
 
 import argparse
 import math
 import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I and PYTHONSAFEPATH leave it out
 
 import aurora
 from aurora.config import Config, ModelConfig, parse_args
+from aurora.console import steady_streams
+from aurora.trainer.stops import stops
 
 if __name__ == "__main__":
+    stops.catch()
+    steady_streams()
     parse_args(__doc__)  # --help and usage errors answer before torch takes its seconds to import
 
 import torch
@@ -257,8 +265,8 @@ def train_steps(run: Run, model: Model, journal: Journal) -> None:
             if is_checkpoint_step or guard.must_stop:
                 save_run(run)
                 clock.charge("checkpoint")
-        guard.stop_if_asked(step)
         if step < config.train.steps:
+            guard.stop_if_asked(step)
             journal.before_step(step)
             loss = train_step(run, model, step)
             journal.after_step(step, loss)
@@ -275,9 +283,10 @@ def train(args: argparse.Namespace, ranks: Ranks, clock: Clock) -> None:
         return
     with open_run(args, checked, ranks, clock, GPT) as run:  # data, weights, folder lock, checkpoint
         model = prepare(run, forward_backward)  # fast and compiled where that works; warmed up, then undone
-        resume(run)
-        journal = Journal(run, args, checked.dump, validation_steps(run.config))
-        with journal, run.guard.stop_on_signals():
+        due = validation_steps(run.config)
+        resume(run, due)
+        journal = Journal(run, args, checked.dump, due)
+        with journal:
             train_steps(run, model, journal)
 
 

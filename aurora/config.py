@@ -22,7 +22,7 @@ def parse_args(description: str | None, argv: list[str] | None = None) -> argpar
         prog="train_gpt.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--config", type=Path, default=ROOT / "configs" / "quick.toml", help="track (configs/quick.toml)"
+        "--config", type=track_path, default=ROOT / "configs" / "quick.toml", help="track (configs/quick.toml)"
     )
     parser.add_argument("--optimizer", default="aurora", help="name of an [optimizer.NAME] table of the track (aurora)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights (0)")
@@ -58,6 +58,12 @@ def parse_args(description: str | None, argv: list[str] | None = None) -> argpar
         remedy = "source .venv/bin/activate, which scripts/quickstart.sh makes, or pip install -e '.[train]'"
         parser.exit(int(Exit.CONFIG), f"error: this python has no {' and no '.join(missing)}; {remedy}\n")
     return args
+
+
+def track_path(text: str) -> Path:
+    """A track by its path from the folder where one is, or from the checkout."""
+    path = Path(text)
+    return ROOT / path if not path.exists() and (ROOT / path).exists() else path
 
 
 DTYPES = ("float32", "bfloat16")

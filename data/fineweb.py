@@ -11,6 +11,7 @@ After a stop the same command goes on after the last whole file. Exit codes: 0 d
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 from concurrent.futures.process import BrokenProcessPool
@@ -20,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from aurora.config import Config, load_config
+from aurora.console import run_script
 from aurora.errors import Exit, HarnessError
 from aurora.tokens.loader import PUBLIC_SHARD_TOKENS, steps_in_shard
 from aurora.tokens.manifest import read_manifest
@@ -155,7 +157,10 @@ def run_tokenize(args: argparse.Namespace) -> int:
         source = HubText(args.repo or "HuggingFaceFW/fineweb", args.sample, args.revision or begun or "main")
     tokenize(source, args.out, args.shard_tokens, args.train_shards, args.workers)
     if list(args.out.glob("fineweb_train_*.bin")):
-        overrides = [f"--set 'data.{split}={args.out.resolve()}/fineweb_{split}_*.bin'" for split in ("train", "val")]
+        overrides = [
+            "--set " + shlex.quote(f"data.{split}={args.out.resolve()}/fineweb_{split}_*.bin")
+            for split in ("train", "val")
+        ]
         print(f"train on it:  python train_gpt.py --config configs/gpt2_small.toml {' '.join(overrides)}")
     else:
         print("note: all of the text is in the validation shard; --shard-tokens N makes smaller ones, in another --out")
@@ -209,4 +214,4 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     if "download" in sys.argv[1:2]:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # files under way would take minutes to end, and are not kept
-    sys.exit(main())
+    sys.exit(run_script(main))

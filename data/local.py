@@ -12,6 +12,7 @@ gives equal bytes.
 
 import argparse
 import hashlib
+import shlex
 import sys
 import sysconfig
 import tomllib
@@ -23,6 +24,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from aurora.console import run_script
 from aurora.tokens.loader import steps_in_shard
 from aurora.tokens.shards import ShardError, fingerprint, verify_shard, write_shard  # noqa: E402
 
@@ -137,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
         print("The runs in results/ learnt from the sources of Python 3.11.7, not from these: losses will differ.")
     if args.text:
         out = args.out.resolve()
-        overrides = [f"--set 'data.{split}={out}/local_{split}_*.bin'" for split in ("train", "val")]
+        overrides = ["--set " + shlex.quote(f"data.{split}={out}/local_{split}_*.bin") for split in ("train", "val")]
         overrides += [f"--set {key}={value}" for key, value in size_overrides(train, val).items()]
         print(f"train on it:  python train_gpt.py {' '.join(overrides)}")
     return 0
@@ -148,4 +150,4 @@ def _standard_library() -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))

@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 
+from aurora.console import run_script
 from aurora.tokens.loader import TokenLoader
 from aurora.tokens.overlap import check_val_is_unseen
 from aurora.tokens.shards import GPT2_VOCAB_SIZE, open_shard, verify_shard, write_shard
@@ -123,4 +124,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))

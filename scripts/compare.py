@@ -18,7 +18,6 @@ comparison.json and loss_curves.png are written to --out. scripts/README.md expl
 import argparse
 import itertools
 import json
-import signal
 import statistics
 import sys
 import threading
@@ -31,17 +30,18 @@ from typing import NamedTuple, TextIO
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from aurora.console import run_script
 from aurora.errors import HarnessError
 from aurora.trainer.record import Run, read_folder
 from scripts.analysis.text import cell, plain
-from scripts.runs import PREEMPTED, Outcome, Workers, check_settings, finished_run
+from scripts.runs import PREEMPTED, Outcome, Workers, check_settings, finished_run, take_folder, track_name
 
 DEFAULT_OPTIMIZERS = ["adamw", "muon", "unormuon", "aurora"]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="configs/quick.toml", help="track (TOML)")
+    parser.add_argument("--config", type=track_name, default="configs/quick.toml", help="track (TOML)")
     parser.add_argument("--optimizers", nargs="+", default=DEFAULT_OPTIMIZERS, metavar="NAME", help="default: all four")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="default: 0")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder of the records and the report")
@@ -122,7 +122,7 @@ def run_all(args: argparse.Namespace, plan: Sequence[Planned], progress: TextIO)
     """The planned runs, --jobs at a time, in the order of the plan. None starts after one was stopped on request."""
     workers, is_stopped = Workers(args.jobs, args.out), threading.Event()
     durations_s: list[float] = []
-    signal.signal(signal.SIGTERM, workers.end)
+    workers.hear_signals()
 
     def run_planned(number: int, title: str, argv: list[str]) -> Outcome:
         if is_stopped.is_set():
@@ -211,9 +211,15 @@ def main() -> int:
         recorded = read_folder(args.out)[0]
         left = [planned.argv for planned in plan if not finished_run(recorded, planned.argv, args.nproc)]
         check_settings(left, args.nproc)
+        folder = take_folder(args.out)
     except HarnessError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return int(error.reason)
+    with folder:
+        return run_and_report(args, plan, progress)
+
+
+def run_and_report(args: argparse.Namespace, plan: Sequence[Planned], progress: TextIO) -> int:
     outcomes = run_all(args, plan, progress)
     if any(outcome.exit_code == PREEMPTED for outcome in outcomes):
         print("stopped; the same command goes on with the runs that are left", file=sys.stderr)
@@ -253,4 +259,4 @@ def report_folders(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from aurora.config import Config
+from aurora.console import run_script
 from aurora.optim import find_rule, hparam_types
 from aurora.optim.registry import AuxHparams
 from scripts.analysis.text import markdown_table
@@ -160,4 +161,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))

@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 
+from aurora.console import run_script
 from aurora.trainer.record import read_folder
 from scripts.analysis.findings import (
     NAMES,
@@ -305,4 +306,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))

@@ -2,32 +2,52 @@
 # A run on all GPUs of this machine that goes on after faults: NPROC=8 RETRIES=3 bash scripts/launch.sh ARGUMENTS
 # ARGUMENTS are those of train_gpt.py; set train.checkpoint_every, or a fault costs all that was done. A lost or hung
 # rank, or one that was killed, starts the run again with --resume, up to RETRIES times. Everything else ends it, with
-# the exit code of train_gpt.py, which torchrun itself would turn into 1. SIGTERM and Ctrl-C stop it with a checkpoint.
+# the exit code of train_gpt.py, which torchrun itself would turn into 1. SIGTERM, SIGHUP, SIGUSR1 and Ctrl-C stop it
+# with a checkpoint (75), from its first line to its last.
 set -uo pipefail
-cd "$(dirname "$0")/.."
-RETRIES=${RETRIES:-3}
+child="" stop=""
+trap 'stop=1; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null' TERM HUP USR1 INT
+train_gpt=$(dirname "${BASH_SOURCE[0]}")/../train_gpt.py
+NPROC=${NPROC:-1} RETRIES=${RETRIES:-3}
+if ! [[ $NPROC =~ ^([1-9][0-9]*|auto|gpu|cpu)$ && $RETRIES =~ ^[0-9]+$ ]]; then
+    echo "launch: NPROC must be a number of processes from 1, RETRIES one from 0, got '$NPROC' and '$RETRIES'" >&2
+    exit 2
+fi
 SPEEDRUN_STATUS=$(mktemp)
-export SPEEDRUN_STATUS
 trap 'rm -f "$SPEEDRUN_STATUS"' EXIT
 
-run() {
-    local code signal=""
-    : >"$SPEEDRUN_STATUS"
-    python -m torch.distributed.run --standalone --nproc_per_node="${NPROC:-1}" train_gpt.py "$@" &
-    trap 'signal=1; kill -TERM %% 2>/dev/null' TERM USR1 INT
-    while kill -0 $! 2>/dev/null; do wait $!; code=$?; done
-    wait $!
+run() { # a command, to its end; signals are handed on to it
+    local code
+    if [ -n "$stop" ]; then
+        echo "launch: stopped before the run began, so there is nothing to save" >&2
+        exit 75
+    fi
+    "$@" &
+    child=$!
+    [ -z "$stop" ] || kill -TERM "$child" 2>/dev/null
+    while kill -0 "$child" 2>/dev/null; do wait "$child"; done
+    wait "$child"
     code=$?
+    child=""
+    return "$code"
+}
+
+run_all() {
+    local code
+    : >"$SPEEDRUN_STATUS"
+    SPEEDRUN_STATUS=$SPEEDRUN_STATUS run python -m torch.distributed.run --standalone --nproc_per_node="$NPROC" "$train_gpt" "$@"
+    code=$?
+    # torchrun had no rank yet, or has killed all.
+    [ -z "$stop" ] || [ -s "$SPEEDRUN_STATUS" ] || return "$((code == 143 ? 75 : 143))"
     # The first of the ranks' codes that says more than "lost a peer"; none means that all were killed.
     [ "$code" = 0 ] || code=$(grep -vx -e 6 -e 0 "$SPEEDRUN_STATUS" | head -n 1)
-    [ -n "$code" ] || { [ -n "$signal" ] && code=143; }
     return "${code:-6}"
 }
 
-python train_gpt.py "$@" --dry-run >/dev/null || exit # usage errors are told here, once
+run python "$train_gpt" "$@" --dry-run >/dev/null || exit # usage errors are told here, once
 for ((SPEEDRUN_ATTEMPT = 0; ; SPEEDRUN_ATTEMPT++)); do
     export SPEEDRUN_ATTEMPT
-    if [ "$SPEEDRUN_ATTEMPT" = 0 ]; then run "$@"; else run "$@" --resume; fi
+    if [ "$SPEEDRUN_ATTEMPT" = 0 ]; then run_all "$@"; else run_all "$@" --resume; fi
     code=$?
     [ "$code" = 6 ] || exit "$code"
     if [ "$SPEEDRUN_ATTEMPT" -ge "$RETRIES" ]; then

@@ -24,6 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from aurora.console import run_script
 from aurora.trainer.record import STORE, RecordError, Run, read_record, record_paths
 from scripts.analysis.page import PAGE, Pages
 from scripts.analysis.store import packed_files, unpack
@@ -191,4 +192,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))

@@ -4,6 +4,7 @@ import contextlib
 import os
 import queue
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -12,8 +13,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from aurora.config import load_config
+from aurora.config import load_config, track_path
 from aurora.errors import Exit
+from aurora.trainer.public import public_argv
 from aurora.trainer.record import ROOT, Run, read_folder
 
 PREEMPTED = Exit.PREEMPTED
@@ -32,6 +34,20 @@ def check_settings(argvs: Iterable[Sequence[str]], nproc: int) -> None:
 
     for config in configs:
         check_config(config, nproc, train_gpt.GPT, train_gpt.lr_scale)
+
+
+def track_name(text: str) -> str:
+    """The track as runs of train_gpt.py in the project's folder are told it."""
+    path = track_path(text).absolute()
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
+
+
+def take_folder(out: Path) -> TextIO:
+    """Make the folder of many runs ours. HarnessError where that cannot be, or where others run theirs in it."""
+    from aurora.trainer.process import check_writable, lock_folder
+
+    check_writable(out)
+    return lock_folder(out, ".runs.lock")
 
 
 class Outcome(NamedTuple):
@@ -61,8 +77,14 @@ class Workers:
             own = cores[place * threads : (place + 1) * threads]  # none where there are more jobs than cores
             self.free.put(own if can_pin else [])
 
+    def hear_signals(self) -> None:
+        """Stop on requests that children do not get: Ctrl-C they do. What is ignored, as by nohup, stays so."""
+        for name in ("SIGTERM", "SIGHUP", "SIGUSR1"):
+            if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:
+                signal.signal(getattr(signal, name), self.end)
+
     def end(self, *signal_and_frame: Any) -> None:
-        """Stop all runs with a checkpoint, and start no more: to handle SIGTERM, which children of ours do not get."""
+        """Stop all runs with a checkpoint, and start no more."""
         self.is_ended.set()
         for child in list(self.children):
             child.terminate()
@@ -139,7 +161,13 @@ class Workers:
         own, final = (os.path.relpath(path.absolute(), ROOT) for path in (folder, self.out))
         command = [*launcher, "train_gpt.py", *argv, "--out", own, *(["--resume"] if go_on else [])]
         child = subprocess.Popen(
-            command, cwd=ROOT, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command,
+            cwd=ROOT,
+            env=(self.environment or os.environ) | {"PYTHONIOENCODING": "utf-8"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
         )
         assert child.stdout is not None  # a pipe
         self.children.add(child)
@@ -197,7 +225,7 @@ def checkpoints_of(run: Run) -> Path:
 
 
 def is_same(run: Run, argv: list[str], nproc: int) -> bool:
-    return arguments_of(run) == argv and run.start["world_size"] == nproc and is_current(run, ROOT / argv[1])
+    return has_arguments(run, argv) and run.start["world_size"] == nproc and is_current(run, ROOT / argv[1])
 
 
 def is_current(run: Run, config_path: Path | None = None) -> bool:
@@ -212,6 +240,10 @@ def is_current(run: Run, config_path: Path | None = None) -> bool:
         return "train_gpt.py" in sources and all(same)
     except (OSError, ValueError):  # the file does not exist here, or is no text
         return False
+
+
+def has_arguments(run: Run, argv: list[str]) -> bool:
+    return arguments_of(run) in (argv, public_argv(["train_gpt.py", *argv])[1:])
 
 
 def arguments_of(run: Run) -> list[str]:

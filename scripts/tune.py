@@ -14,7 +14,7 @@ import argparse
 import dataclasses
 import json
 import math
-import signal
+import shlex
 import sys
 import threading
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ from scripts.analysis.tuning import (
     read_space,
     write_setting,
 )
-from scripts.runs import PREEMPTED, Workers, arguments_of, check_settings, is_current
+from scripts.runs import PREEMPTED, Workers, check_settings, has_arguments, is_current, take_folder, track_name
 
 LEDGER, PAGE = "ledger.json", "tuning.md"
 
@@ -45,7 +45,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="compare.py tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", default="configs/quick.toml", help="track (TOML)")
+    parser.add_argument("--config", type=track_name, default="configs/quick.toml", help="track (TOML)")
     parser.add_argument("--space", type=Path, help="search space (default: configs/tuning/<name of the track>.toml)")
     parser.add_argument("--optimizers", nargs="+", metavar="NAME", help="default: all of the search space")
     parser.add_argument("--trials", type=int, default=20, metavar="N", help="trials of each optimizer (20)")
@@ -113,7 +113,7 @@ class Tuner:
     def __init__(self, args: argparse.Namespace, space: Space, ledger: Ledger, progress: TextIO):
         self.args, self.space, self.ledger, self.progress = args, space, ledger, progress
         self.workers = Workers(args.jobs, args.out)
-        signal.signal(signal.SIGTERM, self.workers.end)
+        self.workers.hear_signals()
         self.is_stopped = threading.Event()
 
     def search(self, optimizer: str) -> Search:
@@ -162,7 +162,7 @@ class Tuner:
         config = load_config(ROOT / self.args.config, argv[3], argv[argv.index("--set") + 1 :: 2])
         wanted = as_read(dataclasses.asdict(config))
         for run in reversed(self.workers.records()):
-            is_same = arguments_of(run) == argv and as_read(run.start["config"]) == wanted
+            is_same = has_arguments(run, argv) and as_read(run.start["config"]) == wanted
             if is_over(run) and is_same and is_current(run):
                 return run
         return None
@@ -204,8 +204,8 @@ def report(ledger: Ledger, space: Space, args: argparse.Namespace) -> str:
             loss = as_loss(trial.val_loss) + (" (chosen)" if trial is best else "")
             rows.append((optimizer, str(trial.number), trial.why, trial.knob, as_words(trial.setting), loss))
     header = ("optimizer", "trials", "diverged", "chosen", "val loss", "next lower lr: loss", "next higher lr: loss")
-    command = f"python scripts/compare.py tune --config {args.config} --trials {args.trials}"
-    command += "".join(f" --set {override}" for override in args.overrides)
+    words = ["python", "scripts/compare.py", "tune", "--config", args.config, "--trials", str(args.trials)]
+    command = shlex.join([*words, *(word for override in args.overrides for word in ("--set", override))])
     return (
         f"Made by `{command}` (search space `{args.space.name}`, one seed that no comparison uses).\n\n"
         + markdown_table(header, chosen)
@@ -255,7 +255,7 @@ def main(argv: Sequence[str]) -> int:
         if unknown := [name for name in optimizers if name not in space.knobs]:
             print(f"error: {args.space} has no knobs for {', '.join(unknown)}", file=sys.stderr)
             return 2
-        args.out.mkdir(parents=True, exist_ok=True)
+        folder = take_folder(args.out)
         ledger = Ledger(args.out / LEDGER, optimizers)
         tuner = Tuner(args, space, ledger, sys.stdout)
         starts = ({knob.name: knob.start for knob in space.knobs[optimizer]} for optimizer in optimizers)
@@ -277,12 +277,13 @@ def main(argv: Sequence[str]) -> int:
             write_track(ROOT / args.config, space, searches, args.out)
     except (HarnessError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return int(error.reason) if isinstance(error, HarnessError) else 2
     except Stopped as stopped:
         words = "stopped" if stopped.args[0] == PREEMPTED else f"error: a trial ended with exit code {stopped.args[0]}"
         print(f"{words}; the same command goes on with the trials that are left", file=sys.stderr)
         return int(stopped.args[0])
-    text = report(ledger, space, args)
-    (args.out / PAGE).write_text(text, encoding="utf-8")
+    with folder:
+        text = report(ledger, space, args)
+        (args.out / PAGE).write_text(text, encoding="utf-8")
     print("\n" + text)
     return 0

@@ -32,6 +32,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from aurora.console import run_script
 from aurora.trainer.record import Run, read_folder, read_record
 from scripts.analysis.text import plain
 from scripts.verification.checks import Verification, verify_folder, verify_run
@@ -105,4 +106,4 @@ def runs_at(path: Path) -> list[Run]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))

@@ -1,6 +1,7 @@
 """Shard format, offline corpus and the loader's stream."""
 
 import hashlib
+import os
 import threading
 import time
 
@@ -264,3 +265,24 @@ def test_own_text_that_is_too_short_is_an_error_in_one_line(tmp_path, capsys, co
 def test_own_text_that_is_missing_is_an_error_in_one_line(tmp_path, capsys):
     assert local.main(["--text", str(tmp_path / "gone.txt"), "--out", str(tmp_path)]) == 3
     assert "gone.txt cannot be read" in capsys.readouterr().err
+
+
+def test_shards_are_as_readable_as_the_umask_says(tmp_path):
+    before = os.umask(0o002)
+    try:
+        write_shard(tmp_path / "a_000000.bin", np.arange(5, dtype=np.uint16))
+        os.umask(0o077)
+        write_shard(tmp_path / "b_000000.bin", np.arange(5, dtype=np.uint16))
+    finally:
+        os.umask(before)
+    modes = [path.stat().st_mode & 0o777 for path in sorted(tmp_path.iterdir())]
+    assert modes == [0o664, 0o600]
+
+
+@pytest.mark.parametrize("name", ["[v1] it's", "a*b", "v[!x]"])
+def test_folders_of_data_may_have_any_name(tmp_path, name):
+    folder = tmp_path / name
+    (tmp_path / "v").mkdir()
+    for parent in (folder, tmp_path / "v"):  # what the brackets would choose as a glob
+        write_shard(parent / "x_train_000000.bin", np.arange(5, dtype=np.uint16))
+    assert find_shards(f"{folder}/x_train_*.bin") == [folder / "x_train_000000.bin"]

@@ -3,6 +3,7 @@
 FULL_SWEEP=1 takes every combination instead of a choice: some ten minutes on two cores.
 """
 
+import errno
 import json
 import os
 import pickle
@@ -513,13 +514,31 @@ def test_a_full_console_changes_nothing(twelve_steps, launch, tmp_path, fault, c
     assert outcome.codes == [code] and events(tmp_path)[-1]["status"] == status
 
 
-def test_a_disk_without_locks_or_room_for_one_is_refused(twelve_steps, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("number, code", [(errno.ENOSYS, 0), (errno.ENOLCK, 0), (errno.EIO, Exit.DISK)])
+def test_a_disk_without_locks_is_warned_of_and_a_broken_one_refused(
+    twelve_steps, tmp_path, monkeypatch, capsys, number, code
+):
     def flock(*args):
-        raise OSError(38, "Function not implemented")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr("aurora.trainer.process.fcntl.flock", flock)
-    assert train_here(twelve_steps[1], tmp_path) == Exit.DISK
-    assert "Function not implemented; choose another disk" in capsys.readouterr().err
+    arguments = ["--set", "train.steps=2", "--set", "optimizer.aurora.warmup_steps=0"]
+    assert train_here(twelve_steps[1], tmp_path, *arguments) == code
+    said = capsys.readouterr().err
+    assert ("is on a disk without locks; take care" if code == 0 else "Input/output error; remove it or") in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["symlink", "hard link", "pipe", "folder"])
+def test_a_lock_that_leads_elsewhere_is_refused_and_its_target_kept(twelve_steps, tmp_path, capsys, kind):
+    precious, lock = tmp_path / "precious", tmp_path / "out" / ".lock"
+    precious.write_text("do not lose this")
+    lock.parent.mkdir()
+    make = {"symlink": lambda: lock.symlink_to(precious), "hard link": lambda: os.link(precious, lock)}
+    (make | {"pipe": lambda: os.mkfifo(lock), "folder": lock.mkdir})[kind]()
+    assert train_here(twelve_steps[1], lock.parent) == Exit.DISK
+    assert "its file .lock cannot be written and locked" in capsys.readouterr().err
+    assert precious.read_text() == "do not lose this"
 
 
 def test_of_eight_runs_in_one_folder_one_wins(twelve_steps, launch, tmp_path):

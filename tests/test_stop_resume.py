@@ -1,12 +1,17 @@
 """Signals, and which run --resume takes. Kills and broken checkpoints are in test_faults.py."""
 
+import os
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
 import train_gpt
 from aurora.errors import Exit
-from tests.conftest import events, often, train_here
+from tests.conftest import ROOT, events, often, start_process, torchrun, train_here
 
 SIGNAL_AT_6 = """
 original = train_gpt.train_step
@@ -19,7 +24,7 @@ train_gpt.train_step = step
 """
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, often(signal.SIGINT, False), signal.SIGUSR1])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, often(signal.SIGINT, False), signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_stops_with_a_checkpoint(twelve_steps, launch, tmp_path, signum):
     outcome = launch(*twelve_steps, "--out", tmp_path, patch=SIGNAL_AT_6.format(signals=[int(signum)]))
     assert outcome.codes == [Exit.PREEMPTED] and "--resume" in outcome.err[0]
@@ -30,6 +35,102 @@ def test_a_signal_stops_with_a_checkpoint(twelve_steps, launch, tmp_path, signum
 def test_ctrl_c_twice_means_now(twelve_steps, launch, tmp_path):
     outcome = launch(*twelve_steps, "--out", tmp_path, patch=SIGNAL_AT_6.format(signals=[2, 2]))
     assert outcome.codes == [128 + signal.SIGINT] and not outcome.err[0]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_before_torch_is_imported_ends_in_one_line(tmp_path, signum):
+    code = "import os, runpy, sys; sys.argv = ['train_gpt.py']\n"
+    code += f"import aurora.config; aurora.config.parse_args = lambda *args: os.kill(os.getpid(), {int(signum)})\n"
+    process = start_process("-c", code + "runpy.run_path('train_gpt.py', run_name='__main__')")
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == Exit.PREEMPTED, said
+    assert said == "stopped: before the first step, so there is nothing to save; the same command starts again\n"
+
+
+@pytest.mark.parametrize("place, code", [("warm_up:0", Exit.PREEMPTED), ("end:12", 0), ("validation:12", 0)])
+def test_a_signal_before_the_first_step_or_after_the_last_costs_nothing(twelve_steps, launch, tmp_path, place, code):
+    outcome = launch(*twelve_steps, "--out", tmp_path, fault=f"term:{place}")
+    assert outcome.codes == [code], outcome.err
+    assert outcome.err[0].count("\n") == (code != 0) and (not code or "nothing to save" in outcome.err[0])
+    assert code or events(tmp_path)[-1]["status"] == "done"
+
+
+def test_a_signal_in_the_warm_up_of_several_ranks_stops_all_after_the_first_step(twelve_steps, launch, tmp_path):
+    outcome = launch(*twelve_steps, "--out", tmp_path, world_size=2, fault="term:warm_up:0:1")
+    assert outcome.codes == [Exit.PREEMPTED] * 2
+    assert [path.name for path in tmp_path.glob("*.checkpoints/*")] == ["step-000001"]
+
+
+def test_what_the_caller_ignores_or_handles_stays_so(tiny_track, tmp_path):
+    before = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gpt, "train", lambda *args: os.kill(os.getpid(), signal.SIGHUP))  # as under nohup
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        try:
+            assert train_here(tiny_track, tmp_path) == 0
+        finally:
+            signal.signal(signal.SIGHUP, before[signal.SIGHUP])
+    assert before == {name: signal.getsignal(name) for name in before}
+
+
+LONG = {"data.allow_epochs": "true", "train.steps": "100000", "eval.every": "50000", "eval.late_every": "50000"}
+LONG_RUN = [word for key, value in LONG.items() for word in ("--set", f"{key}={value}")]
+
+
+def signal_in_mid_run(process, signum):
+    """Send the signal after step 0; what the process says then."""
+    for line in process.stdout:
+        if line.startswith("step:0/"):
+            break
+    time.sleep(0.3)
+    process.send_signal(signum)
+    return process.communicate(timeout=60)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGUSR1])
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_signal_to_torchrun_saves_a_checkpoint(twelve_steps, tmp_path, signum, num_processes):
+    """torchrun hands SIGHUP on, and dies of SIGUSR1."""
+    command = [*torchrun(num_processes), "train_gpt.py", *map(str, twelve_steps), *LONG_RUN, "--out", str(tmp_path)]
+    signal_in_mid_run(start_process(*command), signum)
+    deadline_s = time.monotonic() + 20
+    while events(tmp_path)[-1]["event"] != "end" and time.monotonic() < deadline_s:
+        time.sleep(0.1)
+    assert events(tmp_path)[-1]["status"] == "interrupted"
+    assert list(tmp_path.glob("*.checkpoints/step-*"))
+
+
+def launch_script(*arguments, **options):
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | options.pop("env", {})
+    command = ["bash", str(ROOT / "scripts" / "launch.sh"), *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env=environment, text=True, **pipes | options)
+
+
+def test_launch_script_refuses_numbers_that_are_none(tmp_path):
+    for env in ({"NPROC": "two"}, {"NPROC": "0"}, {"RETRIES": "-1"}):
+        process = launch_script("--out", tmp_path, env=env)
+        _, said = process.communicate(timeout=30)
+        assert process.returncode == 2 and said.startswith("launch: NPROC must be") and said.count("\n") == 1
+
+
+def test_launch_script_hears_a_signal_while_it_checks_the_arguments(twelve_steps, tmp_path):
+    process = launch_script(*twelve_steps, "--out", tmp_path)
+    time.sleep(0.7)  # the dry run imports torch
+    process.send_signal(signal.SIGHUP)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == Exit.PREEMPTED and "nothing to save" in said and said.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGUSR1])
+def test_launch_script_saves_on_every_signal_and_finds_files_from_another_folder(twelve_steps, tmp_path, signum):
+    track = Path(os.path.relpath(twelve_steps[1], tmp_path))
+    process = launch_script("--config", track, *LONG_RUN, "--out", "runs", cwd=tmp_path)
+    _, said = signal_in_mid_run(process, signum)
+    assert process.returncode == Exit.PREEMPTED, said
+    assert list(tmp_path.glob("runs/*.checkpoints/step-*"))
 
 
 def test_stop_agreed_upon_while_reading_before_a_validation_still_saves(tiny_track, tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ from .float8 import Float8Linear
 ROOT_CLASS = "GPT"
 OTHER = "other statements"  # at the top of the file, which may change anything, as `MLP.forward = ...` does
 MIRRORED = {
-    "other statements": "f9c71d54928965bf",
+    "other statements": "13c0ab6511a306fd",
     "GPT": "69ba3594114fd800",
     "Block": "dfd439a97a5304d8",
     "Attention": "65856d6c850fcffa",

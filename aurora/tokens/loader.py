@@ -93,7 +93,8 @@ def open_run_data(
 
 def find_shards(pattern: str) -> list[Path]:
     """Sorted paths that match. Raises ShardError when there are none, or when one of their numbers is missing."""
-    paths = sorted(ROOT / name for name in glob.glob(pattern, root_dir=ROOT))
+    literal = pattern.replace("[", "[[]")  # a folder may have brackets in its name, too
+    paths = sorted(ROOT / name for name in glob.glob(literal, root_dir=ROOT) or glob.glob(pattern, root_dir=ROOT))
     if not paths:
         fix = (
             "python data/local.py makes the quick track's, python data/fineweb.py download --for CONFIG gets FineWeb's"

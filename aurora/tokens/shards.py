@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import os
 import re
-import tempfile
+import secrets
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,14 +69,13 @@ def write_shard(path: Path, tokens: np.ndarray) -> None:
     header = np.zeros(256, dtype="<i4")
     header[:3] = MAGIC, VERSION, tokens.size
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:  # as readable for others as the umask says
             file.write(header.tobytes())
             file.write(tokens.astype(TOKEN_DTYPE, copy=False).tobytes())
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp gives 0600; shards are shared
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):

@@ -3,19 +3,21 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
+from aurora.config import DTYPES
 from aurora.errors import Exit, HarnessError
 from aurora.trainer.process import first_line
-from aurora.trainer.ranks import digest
+from aurora.trainer.ranks import digest, is_peer_failure
 from aurora.trainer.record import Progress, RecordError, Validation, read_record
 from aurora.trainer.state import Run
 from aurora.trainer.timeline import timeline
@@ -40,7 +42,8 @@ def save_run(run: Run) -> None:
     state |= {"spent_ns": spent_ns, "world_size": run.ranks.world_size, "micro_batch": run.plan.micro_batch}
     state |= vars(progress) | {"validations": [tuple(validation) for validation in progress.validations]}
     folder = run.out / f"{start['run_id']}.checkpoints"
-    run.ranks.all_or_none(lambda: save_checkpoint(folder, progress.step, state) if run.ranks.is_main else None)
+    sealed = lambda: state | {"sha256": digest(state)}  # noqa: E731
+    run.ranks.all_or_none(lambda: save_checkpoint(folder, progress.step, sealed()) if run.ranks.is_main else None)
     timeline.mark("checkpoint_saved", progress.step)
 
 
@@ -109,7 +112,11 @@ def sha256(path: Path) -> str:
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run, oldest first, by their names alone."""
     found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-[0-9]{6,}", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any]:
@@ -122,16 +129,21 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
         raise ValueError("its bytes do not match its manifest")
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     progress = {"step", "validations", "segments", "spent_ns"}
-    missing = {"training", "identity", "run_id", "world_size", "micro_batch", *progress} - set(state)
+    missing = {"training", "identity", "run_id", "world_size", "micro_batch", "sha256", *progress} - set(state)
     if missing:
         raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-    if not state["step"] == manifest["step"] == int(folder.name.removeprefix("step-")):
+    if f"{state['run_id']}.checkpoints" != folder.parent.name:  # where the run would go on writing
+        raise ValueError(f"it is of the run {ascii(state['run_id'])[:80]}, not of the one that its folder names")
+    for key in ("step", "segments", "world_size", "micro_batch"):
+        if type(state[key]) is not int or not 1 <= state[key] < 2**40:
+            raise ValueError(f"its {key} is {ascii(state[key])[:80]}")
+    if not state["step"] == manifest["step"] == step_of(folder):
         raise ValueError("it is of another step than its name says")
     return state
 
 
 def newest_checkpoint(out: Path, start: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any] | None:
-    """The newest whole checkpoint below out of the newest unfinished run of this track, rule and seed, or None.
+    """The whole checkpoint furthest on of all unfinished runs of this track, rule and seed in out, or None.
 
     start: the run event of the run that would go on.
 
@@ -140,21 +152,23 @@ def newest_checkpoint(out: Path, start: dict[str, Any], say: Callable[[str], Non
     """
     obstacle, identity = None, identity_of(start)
     name = start["run_id"].rsplit("-", 2)[0]  # what follows is the time, and a random part
-    for run_folder in sorted(out.glob(f"{name}-*.checkpoints"), reverse=True):
-        if is_finished(run_folder):
+    run_folders = [folder for folder in out.glob(f"{name}-*.checkpoints") if not is_finished(folder)]
+    found = [(step_of(folder), folder) for run_folder in run_folders for folder in list_checkpoints(run_folder)]
+    others: set[Path] = set()  # runs that differ
+    for _, folder in sorted(found, reverse=True):  # a clock that went back gives a later run an earlier name
+        if folder.parent in others:
             continue
-        for folder in reversed(list_checkpoints(run_folder)):
-            try:
-                state = load_checkpoint(folder)
-                differing = differences(state["identity"], identity)
-            except Exception as error:  # a hostile file may raise anything
-                obstacle = obstacle or f"all checkpoints in {run_folder} are damaged"
-                say(f"resume: {folder} is damaged ({first_line(error)}), trying an older one")
-                continue
-            if not differing:
-                return state
-            obstacle = f"{folder} was made with another {', '.join(differing)}"
-            break
+        try:
+            state = load_checkpoint(folder)
+            differing = differences(state["identity"], identity)
+        except Exception as error:  # a hostile file may raise anything
+            obstacle = obstacle or f"all checkpoints in {folder.parent} are damaged"
+            say(f"resume: {folder} is damaged ({first_line(error)}), trying an older one")
+            continue
+        if not differing:
+            return state
+        others.add(folder.parent)
+        obstacle = f"{folder} was made with another {', '.join(differing)}"
     if obstacle:
         raise HarnessError(Exit.CHECKPOINT, f"--resume: {obstacle}; restore it, or start over in another --out")
     return None
@@ -177,27 +191,98 @@ def is_finished(run_folder: Path) -> bool:
         return False
 
 
-def take_over(checkpoint: dict[str, Any], run: Run) -> Progress:
-    """Take over training state and time spent, all of it or HarnessError; how far the run had come. Collective."""
-    state = checkpoint["training"]
+def take_over(checkpoint: dict[str, Any], run: Run, validation_steps: Iterable[int]) -> Progress:
+    """Take over training state and time spent, all of it or HarnessError; how far the run had come. Collective.
+
+    validation_steps: of the whole run.
+    """
     try:
-        for optimizer, saved in zip(run.optimizers, state["optimizers"], strict=True):
-            params = [p for group in optimizer.param_groups for p in group["params"]]
-            if state["loader"]["step"] > 0 and len(saved["state"]) != len(params):
-                kept = f"{len(saved['state'])} of {len(params)} parameters"
-                raise ValueError(f"it holds the state of {kept} of {type(optimizer).__name__}")
-            if isinstance(optimizer, torch.optim.AdamW):  # whose loader takes any shape
-                for index, entry in saved["state"].items():
-                    found = {key: (tuple(value.shape), value.dtype) for key, value in entry.items() if key != "step"}
-                    wanted = dict.fromkeys(("exp_avg", "exp_avg_sq"), (tuple(params[index].shape), params[index].dtype))
-                    if found != wanted or "step" not in entry:
-                        raise ValueError(f"AdamW's state {index} is {found}, not {wanted}")
-        run.load_state_dict(state)
-        if digest(run.state_dict()) != digest(state):
+        check_progress(checkpoint, run, validation_steps)
+        check_training(checkpoint["training"], run, checkpoint["step"])
+        run.load_state_dict(checkpoint["training"])
+        if digest(run.state_dict()) != digest(checkpoint["training"]):
             raise ValueError("what was loaded is not what was saved")
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        if digest({key: value for key, value in checkpoint.items() if key != "sha256"}) != checkpoint["sha256"]:
+            raise ValueError("it was edited since it was saved")
+    except Exception as error:  # a hostile file may raise anything
+        if is_peer_failure(error):
+            raise
         message = f"--resume: the checkpoint does not fit this run: {first_line(error)}; start over in another --out"
         raise HarnessError(Exit.CHECKPOINT, message) from error
     run.clock.add(checkpoint["spent_ns"])
     validations = [Validation(*validation) for validation in checkpoint["validations"]]
     return Progress(checkpoint["step"], validations, checkpoint["segments"] + 1)
+
+
+def check_progress(checkpoint: dict[str, Any], run: Run, validation_steps: Iterable[int]) -> None:
+    """Raise ValueError for steps, times and losses that this run cannot have had, or of which its record tells else."""
+    step, spent_ns = checkpoint["step"], checkpoint["spent_ns"]
+    if step > run.config.train.steps:
+        raise ValueError(f"it is of step {step}, the run has {run.config.train.steps}")
+    if spent_ns.keys() != set(run.clock.ACCOUNTS) or not all(
+        type(ns) is int and 0 <= ns < 2**62 for ns in spent_ns.values()
+    ):
+        raise ValueError(f"its clock is {ascii(spent_ns)[:200]}")
+    validations = [Validation(*validation) for validation in checkpoint["validations"]]
+    due = sorted(due for due in validation_steps if due <= step)
+    if [type(validation.step) for validation in validations] != [int] * len(due) or [
+        v.step for v in validations
+    ] != due:
+        raise ValueError(f"it has validations at {ascii([v.step for v in validations])[:80]}, due were {str(due)[:80]}")
+    times_s = [0.0, *(validation.train_time_s for validation in validations), spent_ns["train"] / 1e9]
+    if times_s != sorted(times_s):
+        raise ValueError(f"its seconds of training go back: {str(times_s)[:80]}")
+    if not all(type(v.val_loss) is float and 0 <= v.val_loss < math.inf for v in validations):
+        raise ValueError("it has a validation loss that is none")
+    path = run.out / f"{checkpoint['run_id']}.jsonl"
+    with contextlib.suppress(RecordError):  # without a record, the run begins it anew
+        recorded = read_record(path).validations
+        if other := [validation for validation in validations if validation not in recorded]:
+            raise ValueError(f"its validation at step {other[0].step} is another in {path}")
+
+
+def check_training(state: dict[str, Any], run: Run, step: int) -> None:
+    """Raise ValueError for state that is no such run's: what torch itself takes over from a file without a look."""
+    if state.keys() != {"model", "optimizers", "loader", "rng"} or state["loader"] != {"step": step}:
+        raise ValueError(
+            f"its parts are {', '.join(map(str, state))}, its loader is at {ascii(state.get('loader'))[:80]}"
+        )
+    for optimizer, saved in zip(run.optimizers, state["optimizers"], strict=True):
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        name = type(optimizer).__name__
+        if len(saved["state"]) != len(params):
+            raise ValueError(f"it holds the state of {len(saved['state'])} of {len(params)} parameters of {name}")
+        check_settings(optimizer.state_dict()["param_groups"], saved["param_groups"])
+        for index, entry in saved["state"].items():
+            if "step" in entry and float(entry["step"]) != step:
+                raise ValueError(f"{name}'s state {index} is of step {float(entry['step']):g}, not {step}")
+            if isinstance(optimizer, torch.optim.AdamW):  # whose loader takes any shape
+                found = {key: (tuple(value.shape), value.dtype) for key, value in entry.items() if key != "step"}
+                wanted = dict.fromkeys(("exp_avg", "exp_avg_sq"), (tuple(params[index].shape), params[index].dtype))
+                if found != wanted or "step" not in entry:
+                    raise ValueError(f"AdamW's state {index} is {found}, not {wanted}")
+    for name, tensor in tensors_of(state):
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{name} is not finite")
+
+
+def check_settings(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
+    """Raise ValueError for hyper-parameters that are not those of the config."""
+    for index, (our, their) in enumerate(zip(ours, theirs, strict=True)):
+        for key in our.keys() | their.keys():
+            if key == "lr" and type(their.get("lr")) is float and 0 <= their["lr"] <= our["peak_lr"]:
+                continue  # set anew at each step
+            if key == "polar_dtype" and their.get(key) in DTYPES:
+                continue  # what "auto" meant where the run began
+            if key not in our or key not in their or repr(our[key]) != repr(their[key]):
+                raise ValueError(
+                    f"{key} of group {index} is {ascii(their.get(key))[:80]}, not {str(our.get(key))[:80]}"
+                )
+
+
+def tensors_of(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, dict | list | tuple):
+        for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from tensors_of(entry, f"{name}.{key}".lstrip("."))

@@ -19,6 +19,7 @@ from aurora.tokens.loader import PUBLIC_SHARD_TOKENS, RunData, find_shards, step
 from aurora.tokens.shards import ShardError, open_shard
 from aurora.trainer.checkpoint import identity_of
 from aurora.trainer.memory import memory_estimate_gib, params_by_role
+from aurora.trainer.public import plain_line, public_argv
 from aurora.trainer.ranks import digest, shared_variables
 from aurora.trainer.record import (
     SCHEMA,
@@ -43,7 +44,7 @@ def run_event(run: Run, config_path: Path, seed: int, data: RunData) -> dict[str
         "torch": torch.__version__,
         "numpy": np.__version__,
         "torch_threads": torch.get_num_threads(),
-        "device_name": torch.cuda.get_device_name(device) if is_cuda else machine["cpu"],
+        "device_name": plain_line(torch.cuda.get_device_name(device)) if is_cuda else machine["cpu"],
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if is_cuda else None,
     }
@@ -52,7 +53,7 @@ def run_event(run: Run, config_path: Path, seed: int, data: RunData) -> dict[str
         "schema": SCHEMA,
         "run_id": f"{name}-{config.optimizer}-s{seed}-{utc:%Y%m%dT%H%M%S}-{secrets.token_hex(2)}",
         "utc": utc.isoformat(timespec="seconds"),
-        "argv": sys.argv,
+        "argv": public_argv(sys.argv),
         "config": dataclasses.asdict(config),
         "task_hash": task_hash(dataclasses.asdict(config), described_data["stream_id"]),
         "optimizer": config.optimizer,

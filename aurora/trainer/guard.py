@@ -1,6 +1,5 @@
 """What ends a run early: numbers that are not finite, ranks whose weights differ, and the wish to stop."""
 
-import contextlib
 import math
 
 import torch
@@ -10,8 +9,8 @@ from torch import Tensor, nn
 from aurora.errors import Exit, HarnessError
 from aurora.fast.mirror import strange_parts
 from aurora.optim.base import gradients_of
-from aurora.trainer.process import stop_signals
 from aurora.trainer.ranks import Ranks, digest
+from aurora.trainer.stops import stops
 
 
 class Guard:
@@ -27,7 +26,6 @@ class Guard:
         self.model = model
         self.names, self.params = zip(*model.named_parameters(), strict=True)
         self.ranks = ranks
-        self.stop_requested = False  # set by a signal, on some rank
         self.must_stop = False  # agreed upon by all ranks
         # Of a bad parameter and the rank that has it; MIN gives the first parameter on the first rank.
         self.codes = torch.arange(len(self.params), device=ranks.device) * ranks.world_size + ranks.rank
@@ -35,13 +33,6 @@ class Guard:
         self.found: list[Tensor] = []
         self.must_stay_unedited = False  # for a fast forward pass trains it, which would not see a change
         self.pending: list[tuple[int, Tensor, torch.cuda.Event | None]] = []
-
-    def request_stop(self) -> None:
-        self.stop_requested = True
-
-    def stop_on_signals(self) -> contextlib.AbstractContextManager[None]:
-        """Within, SIGTERM, SIGUSR1 and Ctrl-C ask the run to stop with a checkpoint."""
-        return stop_signals(self.request_stop)
 
     def stop_if_asked(self, step: int) -> None:
         """Raise HarnessError PREEMPTED once all ranks have agreed to stop; the checkpoint must be saved by then."""
@@ -69,7 +60,7 @@ class Guard:
         """
         bad_update = getattr(rule, "found_non_finite", None)
         # torch.full fills on the device; torch.tensor would copy from the host and wait for it.
-        go_on = torch.full((), not self.stop_requested, device=self.ranks.device, dtype=torch.int64)
+        go_on = torch.full((), not stops.is_asked, device=self.ranks.device, dtype=torch.int64)
         update_is_finite = torch.ones_like(go_on) if bad_update is None else (~bad_update).long()
         flags = torch.stack([go_on, update_is_finite, self.first_bad(), *self.found])
         status = self.ranks.all_reduce(flags, dist.ReduceOp.MIN)

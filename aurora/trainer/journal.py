@@ -17,6 +17,7 @@ from aurora.trainer.neurons import Neurons
 from aurora.trainer.record import RecordWriter, Validation
 from aurora.trainer.state import Run
 from aurora.trainer.step_log import StepLog
+from aurora.trainer.stops import stops
 from aurora.trainer.tracking import Tracker
 
 ENDINGS = {Exit.NON_FINITE: "diverged", Exit.PREEMPTED: "interrupted"}  # of which the record tells; others are crashes
@@ -36,6 +37,7 @@ class Journal:
 
     def __enter__(self) -> Self:
         run = self.run
+        stops.must_save = True
         if self.dump:
             record_momentum(run.rule, self.dump, run.progress.step, run.out / f"{run.start['run_id']}.momentum")
         if run.ranks.all_gather_object(self.record.is_new())[0]:

@@ -1,73 +1,92 @@
-"""This process among others of the machine: signals, its launcher's death, its folder, console and exit code."""
+"""This process among others of the machine: its launcher's death, its folder, console and exit code."""
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import os
 import signal
 import socket
+import stat
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import threading
+import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from aurora.errors import Exit, HarnessError
+from aurora.trainer.timeline import timeline
 
 PR_SET_PDEATHSIG = 1
-
-
-@contextlib.contextmanager
-def stop_signals(request_stop: Callable[[], None]) -> Iterator[None]:
-    """SIGTERM, SIGUSR1 and Ctrl-C ask the run to stop with a checkpoint; a second Ctrl-C means now."""
-    interrupted = False
-
-    def handle(signum: int, frame: Any) -> None:
-        nonlocal interrupted
-        if signum == signal.SIGINT and interrupted:
-            raise KeyboardInterrupt
-        interrupted |= signum == signal.SIGINT
-        request_stop()
-
-    names = [name for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
-    previous = {name: signal.signal(getattr(signal, name), handle) for name in names}
-    try:
-        yield
-    finally:
-        for name, handler in previous.items():
-            signal.signal(getattr(signal, name), handler)
+STILL_S, SAVE_S = 3, 60  # without its launcher, a process that stands still for so long ends; one that saves, later
 
 
 def die_with_launcher() -> None:
-    """Have the kernel (of Linux) kill this process when its torchrun dies: it would go on alone and keep its GPU.
+    """Let this process stop when its torchrun dies: it would go on alone and keep its GPU.
 
-    Elsewhere the watch looks at the parent. A run that was started by hand may outlive its shell.
+    torchrun dies of SIGUSR1, with which Slurm warns. So there is time to save, as long as the run moves on. Under
+    scripts/launch.sh there is none: it starts the run again. A run that was started by hand may outlive its shell.
     """
-    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    if sys.platform == "linux":
+        signal_of_death = signal.SIGKILL if "SPEEDRUN_STATUS" in os.environ else signal.SIGTERM
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal_of_death)
+    threading.Thread(target=end_after, args=(os.getppid(),), name="launcher", daemon=True).start()
 
 
-def lock_folder(out: Path) -> TextIO:
-    """Take the run folder until the file returned is closed, or this process ends in whatever way.
+def end_after(launcher: int) -> None:
+    """Wait for the launcher's death, then until this process stands still, and end it."""
+    while os.getppid() == launcher:
+        time.sleep(0.5)
+    moved_s, passed = time.monotonic(), timeline.place.passed
+    while time.monotonic() - moved_s < (SAVE_S if timeline.place.name.startswith("checkpoint") else STILL_S):
+        time.sleep(0.1)
+        if timeline.place.passed != passed:
+            moved_s, passed = time.monotonic(), timeline.place.passed
+    os._exit(report_exit(Exit.PEER))
+
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+
+
+def lock_folder(out: Path, name: str = ".lock") -> TextIO:
+    """Take the folder until the file returned is closed, or this process ends in whatever way.
+
+    On a file system without locks this warns and goes on.
 
     Raises:
-        HarnessError: CONFIG, when another process has it, naming that; DISK, when the disk is full or has no locks.
+        HarnessError: CONFIG, when another process has it, naming that; DISK, when the file cannot be written, or leads
+            to another.
     """
     try:
-        file = open(out / ".lock", "a+")  # noqa: SIM115
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # A link would have its target overwritten; a pipe would be waited for.
+        handle = os.open(out / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        file = os.fdopen(handle, "w+")
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+            raise OSError(errno.ELOOP, "it is a link, or no file")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            print_line(
+                f"warning: --out {out} is on a disk without locks; take care that no other run uses it meanwhile"
+            )
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         return file
     except BlockingIOError:
-        file.seek(0)
         owner = file.read(200) or "another process"
         file.close()
         message = f"--out {out} is in use by {owner}: wait for it, or choose another folder"
         raise HarnessError(Exit.CONFIG, message) from None
     except OSError as error:
-        message = f"--out {out}: its file .lock cannot be written and locked: {error.strerror}; choose another disk"
+        why = "it is a link" if error.errno == errno.ELOOP else error.strerror
+        message = f"--out {out}: its file {name} cannot be written and locked: {why}; remove it or choose another disk"
         raise HarnessError(Exit.DISK, message) from error
 
 
@@ -84,7 +103,7 @@ def print_line(line: str, stream: str = "stderr") -> None:
     """Print a line to that stream of sys. A console that is full or gone is no reason to stop, or not to."""
     try:
         print(line, file=getattr(sys, stream), flush=True)
-    except OSError:
+    except (OSError, UnicodeError):
         # At exit Python would try once more, and exit with 120.
         setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115
 

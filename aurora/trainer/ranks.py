@@ -3,8 +3,10 @@
 import contextlib
 import ctypes
 import datetime
+import functools
 import hashlib
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -15,9 +17,11 @@ from torch import Tensor
 
 from aurora.errors import Exit, HarnessError
 from aurora.trainer.process import print_line
+from aurora.trainer.rendezvous import connect_group, meet, read_launch
 
 # Of a single collective where the watch does not apply: long enough for the slowest rank to compile.
 SETUP_TIMEOUT_S = 600
+NCCL_START_S = 60
 
 
 Result = TypeVar("Result")
@@ -96,25 +100,38 @@ def first_difference(ours: dict[str, Any], theirs: dict[str, Any], prefix: str =
     return None
 
 
+# What launchers set for each rank, and what names a device, interface, address or file of one node.
+OF_ONE_NODE = re.compile(
+    "^TORCHELASTIC_|VISIBLE_DEVICES|IFNAME|HCA|ADAPTER|GID|HOST|ADDR|PORT|FILE|DIR|PATH|HOME|CACHE|TOPO|PLACES|AFFINITY"
+)
+
+
 def shared_variables(env: dict[str, Any]) -> dict[str, str]:
     """The environment variables that all ranks should have alike; launchers set some for each."""
-    own = ("TORCHELASTIC_", "CUDA_VISIBLE_DEVICES")
-    return {key: value for key, value in env["variables"].items() if not key.startswith(own)}
+    return {key: value for key, value in env["variables"].items() if not OF_ONE_NODE.search(key)}
 
 
 def join_ranks(timeout_s: float) -> Ranks:
     """Join the process group that torchrun announces in the environment, if any, and choose the device.
 
     The first there is of cuda, mps (alone) and cpu, or the one that the environment variable SPEEDRUN_DEVICE names.
+
+    Raises:
+        HarnessError: CONFIG, PEER, naming what of the launch is wrong, or who has not come after timeout_s.
     """
-    world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    launch = read_launch()
+    rank, world_size, local_rank = launch
     has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available() and world_size == 1, "cpu": True}
     present = [name for name, is_there in has.items() if is_there]
     kind = os.environ.get("SPEEDRUN_DEVICE") or present[0]
     if kind not in present:
         raise HarnessError(Exit.CONFIG, f"SPEEDRUN_DEVICE is {kind!r}, but this run can use {' or '.join(present)}")
     if kind == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if local_rank is None and world_size > 1:
+            raise HarnessError(
+                Exit.CONFIG, f"LOCAL_RANK is not set, so rank {rank} has no GPU of its own: use torchrun"
+            )
+        device = torch.device("cuda", local_rank or 0)
         if device.index >= torch.cuda.device_count():
             available = torch.cuda.device_count()
             message = f"rank {rank} wants GPU {device.index}, but this node has {available}: start at most {available}"
@@ -126,28 +143,19 @@ def join_ranks(timeout_s: float) -> Ranks:
         keep_freed_memory()
     if world_size > 1:
         is_cuda = device.type == "cuda"
-        timeout = datetime.timedelta(seconds=max(timeout_s, SETUP_TIMEOUT_S))
-        has_host = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's agent
-        store = connect_store(is_host=rank == 0 and not has_host)
-        dist.init_process_group(
-            "nccl" if is_cuda else "gloo",
-            timeout=timeout,
+        backend = "nccl" if is_cuda else "gloo"
+        store = meet(launch, timeout_s)
+        connect = functools.partial(
+            dist.init_process_group,
+            backend,
+            timeout=datetime.timedelta(seconds=max(timeout_s, SETUP_TIMEOUT_S)),
             store=store,
             rank=rank,
             world_size=world_size,
             device_id=device if is_cuda else None,
         )
+        connect_group(launch, backend, max(timeout_s, NCCL_START_S) if is_cuda else timeout_s, connect)
     return Ranks(rank, world_size, device)
-
-
-def connect_store(is_host: bool = False) -> dist.Store:
-    """A connection of one's own to the store of MASTER_ADDR and MASTER_PORT, where the ranks meet.
-
-    Each attempt of torchrun --max-restarts has its own keys: it must not find the addresses of ranks that are dead.
-    """
-    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(*address, is_master=is_host, wait_for_workers=False)
-    return dist.PrefixStore(f"speedrun/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def leave_ranks() -> None:

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 from aurora.config import ROOT
 from aurora.errors import Exit, HarnessError
+from aurora.trainer.public import is_public, plain_line
 
 SCHEMA = 1
 
@@ -120,9 +121,12 @@ def model_of(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe_git() -> dict[str, Any] | None:
-    def git(*args: str) -> str:
-        return subprocess.run(["git", "-C", ROOT, *args], capture_output=True, text=True, check=True).stdout.strip()
+    command = ["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT)]
 
+    def git(*args: str) -> str:
+        return subprocess.run([*command, *args], capture_output=True, text=True, check=True).stdout.strip()
+
+    # git refuses a checkout of another user, lest its settings run programs; this process runs its code anyway.
     try:
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.CalledProcessError):
@@ -135,6 +139,7 @@ def describe_machine() -> dict[str, Any]:
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
         first_cpu = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    first_cpu = {key: plain_line(value) for key, value in first_cpu.items()}
     prefixes = ("SPEEDRUN_", "OMP_", "MKL_", "TORCH", "PYTORCH", "NCCL_", "CUBLAS", "CUDA_")
     return {
         "python": platform.python_version(),
@@ -144,7 +149,11 @@ def describe_machine() -> dict[str, Any]:
         "cpu_model": " ".join(first_cpu.get(key, "?") for key in ("vendor_id", "cpu family", "model", "stepping")),
         "cpu_count": os.cpu_count(),
         "usable_cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "variables": {key: value for key, value in sorted(os.environ.items()) if key.startswith(prefixes)},
+        "variables": {
+            key: value
+            for key, value in sorted(os.environ.items())
+            if key.startswith(prefixes) and is_public(key, value)
+        },
     }
 
 

@@ -3,13 +3,13 @@
 import argparse
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 import aurora
-from aurora.config import Config, ModelConfig, load_config
+from aurora.config import ROOT, Config, ModelConfig, load_config
 from aurora.errors import Exit, HarnessError
 from aurora.fast import hopper
 from aurora.fast.float8 import check_float8
@@ -108,13 +108,19 @@ def open_run(
             hopper.import_kernels()  # now, so that the run event embeds them
         run.start = run_event(run, args.config, args.seed, data)
         check_same_start(run)
+        if run.start["git"] is None and (ROOT / ".git").exists():
+            ranks.say("warning: git does not tell the commit of this checkout, so the record has none")
         find_checkpoint = lambda: newest_checkpoint(args.out, run.start, ranks.say)  # noqa: E731
         run.checkpoint = ranks.all_or_none(find_checkpoint) if args.resume else None
         ranks.check_agree(checkpoint_step=run.checkpoint["step"] if run.checkpoint else None)
         run.start["run_id"] = ranks.all_gather_object((run.checkpoint or run.start)["run_id"])[0]
         is_auto = run.config.train.micro_batch == "auto"
         if run.checkpoint and is_auto and run.checkpoint["world_size"] == ranks.world_size:
-            run.plan = plan_batch(run.config, ranks.world_size, run.checkpoint["micro_batch"])  # which was found before
+            try:
+                run.plan = plan_batch(run.config, ranks.world_size, run.checkpoint["micro_batch"])  # found before
+            except HarnessError as error:
+                message = f"--resume: the checkpoint does not fit this run: its {error}; start over in another --out"
+                raise HarnessError(Exit.CHECKPOINT, message) from error
         if args.resume and not run.checkpoint:
             ranks.say(f"resume: no unfinished run with a checkpoint in {args.out}, starting at step 0")
         ranks.say(greeting(run.start))
@@ -152,11 +158,11 @@ def new_run(
     return Run(config, checked.plan, ranks, clock, model, optimizers, loader, data.val_tokens, args.out)
 
 
-def resume(run: Run) -> None:
-    """Take over the checkpoint that open_run() found, if any. Collective."""
+def resume(run: Run, validation_steps: Iterable[int]) -> None:
+    """Take over the checkpoint that open_run() found, if any. Collective. validation_steps: of the whole run."""
     if run.checkpoint:
         checkpoint, run.checkpoint = run.checkpoint, None
-        run.progress = run.ranks.all_or_none(lambda: take_over(checkpoint, run))
+        run.progress = run.ranks.all_or_none(lambda: take_over(checkpoint, run, validation_steps))
         run.ranks.say(
             f"resume: from step {run.progress.step} of {run.start['run_id']}, segment {run.progress.segments}"
         )

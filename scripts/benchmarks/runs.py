@@ -1,6 +1,7 @@
 """Whole runs of the trainer one after the other in this process, so that the model is compiled once for all of them."""
 
 import argparse
+import shlex
 import sys
 
 import train_gpt
@@ -23,4 +24,5 @@ def runs(args: argparse.Namespace) -> str:
                 failed.append(f"{name}, seed {seed}: exit code {code}")
     if failed:
         raise HarnessError(Exit.CONFIG, "; ".join(failed))
-    return f"{len(args.seeds) * len(args.optimizers)} runs: python scripts/compare.py --report {args.out}"
+    command = shlex.join(["python", "scripts/compare.py", "--report", str(args.out)])
+    return f"{len(args.seeds) * len(args.optimizers)} runs: {command}"

@@ -1,0 +1,69 @@
+"""Paths from wherever one stands, and folders that are taken or none."""
+
+import os
+import sys
+
+import pytest
+
+from aurora.config import ROOT, load_config, track_path
+from aurora.errors import Exit
+from aurora.trainer import record
+from scripts import compare, tune
+from scripts.runs import take_folder, track_name
+from tests.conftest import start_process, train_here
+
+
+def run_compare(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, words)])
+    return compare.main()
+
+
+def test_tracks_are_found_from_ones_own_folder_and_from_the_checkout(tmp_path, monkeypatch):
+    (tmp_path / "own.toml").write_text((ROOT / "configs" / "quick.toml").read_text())
+    monkeypatch.chdir(tmp_path)
+    assert track_name("own.toml") == str(tmp_path / "own.toml") and track_path("own.toml").exists()
+    assert track_name("configs/quick.toml") == "configs/quick.toml" == track_name(str(ROOT / "configs/quick.toml"))
+    assert load_config(track_path("configs/quick.toml"), "muon").optimizer == "muon"
+    assert compare.plan_runs(compare.parse_args(["--config", "own.toml"]))[0].argv[1] == str(tmp_path / "own.toml")
+    assert tune.parse_args(["--config", "own.toml"]).config == str(tmp_path / "own.toml")
+
+
+@pytest.mark.slow
+def test_compare_finds_again_the_runs_of_a_track_in_another_folder(tiny_track, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tiny_track.parent)
+    words = ["--config", "tiny.toml", "--optimizers", "muon", "--set", "train.steps=2", "--out", tmp_path / "out"]
+    assert run_compare(monkeypatch, *words) == 0
+    assert "finished before" not in capsys.readouterr().out
+    assert run_compare(monkeypatch, *words) == 0
+    assert "finished before" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_a_file_or_taken_is_told_before_any_run(tiny_track, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("text")
+    words = ["--config", tiny_track, "--optimizers", "muon", "--out"]
+    assert run_compare(monkeypatch, *words, tmp_path / "file") == Exit.DISK
+    assert f"--out {tmp_path / 'file'} is not a folder that can be written" in capsys.readouterr().err
+    with take_folder(tmp_path / "taken"):
+        assert run_compare(monkeypatch, *words, tmp_path / "taken") == Exit.CONFIG
+    said = capsys.readouterr()
+    assert f"is in use by process {os.getpid()} on" in said.err and "[1/1]" not in said.out
+    assert train_here(tiny_track, tmp_path / "file") == Exit.DISK
+
+
+@pytest.mark.parametrize("flags, env", [(("-I",), {}), ((), {"PYTHONSAFEPATH": "1"})])
+def test_programs_find_the_project_without_their_folder_on_the_path(tmp_path, flags, env):
+    for name in ("train_gpt.py", "scripts/verify.py"):
+        process = start_process(*flags, str(ROOT / name), "--help", cwd=tmp_path, env={"PYTHONPATH": "", **env})
+        out, said = process.communicate(timeout=60)
+        assert process.returncode == 0 and "usage: " in out and not said
+
+
+def test_a_checkout_of_another_user_has_a_commit_and_one_without_git_is_told(monkeypatch, tiny_track, tmp_path, capsys):
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    found = record.describe_git()
+    assert found is None or len(found["commit"]) == 40
+    if (ROOT / ".git").exists():
+        assert found
+        monkeypatch.setattr("aurora.trainer.describe.describe_git", lambda: None)
+        assert train_here(tiny_track, tmp_path, "--set", "train.steps=2") == 0
+        assert "warning: git does not tell the commit of this checkout" in capsys.readouterr().out
