@@ -1,4 +1,4 @@
-"""Make shards of tokens that other projects saved: .npy files of NumPy, as build-nanogpt's, or bare uint16, as nanoGPT's."""
+"""Make shards of tokens that others saved: .npy files of NumPy, as build-nanogpt's, or bare uint16, as nanoGPT's."""
 
 import re
 from collections.abc import Iterator

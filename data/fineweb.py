@@ -63,7 +63,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     text = make.add_mutually_exclusive_group(required=True)
     text.add_argument("--sample", help="stream this sample from the hub: sample-10BT, sample-100BT, ...")
     text.add_argument(
-        "--files", nargs="+", type=Path, metavar="FILE", help="read these: .txt (a document, or several with <|endoftext|> between), .jsonl[.gz], .parquet"
+        "--files",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="read these: .txt (one document, or <|endoftext|> between several), .jsonl[.gz], .parquet",
     )
     make.add_argument("--repo", help="with --sample: the dataset (default: HuggingFaceFW/fineweb)")
     make.add_argument(
@@ -89,7 +93,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     other.add_argument("files", nargs="+", type=Path, metavar="FILE", help="each becomes shards of its name")
     other.add_argument("--out", type=Path, required=True, help="folder of the shards")
     other.add_argument(
-        "--shard-tokens", type=shard_size, default=PUBLIC_SHARD_TOKENS, metavar="N", help="most of a shard (100 million)"
+        "--shard-tokens",
+        type=shard_size,
+        default=PUBLIC_SHARD_TOKENS,
+        metavar="N",
+        help="of a shard, at most (100 million)",
     )
 
     check = commands.add_parser("check", help="read every shard and list what is wrong with it")

@@ -134,7 +134,7 @@ CASES = {
     "big-endian count": (header(2, TOKENS, ">i4"), "uint16 tokens of the header"),
     "uint32 payload": (replace(FIRST, shard_bytes(np.arange(TOKENS), dtype="<u4")), "uint16 tokens of the header"),
     "headerless file": (replace(FIRST, np.arange(TOKENS).astype("<u2").tobytes()), "it has no header, like nanoGPT's"),
-    "NumPy's file": (replace(FIRST, b"\x93NUMPY\x01\0v\0{'descr': '<u2'}"), "found a .npy file of NumPy; make shards of it"),
+    "NumPy's file": (replace(FIRST, b"\x93NUMPY\x01\0v\0{'descr': '<u2'}"), "found a .npy file of NumPy; make shards"),
     "text file": (replace(FIRST, b"to be or not to be " * 1000), "magic number"),
     "empty shard": (replace(FIRST, shard_bytes(())), "number of tokens in the header"),
     "token 50257": (
