@@ -122,7 +122,8 @@ class TrainConfig:
     """The training steps.
 
     Attributes:
-        steps: Length of the schedule, at most 1,000,000. The optimizer's own steps come before it, --set train.steps before both [steps].
+        steps: Length of the schedule, at most 1,000,000. The optimizer's own steps come before it, --set train.steps
+            before both [steps].
         batch_tokens: Size of one step's batch over all ranks and micro-steps; a multiple of seq_len [tokens].
         micro_batch: Most sequences in one forward pass of one rank. auto: as many as fit into memory [sequences].
         compile: Whether the model is compiled: on, off, or auto, which compiles on CUDA only.
