@@ -229,7 +229,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="records of one task")
     parser.add_argument("--out", type=Path, required=True, help="PNG or SVG to write")
     args = parser.parse_args()
-    runs, errors = read_folder(args.folder)
+    runs, errors = read_folder(args.folder, condensed=args.what == "loss")
     runs = [run for run in runs if run.validations]
     for error in errors:
         print(f"warning: {error}", file=sys.stderr)
