@@ -320,9 +320,11 @@ def with_sources(start: dict[str, Any], path: Path) -> dict[str, Any]:
         RecordError: a text is not in the store, or not what its hash says, or the event has both keys.
     """
     if "source_hashes" not in start:
-        texts = start.get("sources")
-        are_texts = isinstance(texts, dict) and all(isinstance(text, str) for text in texts.values())
-        return start | {"sources": {name: sys.intern(text) for name, text in texts.items()}} if are_texts else start
+        sources = start.get("sources")
+        if not isinstance(sources, dict):
+            return start
+        once = {name: sys.intern(text) if isinstance(text, str) else text for name, text in sources.items()}
+        return start | {"sources": once}
     if "sources" in start or not isinstance(start["source_hashes"], dict):
         raise RecordError(f"{path}: source_hashes is no table, or stands beside sources")
     folder, texts, num_characters = path.absolute().parent, {}, 0
