@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import importlib.util
-import math
+import sys
 import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from aurora.errors import Exit, HarnessError
+from aurora.text import encoding_of
 
 ROOT = Path(__file__).resolve().parents[1]  # the checkout; data paths of tracks begin here
 
@@ -77,7 +78,7 @@ class ModelConfig:
 
     Attributes:
         vocab_size: Number of different tokens; at most 65536, since shards hold uint16.
-        num_layers: Number of transformer blocks.
+        num_layers: Number of transformer blocks, at most 256.
         model_dim: Width of the residual stream.
         num_heads: Attention heads of each block; model_dim / num_heads must be a multiple of 4.
         seq_len: Length of a sequence [tokens].
@@ -127,7 +128,8 @@ class TrainConfig:
     """The training steps.
 
     Attributes:
-        steps: Length of the schedule. The optimizer's own steps come before it, --set train.steps before both [steps].
+        steps: Length of the schedule, at most 1,000,000. The optimizer's own steps come before it, --set train.steps
+            before both [steps].
         batch_tokens: Size of one step's batch over all ranks and micro-steps; a multiple of seq_len [tokens].
         micro_batch: Most sequences in one forward pass of one rank. auto: as many as fit into memory [sequences].
         compile: Whether the model is compiled: on, off, or auto, which compiles on CUDA only.
@@ -208,11 +210,15 @@ def load_config(path: Path, optimizer: str, overrides: Iterable[str] = ()) -> Co
         HarnessError: CONFIG, naming file, key, value and what would be right.
     """
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+        if (encoding := encoding_of(content[:4])) != "utf-8":
+            fix = "save it as UTF-8 without a byte order mark"
+            raise HarnessError(Exit.CONFIG, f"config {path} is in {encoding}; {fix}")
+        tables = tomllib.loads(content.decode())
     except OSError as error:
         raise HarnessError(Exit.CONFIG, f"config {path} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise HarnessError(Exit.CONFIG, f"config {path} is not valid TOML: {error}") from error
+    except (ValueError, RecursionError) as error:  # ValueError: no TOML, no UTF-8, too many digits
+        raise HarnessError(Exit.CONFIG, f"config {path} is not valid TOML: {str(error)[:200]}") from error
     overrides = list(overrides)
     for override in overrides:
         apply_override(tables, override)
@@ -270,7 +276,7 @@ def apply_override(tables: dict[str, Any], override: str) -> None:
         table = table[parent]
     try:
         table[key] = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # as above
         table[key] = text
 
 
@@ -283,11 +289,11 @@ def typed_table(table: Any, types: dict[str, Any], label: str, optional: Iterabl
 def check_keys(table: Any, known: Iterable[str], label: str, optional: Iterable[str] = ()) -> None:
     known = list(known)
     if not isinstance(table, dict):
-        raise HarnessError(Exit.CONFIG, f"{label} must be a table, got {table!r}")
+        raise HarnessError(Exit.CONFIG, f"{label} must be a table, got {shown(table)}")
     for key in table:
         if key not in known:
             raise HarnessError(
-                Exit.CONFIG, f"{label} has an unknown key {key!r}{suggest(key, known)}; known: {', '.join(known)}"
+                Exit.CONFIG, f"{label} has an unknown key {shown(key)}{suggest(key, known)}; known: {', '.join(known)}"
             )
     missing = [repr(key) for key in known if key not in table and key not in optional]
     if missing:
@@ -297,7 +303,7 @@ def check_keys(table: Any, known: Iterable[str], label: str, optional: Iterable[
 def coerce(label: str, value: Any, expected: Any) -> Any:
     """value as the expected type: whole numbers pass as floats, lists as tuples."""
     if expected is float:
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
             return float(value)
     elif expected == tuple[float, float]:
         if isinstance(value, list | tuple) and len(value) == 2:
@@ -311,7 +317,18 @@ def coerce(label: str, value: Any, expected: Any) -> Any:
         str: "a string",
         bool: "true or false",
     }
-    raise HarnessError(Exit.CONFIG, f"{label} must be {names.get(expected, 'two numbers')}, got {value!r}")
+    raise HarnessError(Exit.CONFIG, f"{label} must be {names.get(expected, 'two numbers')}, got {shown(value)}")
+
+
+def shown(value: Any) -> str:
+    """A value in an error message, of at most a line."""
+    if isinstance(value, int) and abs(value) >= 10**40:
+        return "a number of more than 40 digits"
+    try:
+        text = repr(value)
+    except ValueError:  # a list with a number of more digits than Python writes
+        return f"a {type(value).__name__} of huge numbers"
+    return text if len(text) <= 100 else f"{text[:80]}..."
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
@@ -320,23 +337,38 @@ def suggest(word: str, known: Iterable[str]) -> str:
     return f", did you mean {close[0]!r}?" if close else ""
 
 
+# Of whole numbers, the largest that a run can have, so that checks before it end in a second.
+LARGEST = {
+    **{"num_layers": 256, "model_dim": 65536, "num_heads": 65536, "seq_len": 2**20, "mlp_expansion": 128},
+    "steps": 1_000_000,
+}
+LARGEST_WHOLE = 2**31 - 1  # of the others; no shard holds more tokens
+
+
 def check_bounds(config: Config) -> None:
     """Raise HarnessError for a value out of range."""
+    for name in ("model", "train", "eval"):
+        for key, value in vars(getattr(config, name)).items():
+            if type(value) is int:  # no bool
+                lowest, highest = 0 if key == "checkpoint_every" else 1, LARGEST.get(key, LARGEST_WHOLE)
+                wanted = f"at least {lowest}" if value < lowest else f"at most {highest}"
+                check_bound(f"{name}.{key}", value, lowest <= value <= highest, wanted)
+
     model, train, evaluation, schedule = config.model, config.train, config.eval, config.schedule
-    head_dim = model.model_dim / model.num_heads if model.num_heads else 0
+    head_dim = model.model_dim / model.num_heads
     whole_sequences = f"a multiple of model.seq_len = {model.seq_len}"
     bounds = [
         ("model.vocab_size", model.vocab_size, model.vocab_size <= 65536, "at most 65536: tokens are uint16"),
         ("model.model_dim / num_heads", head_dim, head_dim % 4 == 0, "a multiple of 4: half a head turns, in pairs"),
-        ("model.rope_base", model.rope_base, model.rope_base > 1, "above 1"),
-        ("model.attention_scale", model.attention_scale, model.attention_scale > 0, "positive"),
+        ("model.rope_base", model.rope_base, 1 < model.rope_base <= 1e12, "above 1, and at most 1e12"),
+        ("model.attention_scale", model.attention_scale, 0 < model.attention_scale <= 1e6, "in (0, 1e6]"),
         ("model.logit_softcap", model.logit_softcap, 0 < model.logit_softcap <= 64, "in (0, 64]"),
         ("model.activation_dtype", model.activation_dtype, model.activation_dtype in DTYPES, " or ".join(DTYPES)),
         ("model.mlp", model.mlp, model.mlp in MLPS, " or ".join(MLPS)),
         ("model.head_dtype", model.head_dtype, model.head_dtype in HEAD_DTYPES, " or ".join(HEAD_DTYPES)),
         ("train.compile", train.compile, train.compile in ("auto", "on", "off"), "auto, on or off"),
-        ("train.batch_tokens", train.batch_tokens, train.batch_tokens % (model.seq_len or 1) == 0, whole_sequences),
-        ("eval.tokens", evaluation.tokens, evaluation.tokens % (model.seq_len or 1) == 0, whole_sequences),
+        ("train.batch_tokens", train.batch_tokens, train.batch_tokens % model.seq_len == 0, whole_sequences),
+        ("eval.tokens", evaluation.tokens, evaluation.tokens % model.seq_len == 0, whole_sequences),
         ("eval.target", evaluation.target, evaluation.target > 0, "a positive loss"),
         ("eval.late_frac", evaluation.late_frac, 0 <= evaluation.late_frac <= 1, "in [0, 1]"),
         ("schedule.cooldown_frac", schedule.cooldown_frac, 0 <= schedule.cooldown_frac <= 1, "in [0, 1]"),
@@ -349,11 +381,10 @@ def check_bounds(config: Config) -> None:
             ("model.vocab_size", model.vocab_size, model.vocab_size % 16 == 0, sixteens),
             ("model.model_dim", model.model_dim, model.model_dim % 16 == 0, sixteens),
         ]
-    for name in ("model", "train", "eval"):
-        for key, value in vars(getattr(config, name)).items():
-            if type(value) is int:  # no bool
-                lowest = 0 if key == "checkpoint_every" else 1
-                bounds.insert(0, (f"{name}.{key}", value, value >= lowest, f"at least {lowest}"))
-    for key, value, is_valid, wanted in bounds:
-        if not is_valid:
-            raise HarnessError(Exit.CONFIG, f"{key} must be {wanted}, got {value!r}")
+    for bound in bounds:
+        check_bound(*bound)
+
+
+def check_bound(key: str, value: Any, is_valid: bool, wanted: str) -> None:
+    if not is_valid:
+        raise HarnessError(Exit.CONFIG, f"{key} must be {wanted}, got {shown(value)}")

@@ -24,7 +24,7 @@ def check_folder(folder: Path, vocab_size: int) -> Iterator[str]:
     if not folder.is_dir():
         yield Problem(ShardError(folder, "folder", "one with shards", "none", "check its name"))
         return
-    paths = sorted(folder.glob("*.bin"))
+    paths = sorted(path for path in folder.glob("*.bin") if not path.name.startswith("."))  # as macOS leaves
     if not paths:
         yield Problem(ShardError(folder, "files", "shards, *.bin", "none", "see data/fineweb.py download --help"))
         return

@@ -2,12 +2,14 @@
 
 Each document begins with token 50256; the tokens of tiktoken's encode_ordinary follow. Documents run on across shards
 of equal size. Shard 0 is for validation, the others are for training. The manifest is written after each shard and says
-where the next one begins.
+where the next one begins, and the hash of the text up to there: what follows may be mended meanwhile.
 """
 
 import collections
 import contextlib
 import gzip
+import hashlib
+import io
 import itertools
 import json
 import multiprocessing
@@ -24,6 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from aurora.text import encoding_of
 from aurora.tokens.manifest import read_manifest, write_manifest
 from aurora.tokens.shards import DOCUMENT_START, ShardError, open_shard, write_shard
 from data.hub import alone_in, file_sha256, is_present, shard_entry, with_retries
@@ -33,15 +36,25 @@ BATCH_CHARS = 1 << 20  # of text sent to a worker at once
 # GPT-2's words hold no newline, and the last of some whitespace before a letter is a word of its own unless it is a
 # space: before a newline that something visible follows, a cut changes no token.
 SAFE_CUT = re.compile(r"\n(?=\S)")
+# Unicode's white space, as tiktoken knows it. Its stack is too small for some 300,000 in a row before a letter.
+LONG_SPACE = re.compile(r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{1000,}")
+SEPARATOR = "<|endoftext|>"  # between the documents of a .txt file, as that of TinyStories
+
+
+class Document(NamedTuple):
+    text: str
+    sha256: str  # over this and all documents before it; empty where the source cannot change
 
 
 class Piece(NamedTuple):
     text: str
     begins_document: bool
+    sha256: str = ""  # that of its document
 
 
 class LocalFiles:
-    """Documents in .txt (one a file), .jsonl or .jsonl.gz (one a line) and .parquet files, the latter under "text"."""
+    """Documents in .txt (one a file, or several with <|endoftext|> between), .jsonl or .jsonl.gz (one a line) and
+    .parquet files, the latter under "text". Text is UTF-8, or UTF-16 where that shows."""
 
     def __init__(self, paths: list[Path]):
         self.paths = paths
@@ -61,9 +74,24 @@ class LocalFiles:
                 error.filename, "file", "one that can be read", error.strerror, "mend or leave it out"
             ) from error
 
-    def documents(self, num_skipped: int) -> Iterator[str]:
-        """Texts in order, without the first num_skipped. Raises ShardError for text that cannot be read."""
-        return itertools.islice(itertools.chain.from_iterable(map(self._read, self.paths)), num_skipped, None)
+    def documents(self, position: dict[str, Any]) -> Iterator[Document]:
+        """Documents in order, from position["document"] on.
+
+        Raises:
+            ShardError: text that cannot be read, or that is not what it was up to the position.
+        """
+        digest, number = hashlib.sha256(), 0
+        for path in self.paths:
+            for text in self._read(path):
+                content = text.encode("utf-8", "surrogatepass")
+                digest.update(b"%d:%b" % (len(content), content))
+                if number == position["document"] and position.get("sha256", digest.hexdigest()) != digest.hexdigest():
+                    raise changed_before(path, number)
+                if number >= position["document"]:
+                    yield Document(text, digest.hexdigest())
+                number += 1
+        if number <= position["document"] and "sha256" in position:
+            raise changed_before(self.paths[-1], number)
 
     def _read(self, path: Path) -> Iterator[str]:
         line_number = 0
@@ -74,20 +102,36 @@ class LocalFiles:
                 for batch in pyarrow.parquet.ParquetFile(path).iter_batches(columns=["text"], batch_size=1024):
                     yield from map(as_text, batch.column("text").to_pylist())
                 return
-            open_text = gzip.open if path.suffix == ".gz" else open
-            with open_text(path, "rb") as file:
+            with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+                encoding = encoding_of(file.peek(4)[:4])
                 if path.suffix == ".txt":
-                    yield file.read().decode("utf-8")
+                    texts = file.read().decode(encoding).split(SEPARATOR)
+                    yield from texts if len(texts) == 1 else filter(None, (text.strip("\r\n") for text in texts))
                     return
-                for line in file:
+                # Bytes where that works: json reads them faster, and line numbers of errors are right.
+                lines: Iterable[bytes | str] = file
+                if not encoding.startswith("utf-8"):
+                    lines = io.TextIOWrapper(file, encoding, newline="\n")
+                for line in lines:
                     line_number += 1
-                    yield as_text(json.loads(line)["text"])
+                    if line.strip():
+                        yield as_text(json.loads(line)["text"])
         except (ValueError, KeyError, TypeError, EOFError, OSError, RecursionError, zlib.error) as error:
             where = f"line {line_number}" if line_number else "content"
             expected = 'UTF-8 text; one object with "text" a line or row'
             raise ShardError(
-                path, where, expected, " ".join(str(error).split()), "mend or leave out the file"
+                path,
+                where,
+                expected,
+                shown(" ".join(str(error).split())),
+                "mend or leave out what is broken, then run the same command again",
             ) from error
+
+
+def changed_before(path: Path, number: int) -> ShardError:
+    return ShardError(
+        path, f"text up to document {number:,}", "what the shards were made of", "another", "use another --out"
+    )
 
 
 def as_text(value: Any) -> str:
@@ -109,14 +153,14 @@ class HubText:
     def describe(self) -> dict[str, Any]:
         return {"repo": self.repo, "sample": self.sample, "revision": self.revision}
 
-    def documents(self, num_skipped: int) -> Iterator[str]:
-        """Texts in order, without the first num_skipped. Raises ShardError when the hub stops giving them."""
+    def documents(self, position: dict[str, Any]) -> Iterator[Document]:
+        """Documents in order, from position["document"] on. Raises ShardError when the hub stops giving them."""
         import datasets
 
         try:
             rows = datasets.load_dataset(self.repo, self.sample, split="train", streaming=True, revision=self.revision)
-            for row in rows.select_columns(["text"]).skip(num_skipped):
-                yield as_text(row["text"])
+            for row in rows.select_columns(["text"]).skip(position["document"]):
+                yield Document(as_text(row["text"]), "")
         except Exception as error:  # of datasets, fsspec, pyarrow or the network
             reason = " ".join(str(error).split()) or type(error).__name__
             fix = "check names and network, then run the same command again"
@@ -149,6 +193,11 @@ def tokenize(
             unfinished.unlink()
         made_of = source.describe() | {"encoding": "gpt2", "shard_tokens": shard_tokens}
         manifest = read_manifest(out) or {"source": made_of, "shards": {}, "next": {"document": 0, "token": 0}}
+        num_done, position = len(manifest["shards"]), manifest["next"]
+        limit = None if num_train_shards is None else 1 + num_train_shards
+        is_finished = position is None or bool(limit and num_done >= limit)
+        if not is_finished and position.get("sha256") and "files" in made_of:
+            manifest["source"]["files"] = made_of["files"]  # documents() compares the text up to there
         for key in sorted(made_of | manifest["source"]):
             ours, theirs = made_of.get(key), manifest["source"].get(key)
             if ours != theirs:
@@ -158,9 +207,7 @@ def tokenize(
                 raise ShardError(
                     out / name, "file", "whole, as the manifest says", "missing or cut", "begin in another --out"
                 )
-        num_done, position = len(manifest["shards"]), manifest["next"]
-        limit = None if num_train_shards is None else 1 + num_train_shards
-        if position is None or (limit and num_done >= limit):
+        if is_finished:
             print(f"{out}: {num_done} shards finished before")
             return
         if num_done:
@@ -170,7 +217,7 @@ def tokenize(
             tqdm(total=total, unit=" tokens", unit_scale=True, disable=None) as bar,
             worker_pool(num_workers) as pool,
         ):
-            batches = encoded(pieces(source.documents(position["document"])), pool, num_workers)
+            batches = encoded(pieces(source.documents(position)), pool, num_workers)
             for tokens, next_position in cut_into_shards(batches, position, shard_tokens):
                 number = len(manifest["shards"])
                 path = out / f"fineweb_{'train' if number else 'val'}_{number:06d}.bin"
@@ -200,22 +247,23 @@ def shown(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:80]}..."
 
 
-def pieces(documents: Iterable[str]) -> Iterator[Piece]:
+def pieces(documents: Iterable[Document]) -> Iterator[Piece]:
     """The documents, long ones cut where that changes no token."""
-    for text in documents:
+    for text, sha256 in documents:
         begin = 0
         while len(text) - begin > PIECE_CHARS:
             cut = SAFE_CUT.search(text, begin + PIECE_CHARS)
             if not cut:
                 break
-            yield Piece(text[begin : cut.start()], begin == 0)
+            yield Piece(text[begin : cut.start()], begin == 0, sha256)
             begin = cut.start()
-        yield Piece(text[begin:], begin == 0)
+        yield Piece(text[begin:], begin == 0, sha256)
 
 
 class Encoded(NamedTuple):
     tokens: np.ndarray  # (num_tokens,) uint16
     document_starts: np.ndarray  # (num_documents,) int64: where in tokens documents begin
+    sha256s: list[str]  # of these documents
 
 
 def encoded(stream: Iterator[Piece], pool: Executor | None, num_workers: int) -> Iterator[Encoded]:
@@ -224,23 +272,35 @@ def encoded(stream: Iterator[Piece], pool: Executor | None, num_workers: int) ->
         yield from map(encode, batched(stream))
         return
     under_way: collections.deque[Future[Encoded]] = collections.deque()
-    for batch in batched(stream):
-        under_way.append(pool.submit(encode, batch))
+    batches = batched(stream)
+    while True:
+        try:
+            under_way.append(pool.submit(encode, next(batches)))
+        except (StopIteration, ShardError) as error:
+            while under_way:  # what came before text that cannot be read is kept
+                yield under_way.popleft().result()
+            if isinstance(error, ShardError):
+                raise
+            return
         if len(under_way) > 2 * num_workers:
             yield under_way.popleft().result()
-    while under_way:
-        yield under_way.popleft().result()
 
 
 def batched(stream: Iterator[Piece]) -> Iterator[list[Piece]]:
-    """Lists of pieces with at least BATCH_CHARS characters together."""
-    batch, num_chars = [], 0
-    for piece in stream:
-        batch.append(piece)
-        num_chars += len(piece.text) + 1
-        if num_chars >= BATCH_CHARS:
+    """Lists of pieces with at least BATCH_CHARS characters together, the last of fewer: at the end, or an error."""
+    batch: list[Piece] = []
+    num_chars = 0
+    try:
+        for piece in stream:
+            batch.append(piece)
+            num_chars += len(piece.text) + 1
+            if num_chars >= BATCH_CHARS:
+                yield batch
+                batch, num_chars = [], 0
+    except ShardError:
+        if batch:
             yield batch
-            batch, num_chars = [], 0
+        raise
     if batch:
         yield batch
 
@@ -264,33 +324,49 @@ def gpt2() -> Any:
 def encode(batch: list[Piece]) -> Encoded:
     """The tokens of some pieces."""
     encoding = gpt2()
-    parts, starts, num_tokens = [], [], 0
-    for text, begins_document in batch:
+    parts, starts, sha256s, num_tokens = [], [], [], 0
+    for text, begins_document, sha256 in batch:
         if begins_document:
             starts.append(num_tokens)
+            sha256s.append(sha256)
             parts.append(np.array([DOCUMENT_START], dtype=np.uint16))
-        try:
-            tokens = encoding.encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:  # half of a surrogate pair, which encode_ordinary replaces
-            tokens = np.array(encoding.encode_ordinary(text), dtype=np.uint32)
+        tokens = tokens_of(text, encoding)
         parts.append(tokens.astype(np.uint16))
         num_tokens += len(tokens) + begins_document
-    return Encoded(np.concatenate(parts), np.array(starts, dtype=np.int64))
+    return Encoded(np.concatenate(parts), np.array(starts, dtype=np.int64), sha256s)
+
+
+def tokens_of(text: str, encoding: Any) -> np.ndarray:
+    """(num_tokens,) as of encode_ordinary, also where tiktoken fails."""
+    try:
+        return encoding.encode_to_numpy(text, disallowed_special=())
+    except UnicodeEncodeError:  # half of a surrogate pair, which encode_ordinary replaces
+        return tokens_of(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), encoding)
+    except ValueError as error:
+        # All but the last of some whitespace before a word are a word of their own.
+        ends = [match.span() for match in LONG_SPACE.finditer(text) if match.end() < len(text)]
+        cuts = [0, *(cut for begin, end in ends for cut in (begin, end - 1)), len(text)]
+        if len(cuts) == 2:
+            where, fix = f"the document that begins {shown(ascii(text[:40]))}", "leave it out"
+            raise ShardError(where, "text", "such as tiktoken can encode", error, fix) from error
+        parts = [text[begin:end] for begin, end in itertools.pairwise(cuts)]
+        return np.concatenate([encoding.encode_to_numpy(part, disallowed_special=()) for part in parts])
 
 
 def cut_into_shards(
-    batches: Iterator[Encoded], position: dict[str, int], shard_tokens: int
-) -> Iterator[tuple[np.ndarray, dict[str, int]]]:
+    batches: Iterator[Encoded], position: dict[str, Any], shard_tokens: int
+) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
     """Cut the stream that begins with document position["document"] into shards, without its first tokens.
 
-    Yields each shard's tokens and the position of the token that follows them: which document, which token in it.
+    Yields each shard's tokens and the position of the token that follows them: which document, the hash of the text up
+    to its end, which token in it.
     """
     num_skipped, document = position["token"], position["document"]
     buffer, filled = np.empty(shard_tokens, dtype=np.uint16), 0
     # The last document that began, and how far before the coming batch; before the first batch none has.
-    last_start = np.empty(0, dtype=np.int64)
-    for tokens, document_starts in batches:
-        starts = np.concatenate([last_start, document_starts])
+    last_start, last_sha256 = np.empty(0, dtype=np.int64), list[str]()
+    for tokens, document_starts, sha256s in batches:
+        starts, sha256s = np.concatenate([last_start, document_starts]), last_sha256 + sha256s
         begin = min(num_skipped, len(tokens))
         num_skipped -= begin
         while begin < len(tokens):
@@ -299,11 +375,12 @@ def cut_into_shards(
             filled, begin = filled + taken, begin + taken
             if filled == shard_tokens:
                 index = int(np.searchsorted(starts, begin, side="right")) - 1
-                yield buffer, {"document": document + index, "token": begin - int(starts[index])}
+                token = begin - int(starts[index])
+                yield buffer, {"document": document + index, "token": token, "sha256": sha256s[index]}
                 filled = 0
-        document, last_start = document + len(starts) - 1, starts[-1:] - len(tokens)
+        document, last_start, last_sha256 = document + len(starts) - 1, starts[-1:] - len(tokens), sha256s[-1:]
     if filled:
-        yield buffer[:filled], {"document": document, "token": -int(last_start[0])}
+        yield buffer[:filled], {"document": document, "token": -int(last_start[0]), "sha256": last_sha256[0]}
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@
     python data/fineweb.py download --train-shards 18                                 the first 18 train shards, 3.8 GB
     python data/fineweb.py tokenize --sample sample-10BT --train-shards 18 --out data/fineweb_raw
     python data/fineweb.py tokenize --files a.parquet b.jsonl c.txt --out data/fineweb_mine
+    python data/fineweb.py convert train.bin val.bin --out data/mine     tokens of nanoGPT (uint16) or of .npy files
     python data/fineweb.py check data/fineweb10B                                      every byte, before a run
 
 After a stop the same command goes on after the last whole file. Exit codes: 0 done, 2 usage, 3 data, 7 disk.
@@ -27,13 +28,14 @@ from aurora.tokens.loader import PUBLIC_SHARD_TOKENS, steps_in_shard
 from aurora.tokens.manifest import read_manifest
 from aurora.tokens.shards import GPT2_VOCAB_SIZE, ShardError
 from data.check import Problem, check_folder
+from data.convert import convert
 from data.encode import HubText, LocalFiles, tokenize
 from data.hub import DATASETS, download
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="download | tokenize | check")
+    commands = parser.add_subparsers(required=True, metavar="download | tokenize | convert | check")
 
     get = commands.add_parser("download", help="get ready-made shards from the Hugging Face hub")
     get.set_defaults(run=run_download)
@@ -63,7 +65,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     text = make.add_mutually_exclusive_group(required=True)
     text.add_argument("--sample", help="stream this sample from the hub: sample-10BT, sample-100BT, ...")
     text.add_argument(
-        "--files", nargs="+", type=Path, metavar="FILE", help="read these: .txt (one document), .jsonl[.gz], .parquet"
+        "--files",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="read these: .txt (one document, or <|endoftext|> between several), .jsonl[.gz], .parquet",
     )
     make.add_argument("--repo", help="with --sample: the dataset (default: HuggingFaceFW/fineweb)")
     make.add_argument(
@@ -82,6 +88,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     make.add_argument(
         "--workers", type=positive, default=available_cores(), metavar="N", help="processes (one for each core)"
+    )
+
+    other = commands.add_parser("convert", help="make shards of tokens: .npy files, or .bin of uint16 without a header")
+    other.set_defaults(run=run_convert)
+    other.add_argument("files", nargs="+", type=Path, metavar="FILE", help="each becomes shards of its name")
+    other.add_argument("--out", type=Path, required=True, help="folder of the shards")
+    other.add_argument(
+        "--shard-tokens",
+        type=shard_size,
+        default=PUBLIC_SHARD_TOKENS,
+        metavar="N",
+        help="of a shard, at most (100 million)",
     )
 
     check = commands.add_parser("check", help="read every shard and list what is wrong with it")
@@ -147,6 +165,13 @@ def shards_needed(config: Config) -> int:
         message = f"train.batch_tokens must be less than a shard's {PUBLIC_SHARD_TOKENS:,}"
         raise HarnessError(Exit.CONFIG, f"{message}, got {config.train.batch_tokens:,}")
     return -(-config.train.steps // steps_each)
+
+
+def run_convert(args: argparse.Namespace) -> int:
+    for line in convert(args.files, args.out, args.shard_tokens):
+        print(line, flush=True)
+    print(f"train on it:  --set 'data.train={args.out.resolve()}/NAME_*.bin', and data.val alike")
+    return 0
 
 
 def run_tokenize(args: argparse.Namespace) -> int:

@@ -208,7 +208,7 @@ def main() -> int:
     progress = sys.stderr if args.json else sys.stdout
     plan = plan_runs(args)
     try:
-        recorded = read_folder(args.out)[0]
+        recorded = read_folder(args.out, condensed=True)[0]
         left = [planned.argv for planned in plan if not finished_run(recorded, planned.argv, args.nproc)]
         check_settings(left, args.nproc)
         folder = take_folder(args.out)
@@ -247,7 +247,7 @@ def run_and_report(args: argparse.Namespace, plan: Sequence[Planned], progress: 
 
 
 def report_folders(args: argparse.Namespace) -> int:
-    found = [read_folder(folder) for folder in args.report]
+    found = [read_folder(folder, condensed=True) for folder in args.report]
     for error in (error for _, errors in found for error in errors):
         print(f"warning: {error}", file=sys.stderr)
     runs = [run for folder_runs, _ in found for run in folder_runs]

@@ -63,7 +63,7 @@ figures.
 - Differences are between means: the first-named minus the second. In claims 1 and 3 a negative difference means that
   the first-named is better. It is in steps to the target or, where lengths are equal, in nats of final loss. In claim 2
   a positive difference means that the first-named starves more. It is in percentage points of rows.
-- Brackets hold the 95 % interval of one figure.
+- Brackets hold the 95 % interval of one figure; there is none where all seeds gave the same.
 - Each p is corrected (Holm) for the tests of its claim in one setting: two in 2a and 2b, two in 3a and 3b, one
   elsewhere. There is no correction over settings, so one verdict in twenty may be chance. The pages of the experiments
   ([README.md](README.md)) correct over all pairs of a folder, so their p may be larger."""

@@ -40,11 +40,11 @@ def read_results(results: Path) -> list[Run]:
         RecordError: one cannot be read, or lies outside the folder behind a link.
     """
     runs = []
-    for path in sorted(results.rglob("*.jsonl")):
+    for path in record_paths(results):
         if not path.resolve().is_relative_to(results.resolve()):
             raise RecordError(f"{path} leads out of {results}; copy the file itself")
         run = read_record(path)
-        run.train_events = run.train_events[-1:]  # the page needs none, and there are thousands
+        run.condense()
         runs.append(run)
     return runs
 
@@ -85,7 +85,7 @@ def add(source: Path, results: Path) -> list[Path]:
     Raises:
         RecordError: one is refuted by scripts/verification/checks.py, is not whole, or is there already.
     """
-    runs = [read_record(path) for path in sorted(source.rglob("*.jsonl")) if not path.is_symlink()]
+    runs = [read_record(path) for path in record_paths(source) if not path.is_symlink()]
     if not runs:
         raise RecordError(f"{source} holds no record")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", source.resolve().name):

@@ -47,6 +47,8 @@ SPARE_STYLES: list[Style] = [
 SHOWN_FROM_FRAC = 0.2
 # Markers of one curve; every curve begins with another offset, so that they do not cover each other.
 MARKERS = 6
+MOST_CURVES = 8  # with a name and a bar of their own: the first at the target
+MOST_OTHERS = 500
 LABEL_WIDTH = 26
 DPI = 120
 
@@ -73,17 +75,19 @@ def plot_groups(groups: Sequence[Group], path: Path, description: str = "") -> N
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    styles = styles_of(groups)
+    styles = styles_of(groups[:MOST_CURVES])
+    shown, others = groups[:MOST_CURVES], groups[MOST_CURVES:]
     # Names come from records: no $mathematics$ in them, and no date or random name in the file.
     settings = {"text.parse_math": False, "svg.hashsalt": "", "font.size": 9}
     with matplotlib.rc_context(settings):
         figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
         by_steps, by_seconds, near_target, bars = axes.flat
         for axis in (by_steps, by_seconds, near_target):
-            draw_curves(axis, groups, styles, is_time=axis is by_seconds)
+            draw_others(axis, others, is_time=axis is by_seconds)
+            draw_curves(axis, shown, styles, is_time=axis is by_seconds)
         target = groups[0].runs[0].target
         near_target.set_title("near the target")
-        near_target.set(**zoom(groups, target))
+        near_target.set(**zoom(shown, target))
         for axis in (by_steps, by_seconds, near_target):
             axis.axhline(target, color="0.35", linewidth=1)
             axis.annotate(
@@ -92,9 +96,9 @@ def plot_groups(groups: Sequence[Group], path: Path, description: str = "") -> N
             )  # fmt: skip
             axis.set_ylabel("validation loss (nats per token)")
             axis.grid(alpha=0.3)
-        if by_steps.lines[:-1]:  # besides the target
+        if by_steps.lines[:-1] or others:  # besides the target
             by_steps.legend()
-        draw_steps_to_target(bars, groups, styles)
+        draw_steps_to_target(bars, shown, styles)
         first = groups[0].runs[0].start
         lengths = ", ".join(map(str, sorted({group.planned_steps for group in groups})))
         train, machine = first["config"]["train"], f"{first['world_size']} x {printable(first['env']['device_name'])}"
@@ -161,6 +165,21 @@ def draw_curves(axis, groups: Sequence[Group], styles: Sequence[tuple], is_time:
     axis.set_xlabel("timed training seconds" if is_time else "steps")
 
 
+def draw_others(axis, groups: Sequence[Group], is_time: bool) -> None:
+    """One thin grey curve a group, of its first finished run: how far behind the shown ones the others are."""
+    lines = []
+    for group in groups[:MOST_OTHERS]:
+        run = next((run for run in group.runs if run.is_done), group.runs[0])
+        last_step = max((validation.step for validation in run.validations), default=0)
+        points = [v for v in run.validations if v.step >= SHOWN_FROM_FRAC * last_step]
+        lines.append([(point.train_time_s if is_time else point.step, point.val_loss) for point in points])
+    if lines:
+        from matplotlib.collections import LineCollection
+
+        label = f"{len(groups)} others" + f", {MOST_OTHERS} of them shown" * (len(groups) > MOST_OTHERS)
+        axis.add_collection(LineCollection(lines, colors="0.8", linewidths=0.5, label=label, zorder=0))
+
+
 def zoom(groups: Sequence[Group], target: float) -> dict[str, tuple[float, float]]:
     """Limits that show the curves that come to the target, from the first crossing to the last step."""
     found = [hit.step for group in groups for hit in group.crossings() if hit]
@@ -211,7 +230,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="records of one task")
     parser.add_argument("--out", type=Path, required=True, help="PNG or SVG to write")
     args = parser.parse_args()
-    runs, errors = read_folder(args.folder)
+    runs, errors = read_folder(args.folder, condensed=args.what == "loss")
     runs = [run for run in runs if run.validations]
     for error in errors:
         print(f"warning: {error}", file=sys.stderr)

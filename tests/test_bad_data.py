@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from aurora.tokens.manifest import write_manifest
-from aurora.tokens.shards import MAGIC, verify_shard, write_shard
+from aurora.tokens.shards import MAGIC, open_shard, verify_shard, write_shard
+from data import fineweb
 from data.check import Problem, check_folder
 from tests.conftest import shard_bytes, train_here
 
@@ -133,6 +134,7 @@ CASES = {
     "big-endian count": (header(2, TOKENS, ">i4"), "uint16 tokens of the header"),
     "uint32 payload": (replace(FIRST, shard_bytes(np.arange(TOKENS), dtype="<u4")), "uint16 tokens of the header"),
     "headerless file": (replace(FIRST, np.arange(TOKENS).astype("<u2").tobytes()), "it has no header, like nanoGPT's"),
+    "NumPy's file": (replace(FIRST, b"\x93NUMPY\x01\0v\0{'descr': '<u2'}"), "found a .npy file of NumPy; make shards"),
     "text file": (replace(FIRST, b"to be or not to be " * 1000), "magic number"),
     "empty shard": (replace(FIRST, shard_bytes(())), "number of tokens in the header"),
     "token 50257": (
@@ -225,6 +227,39 @@ def test_one_step_more_than_the_data_hold_is_refused_with_the_number_of_shards(
     shutil.copytree(good_folder, tmp_path / "data")
     assert train(tiny_track, tmp_path / "data", "--set=train.steps=81") == 3
     assert f"found 80 steps in 2 shards; get 3 shards of {TOKENS:,} tokens" in capsys.readouterr().err
+
+
+def test_tokens_of_other_projects_become_the_same_shards(tmp_path, capsys):
+    tokens = np.random.default_rng(0).integers(0, 50257, 1001).astype(np.uint16)
+    np.save(tmp_path / "edufineweb_train_000001.npy", tokens)
+    np.save(tmp_path / "wide.npy", tokens.astype(np.int64))
+    tokens.astype("<u2").tofile(tmp_path / "val.bin")
+    files = [str(tmp_path / name) for name in ("edufineweb_train_000001.npy", "wide.npy", "val.bin")]
+    for _ in range(2):  # again, after a stop
+        assert fineweb.main(["convert", *files, "--out", str(tmp_path / "out"), "--shard-tokens", "600"]) == 0
+    names = [f"{name}_{i:06d}.bin" for name in ("edufineweb_train_000001", "val", "wide") for i in range(2)]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(names)
+    for name in ("edufineweb_train_000001", "val", "wide"):
+        parts = [open_shard(tmp_path / "out" / f"{name}_{i:06d}.bin") for i in range(2)]
+        assert np.array_equal(np.concatenate(parts), tokens)
+    assert fineweb.main(["convert", files[0], "--out", str(tmp_path / "one")]) == 0
+    assert np.array_equal(open_shard(tmp_path / "one" / "edufineweb_train_000001.bin"), tokens)
+
+    np.save(tmp_path / "table.npy", np.zeros((3, 3)))
+    np.save(tmp_path / "large.npy", np.array([70_000]))
+    np.save(tmp_path / "objects.npy", np.array([{}]), allow_pickle=True)
+    tokens.astype("<u4").tofile(tmp_path / "uint32.bin")
+    (tmp_path / "odd.bin").write_bytes(b"abc")
+    (tmp_path / "empty.bin").write_bytes(b"")
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "wide.npy").read_bytes()[:500])
+    bad = ["table.npy", "large.npy", "objects.npy", "uint32.bin", "odd.bin", "empty.bin", "cut.npy", "none.npy"]
+    for name in [*bad, "out/val_000000.bin"]:
+        capsys.readouterr()
+        assert fineweb.main(["convert", str(tmp_path / name), "--out", str(tmp_path / "bad")]) == 3, name
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and len(error.splitlines()) == 1 and name[:5] in error, error
+    np.save(tmp_path / "val.npy", tokens[::-1])
+    assert fineweb.main(["convert", str(tmp_path / "val.npy"), "--out", str(tmp_path / "out")]) == 3
 
 
 def test_check_counts_documents_that_the_web_repeats_without_refusing_them(tmp_path):

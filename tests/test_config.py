@@ -1,5 +1,6 @@
 """Tracks load with every optimizer; whatever is wrong in one is named."""
 
+import dataclasses
 import importlib.util
 import re
 
@@ -9,6 +10,7 @@ import train_gpt
 from aurora.config import load_config, parse_args
 from aurora.errors import Exit, HarnessError
 from aurora.trainer.optimizers import checked_hparams
+from aurora.trainer.setup import check_schedule
 from tests.conftest import OPTIMIZERS, ROOT, train_here
 
 TRACKS = sorted((ROOT / "configs").glob("*.toml"))
@@ -43,6 +45,13 @@ BAD_VALUES = [
     ("steps=10", "must look like train.steps=100"),
     ("optimizer.aurora=5", "optimizer must hold tables"),
     ("train.steps", "must look like train.steps=100"),
+    ("train.steps=100000000", "train.steps must be at most 1000000, got 100000000"),
+    ("model.num_layers=100000", "model.num_layers must be at most 256, got 100000"),
+    ("model.model_dim=" + "9" * 400, "model.model_dim must be at most 65536, got a number of more than 40 digits"),
+    ("eval.target=" + "9" * 400, "eval.target must be a finite number, got a number of more than 40 digits"),
+    ("eval.every=" + "9" * 5000, "eval.every must be a whole number, got '9999"),
+    ("eval.late_frac=[0x" + "f" * 5000 + "]", "eval.late_frac must be a finite number, got a list of huge numbers"),
+    ("eval.late_frac=" + "[" * 5000, "eval.late_frac must be a finite number, got '[[["),
     ("train.batch_tokens=500", "train.batch_tokens must be a multiple of model.seq_len = 32, got 500"),
     ("train.micro_batch=3", "micro_batch = 3 does not divide the 16 sequences"),
     ("train.micro_batch=all", "train.micro_batch must be a whole number or \"auto\", got 'all'"),
@@ -75,6 +84,29 @@ def test_bad_value_exits_2_with_one_line_before_anything_is_written(tiny_track, 
     assert error.startswith("error: ") and error.count("\n") == 1
     assert message in error
     assert not list(tmp_path.glob("out/*"))
+
+
+def test_schedules_of_any_length_are_checked_by_a_few_looks(tiny_track):
+    looks = []
+
+    def lr_scale(step, config):
+        looks.append(step)
+        return train_gpt.lr_scale(step, config)
+
+    for fitting, too_long, cooldown_frac in ((1, 2, 1.0), (500_001, 500_010, 0.5)):
+        config = load_config(tiny_track, "muon", ["train.steps=1000000", f"schedule.cooldown_frac={cooldown_frac}"])
+        check_schedule(dataclasses.replace(config, warmup_steps=fitting), lr_scale)
+        with pytest.raises(HarnessError, match="leave no step for it"):
+            check_schedule(dataclasses.replace(config, warmup_steps=too_long), lr_scale)
+    assert len(looks) < 50_000
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le"])
+def test_a_track_in_another_encoding_is_named(tiny_track, tmp_path, capsys, encoding):
+    config = tmp_path / "c.toml"
+    config.write_bytes(tiny_track.read_text().encode(encoding))
+    assert train_here(config, tmp_path / "out") == Exit.CONFIG
+    assert f"c.toml is in {encoding}; save it as UTF-8" in capsys.readouterr().err
 
 
 def test_unknown_optimizer_is_answered_with_the_nearest_name(tiny_track, tmp_path, capsys):

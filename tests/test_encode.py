@@ -128,7 +128,7 @@ def test_long_documents_are_cut_only_where_no_token_changes(gpt2_files, monkeypa
     generator, num_cut = random.Random(0), 0
     for _ in range(2000):
         text = "".join(generator.choices(alphabet, k=80))
-        parts = list(encode.pieces([text]))
+        parts = list(encode.pieces([encode.Document(text, "")]))
         num_cut += len(parts) > 1
         assert "".join(part.text for part in parts) == text
         assert [part.begins_document for part in parts] == [True] + [False] * (len(parts) - 1)
@@ -244,6 +244,66 @@ def test_a_lone_surrogate_becomes_what_tiktoken_makes_of_it(gpt2_files):
     assert tokens.tolist() == [50256, *tiktoken.get_encoding("gpt2").encode_ordinary(text)]
 
 
+def test_white_space_too_long_for_tiktoken_becomes_the_same_tokens(gpt2_files):
+    encoding = tiktoken.get_encoding("gpt2")
+    for before, after in (("a", "b"), ("", "!"), ("\ud83d", " b"), ("a\u3000\n", "\n1's"), ("a", "")):
+        few, many = (encode.tokens_of(before + " " * n + after, encoding).tolist() for n in (2000, 400_000))
+        assert many == [*few[:1000], *[220] * 398_000, *few[1000:]]
+    # Where tiktoken itself fails, a text that it can read must give the same by our cuts.
+    text = "a" + " " * 1500 + "b" + "\n" * 1500 + "c" + "\u3000" * 1200
+
+    class Failing:
+        def encode_to_numpy(self, part, **options):
+            if part == text:
+                raise ValueError("stack")
+            return encoding.encode_to_numpy(part, **options)
+
+    assert encode.tokens_of(text, Failing()).tolist() == encoding.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_shards_before_a_broken_line_stay_and_the_mended_file_goes_on(tmp_path, gpt2_files, capsys, workers):
+    lines = [json.dumps({"text": f"document {i} " * 30}) for i in range(40)]
+    path, whole, out = tmp_path / "a.jsonl", tmp_path / "whole.jsonl", tmp_path / "out"
+    whole.write_text("\n".join(lines) + "\n")
+    assert fineweb.main(tokenize(tmp_path / "wanted", whole, shard_tokens=200)) == 0
+    path.write_text("\n".join([*lines[:30], '{"text": broken', *lines[31:]]))
+    assert fineweb.main(tokenize(out, path, shard_tokens=200, workers=workers)) == 3
+    assert "a.jsonl: line 31" in capsys.readouterr().err
+    before = {name: (out / name).stat().st_mtime_ns for name in shard_names(out)}
+    assert len(before) > 5
+    good = "\n".join([*lines[:30], "", lines[30], "  ", *lines[31:]]) + "\n\n"
+    path.write_text(good.replace("document 2 ", "document two ", 1))
+    assert fineweb.main(tokenize(out, path, shard_tokens=200)) == 3, "what the shards were made of is another text"
+    assert "use another --out" in capsys.readouterr().err
+    path.write_text("\n".join(lines[:3]))
+    assert fineweb.main(tokenize(out, path, shard_tokens=200)) == 3
+    path.write_text(good)
+    assert fineweb.main(tokenize(out, path, shard_tokens=200, workers=workers)) == 0
+    assert f"going on after {len(before)} shards" in capsys.readouterr().out
+    assert hashes(out) == hashes(tmp_path / "wanted")
+    assert all((out / name).stat().st_mtime_ns == time_ns for name, time_ns in before.items())
+
+
+def test_byte_order_marks_utf_16_and_separators(tmp_path, gpt2_files):
+    texts = ["naïve one", "two\n\n", "three"]
+    lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\r\n" for text in texts)
+    joined = texts[0] + "\n<|endoftext|>\n" + texts[1] + "<|endoftext|>" + texts[2] + "\n<|endoftext|>\n"
+    (tmp_path / "plain.jsonl").write_bytes(lines.encode())
+    assert fineweb.main(tokenize(tmp_path / "plain", tmp_path / "plain.jsonl")) == 0
+    for encoding in ("utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"):
+        (tmp_path / f"{encoding}.jsonl").write_bytes(lines.encode(encoding))
+        (tmp_path / f"{encoding}.jsonl.gz").write_bytes(gzip.compress(lines.encode(encoding)))
+        for suffix in (".jsonl", ".jsonl.gz"):
+            assert fineweb.main(tokenize(tmp_path / f"{encoding}{suffix}.out", tmp_path / f"{encoding}{suffix}")) == 0
+            assert hashes(tmp_path / f"{encoding}{suffix}.out") == hashes(tmp_path / "plain")
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        path = tmp_path / f"{encoding}.txt"
+        path.write_bytes(joined.encode(encoding))
+        found = encode.LocalFiles([path]).documents({"document": 0})
+        assert [document.text for document in found] == ["naïve one", "two", "three"]
+
+
 def test_without_gpt2s_files_the_error_says_how_to_get_them(monkeypatch):
     def offline(name):
         raise ConnectionError("no network")
@@ -327,5 +387,5 @@ def test_a_hub_that_fails_while_it_streams_is_an_error_in_one_line(monkeypatch):
     with pytest.raises(
         ShardError, match="some/fineweb sample-11BT: documents: expected text, found BuilderConfig"
     ) as error:
-        next(source.documents(0))
+        next(source.documents({"document": 0}))
     assert len(str(error.value).splitlines()) == 1

@@ -172,10 +172,11 @@ def test_deaths_are_those_by_step_500_however_long_a_run_is(results, not_rendere
         for optimizer, dead in {"muon": 8, "unormuon": 1, "aurora": 2}.items():
             path = results / "quick" / f"{optimizer}-{seed}-4.jsonl"
             *lines, end = path.read_text().splitlines()
+            dead += seed == 2  # or there would be no interval
             late = [json.dumps(neurons(500, 9, dead)), json.dumps(neurons(900, 9, 16 - dead))]
             path.write_text("\n".join([*lines, *late, end]) + "\n")
     found, page = verdicts(results)
-    assert found["2d."] == found["2e."] == "supported" and re.search(r"2d\. .*50\.0 %.*at step 500", page)
+    assert found["2d."] == found["2e."] == "supported" and re.search(r"2d\. .*52\.1 %.*at step 500", page)
 
 
 @pytest.mark.slow

@@ -23,6 +23,8 @@ SCAN_TOKENS = 1 << 20  # read once from memory, then hashed and searched in cach
 DOCUMENT_START = 50256  # GPT-2's end of text, which begins every document
 GPT2_VOCAB_SIZE = 50257
 GPT2_PADDED_VOCAB_SIZE = 50432  # the next multiple of 256
+TOKENIZE = "make shards with data/fineweb.py tokenize"
+CONVERT = "make shards of it with data/fineweb.py convert FILE --out FOLDER"
 OTHER_FORMATS = {
     int(np.int32(MAGIC).byteswap()): "its bytes are big-endian",
     20240801: "it is a llama-3 shard of llm.c, with uint32 tokens",
@@ -83,6 +85,10 @@ def write_shard(path: Path, tokens: np.ndarray) -> None:
         raise
 
 
+def starts_as_shard(head: bytes) -> bool:
+    return head.startswith(np.int32(MAGIC).astype("<i4").tobytes())
+
+
 def shard_bytes(num_tokens: int) -> int:
     """Size of a shard's file."""
     return HEADER_BYTES + num_tokens * TOKEN_DTYPE.itemsize
@@ -101,14 +107,17 @@ def open_shard(path: Path) -> np.ndarray:
             file_bytes = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise ShardError(path, "file", "one that can be read", error.strerror, get_again) from error
+    if header_bytes.startswith(b"\x93NUMPY"):
+        raise ShardError(path, "format", "a shard", "a .npy file of NumPy", CONVERT)
     if len(header_bytes) < HEADER_BYTES:
         raise ShardError(path, "size", f"at least the header's {HEADER_BYTES:,} bytes", f"{file_bytes:,}", get_again)
     magic, version, num_tokens = np.frombuffer(header_bytes, dtype="<i4")[:3].tolist()
     if magic != MAGIC:
-        reason = OTHER_FORMATS.get(magic, "it has no header, like nanoGPT's .bin files, or another format")
-        raise ShardError(path, "magic number", MAGIC, magic, f"{reason}: make shards with data/fineweb.py tokenize")
+        bare = f"it has no header, like nanoGPT's .bin files, or another format: if it is of uint16, {CONVERT}"
+        fix = f"{OTHER_FORMATS[magic]}: {TOKENIZE}" if magic in OTHER_FORMATS else bare
+        raise ShardError(path, "magic number", MAGIC, magic, fix)
     if version != VERSION:
-        raise ShardError(path, "format version", VERSION, version, "make shards with data/fineweb.py tokenize")
+        raise ShardError(path, "format version", VERSION, version, TOKENIZE)
     if num_tokens < 1:
         raise ShardError(path, "number of tokens in the header", "at least 1", f"{num_tokens:,}", get_again)
     expected_bytes = shard_bytes(num_tokens)

@@ -28,7 +28,7 @@ def build_optimizers(config: Config, params: list[aurora.Param]) -> list[torch.o
     try:
         return aurora.build(config.optimizer, params, config.hparams, process_group)
     except ValueError as error:
-        raise HarnessError(Exit.CONFIG, f"optimizer.{config.optimizer}: {error}") from error
+        raise HarnessError(Exit.CONFIG, f"optimizer.{config.optimizer}: {str(error)[:300]}") from error
 
 
 def fix_polar_dtype(optimizers: list[torch.optim.Optimizer], ranks: Ranks) -> None:

@@ -95,7 +95,12 @@ def read_sources(config_path: Path, other_modules: Container[str] = ()) -> dict[
 
 def code_hash(sources: dict[str, str]) -> str:
     """One sha256 over the Python files among the sources."""
-    return json_hash({name: text for name, text in sources.items() if name.endswith(".py")})
+    return _code_hash(tuple((name, text) for name, text in sources.items() if name.endswith(".py")))
+
+
+@functools.lru_cache(maxsize=100)  # thousands of records have the same sources
+def _code_hash(sources: tuple[tuple[str, str], ...]) -> str:
+    return json_hash(dict(sources))
 
 
 def json_hash(value: Any) -> str:
@@ -213,6 +218,12 @@ class Run:
         config = self.start["config"]
         return self.start.get("hparams", {}) | config.get("schedule", {}) | {"steps": config["train"]["steps"]}
 
+    def condense(self) -> None:
+        """Leave out most of the record, which tables do not show: neurons, and of the train events all but the mean."""
+        means = {key: self.mean_ms(key) for key in ("step_ms", "optimizer_ms")}
+        self.train_events = [event | means for event in self.train_events[-1:]]
+        self.neuron_events = []
+
     def first_at_target(self) -> Validation | None:
         """The first validation at or below the target."""
         return first_at_target(self.validations, self.target)
@@ -312,13 +323,17 @@ STORE = "sources"  # the folder, beside a record or above it, of the texts to wh
 
 
 def with_sources(start: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The run event of the record at path, with sources in the place of source_hashes.
+    """The run event of the record at path, with sources in the place of source_hashes; equal texts are kept once.
 
     Raises:
         RecordError: a text is not in the store, or not what its hash says, or the event has both keys.
     """
     if "source_hashes" not in start:
-        return start
+        sources = start.get("sources")
+        if not isinstance(sources, dict):
+            return start
+        once = {name: sys.intern(text) if isinstance(text, str) else text for name, text in sources.items()}
+        return start | {"sources": once}
     if "sources" in start or not isinstance(start["source_hashes"], dict):
         raise RecordError(f"{path}: source_hashes is no table, or stands beside sources")
     folder, texts, num_characters = path.absolute().parent, {}, 0
@@ -351,7 +366,7 @@ def _stored_source(folder: Path, digest: str) -> str:
         if path.is_file() and not path.is_symlink() and path.stat().st_size <= MAX_LINE_BYTES:
             text = path.read_bytes()
             if hashlib.sha256(text).hexdigest() == digest:
-                return text.decode("utf-8", "surrogatepass")  # as JSON can have it
+                return sys.intern(text.decode("utf-8", "surrogatepass"))  # as JSON can have it
     raise FileNotFoundError(digest)
 
 
@@ -429,20 +444,28 @@ def read_record(path: Path) -> Run:
 
 
 def record_paths(folder: Path) -> list[Path]:
-    """The records below a folder in order of their names; a trainer may add and remove checkpoints meanwhile."""
+    """The records below a folder in order of their names; a trainer may add and remove checkpoints meanwhile.
+
+    Left out are the hidden files and copies that macOS (._x.jsonl) and Jupyter make by themselves.
+    """
     paths = []
     for parent, folders, files in os.walk(folder):  # which leaves out what vanishes
-        folders[:] = [name for name in folders if not name.endswith(".checkpoints")]
-        paths += [Path(parent, name) for name in files if name.endswith(".jsonl")]
+        folders[:] = [name for name in folders if not name.endswith((".checkpoints", ".ipynb_checkpoints"))]
+        paths += [Path(parent, name) for name in files if name.endswith(".jsonl") and not name.startswith(".")]
     return sorted(paths)
 
 
-def read_folder(folder: Path) -> tuple[list[Run], list[RecordError]]:
-    """All records below a folder in order of their names, and what could not be read."""
+def read_folder(folder: Path, condensed: bool = False) -> tuple[list[Run], list[RecordError]]:
+    """All records below a folder in order of their names, and what could not be read.
+
+    condensed: see Run.condense(); thousands of runs then fit into memory.
+    """
     runs, errors = [], []
     for path in record_paths(folder):
         try:
             runs.append(read_record(path))
+            if condensed:
+                runs[-1].condense()
         except RecordError as error:
             errors.append(error)
     return runs, errors

@@ -79,7 +79,9 @@ def check_config(
 
 def check_schedule(config: Config, lr_scale: LrScale) -> None:
     """Raise HarnessError for a learning rate that never gets to its peak."""
-    scales = [lr_scale(step, config) for step in range(config.train.steps)]
+    steps = config.train.steps
+    looks = {*range(0, steps, 1 + steps // 10_000), config.warmup_steps - 1, config.warmup_steps}  # where it may peak
+    scales = [lr_scale(step, config) for step in looks if 0 <= step < steps]
     if not all(0 <= scale <= 1 for scale in scales) or max(scales) < 1:
         raise HarnessError(
             Exit.CONFIG,

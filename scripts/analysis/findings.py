@@ -221,7 +221,8 @@ def dead_by(group: Group) -> tuple[list[float], int]:
 
 def percent(values: Sequence[float]) -> str:
     found = mean_interval(values)
-    return f"{np.mean(values):.1f} % [{found.low:.1f}, {found.high:.1f}]"
+    text = f"{np.mean(values):.1f} %"
+    return text if math.isnan(found.low) else f"{text} [{found.low:.1f}, {found.high:.1f}]"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from scripts.analysis.statistics import (
 from scripts.analysis.text import markdown_table, plain
 from scripts.analysis.verdict import (
     ALPHA,
+    MOST_GROUPS,
     Group,
     Pair,
     compare_pairs,
@@ -158,6 +159,11 @@ def remarks(groups: Sequence[Group], pairs: Sequence[Pair]) -> list[str]:
     resumed = [f"{group.label} seed {run.start['seed']}" for group in groups for run in group.runs if was_resumed(run)]
     if resumed:
         lines.append(f"Stopped and resumed, so that their seconds are not comparable: {', '.join(resumed)}.")
+    if len(groups) > MOST_GROUPS:
+        lines.append(
+            f"Tested is {groups[0].label}, which is in front, against each of the others; Holm's p is corrected for "
+            f"all {math.comb(len(groups), 2):,} pairs, among which the runs chose these."
+        )
     if any(pair.step_ratio or pair.target_ratio for pair in pairs):
         lines.append(
             "A ratio of times differs from 1 where its interval leaves out 1. The intervals are paired by seed and not "

@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -36,6 +37,7 @@ from scripts.analysis.statistics import (
 )
 
 ALPHA = 0.05
+MOST_GROUPS = 12  # of which all pairs are tested: 66, which a reader can still take in
 
 
 @dataclass
@@ -172,19 +174,25 @@ def group_runs(runs: Iterable[Run]) -> dict[str, list[Group]]:
 
 def label_groups(runs_of_groups: Iterable[Sequence[Run]]) -> list[Group]:
     """The groups of one table in their order of arrival, each with a label that tells it from the others."""
-    settled = [without_repeated_attempts(runs) for runs in runs_of_groups]
-    firsts = [runs[0] for runs in settled]
-    return sorted((Group(label_of(runs[0], firsts), runs) for runs in settled), key=order_of_arrival)
+    groups = [Group("", without_repeated_attempts(runs)) for runs in runs_of_groups]
+    by_optimizer: dict[str, list[Group]] = {}
+    for group in groups:
+        by_optimizer.setdefault(group.optimizer, []).append(group)
+    for optimizer, alike in by_optimizer.items():
+        settings = [group.runs[0].setting for group in alike]
+        differing = differing_keys(settings)
+        for group, setting in zip(alike, settings, strict=True):
+            words = [f"{'='.join(keys)}={setting[keys[0]]}" for keys in differing if keys[0] in setting]
+            group.label = " ".join([optimizer, *words])
+    return sorted(groups, key=order_of_arrival)
 
 
-def label_of(run: Run, others: Sequence[Run]) -> str:
-    """The optimizer, and the settings in which runs of the same optimizer differ; such as are always equal, once."""
-    settings = [other.setting for other in others if other.start["optimizer"] == run.start["optimizer"]]
+def differing_keys(settings: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """The keys in which settings differ; such as always have equal values together."""
     alike: dict[tuple[str, ...], list[str]] = {}
     for key in sorted({key for setting in settings for key in setting}):
         alike.setdefault(tuple(repr(setting.get(key)) for setting in settings), []).append(key)
-    differing = [keys for values, keys in alike.items() if len(set(values)) > 1 and keys[0] in run.setting]
-    return " ".join([run.start["optimizer"], *(f"{'='.join(keys)}={run.setting[keys[0]]}" for keys in differing)])
+    return [keys for values, keys in alike.items() if len(set(values)) > 1]
 
 
 def mean_loss(group: Group) -> float:
@@ -247,10 +255,16 @@ class Pair:
 
 
 def compare_pairs(groups: Sequence[Group]) -> list[Pair]:
-    """Every pair of groups of one task, with Holm's correction over all pairs that can be tested."""
-    pairs = [compare(one, other) for one, other in itertools.combinations(groups, 2)]
-    p_values = [pair.p for pair in pairs]
-    for pair, p_holm, level in zip(pairs, holm(p_values), holm_levels(p_values, ALPHA), strict=True):
+    """Every pair of groups of one task, with Holm's correction over all pairs that can be tested.
+
+    Of more than MOST_GROUPS, in their order of arrival, the first against each of the others alone. Since the runs
+    chose which is first, p is then corrected as for all pairs.
+    """
+    are_all = len(groups) <= MOST_GROUPS
+    chosen = itertools.combinations(groups, 2) if are_all else ((groups[0], other) for other in groups[1:])
+    pairs = [compare(one, other) for one, other in chosen]
+    p_values, untold = [pair.p for pair in pairs], math.comb(len(groups), 2) - len(pairs)
+    for pair, p_holm, level in zip(pairs, holm(p_values, untold), holm_levels(p_values, ALPHA, untold), strict=True):
         pair.p_holm = p_holm
         if not math.isnan(pair.p):
             pair.verdict = verdict_of(pair, level)

@@ -19,7 +19,7 @@ def check_identity(run: Events) -> Iterator[str]:
     start, config = run.start, run.config
     if start["schema"] != SCHEMA:
         yield f"schema {start['schema']} is not {SCHEMA}"
-    if start["code_hash"] not in (code_hash(start["sources"]), first_code_hash(start["sources"])):
+    if start["code_hash"] != code_hash(start["sources"]) and start["code_hash"] != first_code_hash(start["sources"]):
         yield "code_hash is not that of the embedded sources"
     if task_hash(config, start["data"]["stream_id"]) != start["task_hash"]:
         yield "task_hash is not that of the config and data"

@@ -1,0 +1,61 @@
+"""Thousands of broken configs, each answered in time, by a dry run's report or by one line."""
+
+import random
+import time
+
+import pytest
+
+from tests.conftest import OPTIMIZERS, ROOT, often, train_here
+
+WORDS = ["", "a", "auto", "on", "float8", "bfloat16", "swiglu", "../*", "[", "\\u0000", "é" * 300, "x" * 100_000]
+NUMBERS = [0, 1, -1, 2, 3, 7, 16, 64, 1000, 65_536, 10**5, 10**6, 10**7, 10**8, 256, 2**31, 2**53, 2**63, 2**64, 10**30]
+FLOATS = [0.0, -0.0, 0.5, 0.9999999, 1.0, 1.5, 1e-30, 5e-324, 1e9, 1e30, 1e308, -1e308]
+ODD = ["nan", "inf", "-inf", "true", "1" * 400, "1" * 5000, "-" + "9" * 400, "1e400", "0." + "1" * 400, "1979-05-27"]
+ODD += ["0x" + "f" * 5000, "[0x" + "f" * 5000 + "]"]
+TABLES = ["[]", "[0.9, 0.95]", "[0.9, 1e400]", f"[{10**400}, 1]", "[" * 3000 + "]" * 3000, "{}", "{a = 1}", "[[1]]"]
+VALUES = [*map(repr, NUMBERS), *map(repr, FLOATS), *ODD, *TABLES, *(f'"{word}"' for word in WORDS)]
+
+
+def mutated(text: str, r: random.Random) -> bytes:
+    """The text of a track with one to three faults, most of them another value of a key."""
+    lines = text.splitlines()
+    for _ in range(r.randint(1, 3)):
+        i = r.choice([i for i, line in enumerate(lines) if " = " in line] or [0])
+        key = lines[i].partition(" = ")[0]
+        kind = r.random()
+        if kind < 0.8:
+            lines[i] = f"{key} = {r.choice(VALUES)}"
+        elif kind < 0.85:
+            del lines[i]
+        elif kind < 0.9:
+            odd = [lines[i], f"{key}x = 1", "[[model]]", "[train.steps]", "]"]
+            lines.insert(r.randrange(len(lines)), r.choice(odd))
+        else:
+            content = bytearray("\n".join(lines).encode())
+            for _ in range(r.randint(1, 5)):
+                content[r.randrange(len(content))] = r.randrange(256)
+            return bytes(content[: r.randrange(len(content))] if r.random() < 0.3 else content)
+    content = "\n".join(lines).encode()
+    return r.choice([b""] * 20 + [b"\xef\xbb\xbf", b"\xff\xfe"]) + content
+
+
+@pytest.mark.parametrize("count", [120, often((5000,), False)])
+def test_every_broken_config_is_answered_in_a_line_and_in_time(tiny_track, tmp_path, capsys, count):
+    r, path, answered = random.Random(count), tmp_path / "mutated.toml", set()
+    tracks = [tiny_track.read_text(), (ROOT / "configs" / "quick.toml").read_text()]
+    for number in range(count):
+        content = mutated(r.choice(tracks), r)
+        path.write_bytes(content)
+        begin_s = time.monotonic()
+        try:
+            code = train_here(path, tmp_path / "out", "--dry-run", "--optimizer", r.choice(OPTIMIZERS))
+        except Exception as error:
+            (tmp_path / f"{number}.toml").write_bytes(content)
+            raise AssertionError(f"{tmp_path}/{number}.toml") from error
+        spent_s = time.monotonic() - begin_s
+        said = capsys.readouterr()
+        assert code in (0, 2), (number, code, content)
+        assert (code == 0) == (not said.err) and said.err.count("\n") <= 1 and len(said.err) < 2000, content
+        assert spent_s < 2, (number, spent_s, content)
+        answered.add(code)
+    assert answered == {0, 2}
