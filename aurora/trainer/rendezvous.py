@@ -152,7 +152,8 @@ def meet(launch: Launch, timeout_s: float) -> dist.Store:
         return in_words(missing)
 
     try:
-        if store.add(f"claim/{rank}", 1) > 1:
+        # torchrun gives every rank to one process, and may give it again with the same keys when nodes come and go.
+        if "TORCHELASTIC_RUN_ID" not in os.environ and store.add(f"claim/{rank}", 1) > 1:
             raise HarnessError(Exit.CONFIG, f"two processes have RANK = {rank}; give each rank a number of its own")
         store.set(f"here/{rank}", f"{world_size} {socket.gethostname()}")
         await_peer(who_is_missing, timeout_s, lambda who: (
