@@ -53,8 +53,8 @@ def parse_args(description: str | None, argv: list[str] | None = None) -> argpar
         "--dry-run", action="store_true", help="print the parameters, data and memory that the run needs, then stop"
     )
     args = parser.parse_args(argv)
-    if not args.timeout_s > 0:
-        parser.error(f"--timeout-s must be above 0, got {args.timeout_s:g}")
+    if not 0 < args.timeout_s <= 1e6:
+        parser.error(f"--timeout-s must be above 0 and at most 1e6, got {args.timeout_s:g}")
     if missing := [name for name in ("torch", "numpy") if importlib.util.find_spec(name) is None]:
         remedy = "source .venv/bin/activate, which scripts/quickstart.sh makes, or pip install -e '.[train]'"
         parser.exit(int(Exit.CONFIG), f"error: this python has no {' and no '.join(missing)}; {remedy}\n")

@@ -1,5 +1,6 @@
 """A console that is gone, full or knows few letters stops no program; what a record publishes of a machine."""
 
+import json
 import re
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 from aurora.errors import Exit
 from aurora.trainer.public import is_public, plain_line, public_argv
 from aurora.trainer.record import describe_machine
+from scripts.verification.export import export_record
 from tests.conftest import ROOT, events, start_process, train_here
 
 PROGRAM = """
@@ -88,3 +90,13 @@ def test_what_is_published_is_one_line_without_folders():
         "data.train=/a/*.bin",
     ]
     assert is_public("OMP_NUM_THREADS", "8")
+
+
+def test_a_device_of_several_lines_adds_no_run_to_an_exported_log(trained, tmp_path):
+    start, *rest = trained["muon"]
+    env = start["env"] | {"device_name": "GPU\nstep:30/30 val_loss:1.00000 train_time:1.000s step_avg:1.00ms"}
+    record = tmp_path / "a.jsonl"
+    record.write_text("".join(json.dumps(event) + "\n" for event in (start | {"env": env}, *rest)))
+    export_record(record, tmp_path / "log.txt")
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert not [line for line in lines if line.startswith("step:") and "val_loss:1.00000" in line]

@@ -66,7 +66,12 @@ def test_full_disk_at_the_record_exits_7(tiny_track, tmp_path, capsys, monkeypat
 
 
 def test_help_and_usage_errors_answer_without_importing_torch():
-    for arguments, code in ((["--help"], 0), (["--optimiser", "muon"], 2), (["--timeout-s", "0"], 2)):
+    for arguments, code in (
+        (["--help"], 0),
+        (["--optimiser", "muon"], 2),
+        (["--timeout-s", "0"], 2),
+        (["--timeout-s", "inf"], 2),
+    ):
         process = start_process("-X", "importtime", "train_gpt.py", *arguments)
         out, err = process.communicate(timeout=60)
         assert process.returncode == code

@@ -66,7 +66,7 @@ def free_port():
 
 def join(launch, out, environments, timeout_s=1.5):
     """Processes of one environment each that were to be ranks, without torchrun."""
-    patch = f"os.environ.update({environments!r}[rank])"
+    patch = f"os.environ.pop('TORCHELASTIC_RUN_ID'); os.environ.update({environments!r}[rank])"
     shared = {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     arguments = ["--out", out, "--timeout-s", timeout_s]
     return launch(*arguments, world_size=len(environments), patch=patch, env=shared, timeout_s=timeout_s + 6)

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import types
@@ -579,7 +580,8 @@ def test_a_run_that_was_killed_goes_on_where_its_checkpoint_is(tiny_track, launc
 
 
 @pytest.mark.slow
-def test_sigterm_for_compare_alone_stops_its_runs_with_a_checkpoint(tiny_track, tmp_path):
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_for_compare_alone_stops_its_runs_with_a_checkpoint(tiny_track, tmp_path, signum):
     command = [sys.executable, ROOT / "scripts" / "compare.py", "--config", tiny_track, "--optimizers", "muon", "adamw"]
     command += ["--set", "train.steps=100000", "--set", "data.allow_epochs=true", "--set", "eval.every=1000"]
     command += ["--set", "eval.late_frac=0", "--jobs", "2", "--out", tmp_path]
@@ -589,7 +591,7 @@ def test_sigterm_for_compare_alone_stops_its_runs_with_a_checkpoint(tiny_track, 
         begun += "step:0/" in line and "val_loss" in line
         if begun == 2:
             break
-    compare.terminate()
+    compare.send_signal(signum)
     _, err = compare.communicate(timeout=60)
     assert compare.returncode == 75 and "the same command goes on" in err
     ends = [read_record(path).end for path in tmp_path.glob("*.jsonl")]

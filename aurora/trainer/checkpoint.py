@@ -129,7 +129,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
         raise ValueError("its bytes do not match its manifest")
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     progress = {"step", "validations", "segments", "spent_ns"}
-    missing = {"training", "identity", "run_id", "world_size", "micro_batch", "sha256", *progress} - set(state)
+    missing = {"training", "identity", "run_id", "world_size", "micro_batch", *progress} - set(state)
     if missing:
         raise ValueError(f"it lacks {', '.join(sorted(missing))}")
     if f"{state['run_id']}.checkpoints" != folder.parent.name:  # where the run would go on writing
@@ -160,7 +160,8 @@ def newest_checkpoint(out: Path, start: dict[str, Any], say: Callable[[str], Non
             continue
         try:
             state = load_checkpoint(folder)
-            differing = differences(state["identity"], identity)
+            is_older = "sha256" not in state
+            differing = ["version of the trainer"] if is_older else differences(state["identity"], identity)
         except Exception as error:  # a hostile file may raise anything
             obstacle = obstacle or f"all checkpoints in {folder.parent} are damaged"
             say(f"resume: {folder} is damaged ({first_line(error)}), trying an older one")

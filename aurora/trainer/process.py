@@ -40,6 +40,7 @@ def end_after(launcher: int) -> None:
     """Wait for the launcher's death, then until this process stands still, and end it."""
     while os.getppid() == launcher:
         time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)  # only Linux has sent it
     moved_s, passed = time.monotonic(), timeline.place.passed
     while time.monotonic() - moved_s < (SAVE_S if timeline.place.name.startswith("checkpoint") else STILL_S):
         time.sleep(0.1)

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import functools
 import os
 import socket
 import threading
@@ -91,10 +92,11 @@ def connect_store(rank: int, timeout_s: float, is_first: bool = False) -> dist.S
         await_peer(lambda: reason_not_to_reach(address, port), timeout_s, lambda why: (
             f"rank {rank} cannot reach rank 0 at {place} ({why}); start that, or correct MASTER_ADDR and MASTER_PORT"
         ))  # fmt: skip
-    stranger = f"rank {rank} finds no store of a run at {place}"
+    stranger = f"rank {rank} finds no store of a run at {place}, only another program"
+    fix = "correct MASTER_ADDR, or choose a free MASTER_PORT"
     timeout = datetime.timedelta(seconds=max(1, timeout_s))
     try:
-        with at_most(timeout_s, f"{stranger}, only a program that says nothing; choose a free MASTER_PORT"):
+        with without_stderr() as restore, at_most(timeout_s, f"{stranger}; {fix}", restore):
             store = dist.TCPStore(address, port, is_master=is_host, wait_for_workers=False, timeout=timeout)
     except (RuntimeError, dist.DistError, ValueError) as error:
         if is_host and ("EADDRINUSE" in str(error) or "in use" in str(error)):
@@ -150,7 +152,8 @@ def meet(launch: Launch, timeout_s: float) -> dist.Store:
         return in_words(missing)
 
     try:
-        if store.add(f"claim/{rank}", 1) > 1:
+        # torchrun gives every rank to one process, and may give it again with the same keys when nodes come and go.
+        if "TORCHELASTIC_RUN_ID" not in os.environ and store.add(f"claim/{rank}", 1) > 1:
             raise HarnessError(Exit.CONFIG, f"two processes have RANK = {rank}; give each rank a number of its own")
         store.set(f"here/{rank}", f"{world_size} {socket.gethostname()}")
         await_peer(who_is_missing, timeout_s, lambda who: (
@@ -179,10 +182,28 @@ def connect_group(launch: Launch, backend: str, timeout_s: float, connect: Calla
 
 
 @contextlib.contextmanager
-def at_most(timeout_s: float, message: str) -> Iterator[None]:
+def without_stderr() -> Iterator[Callable[[], object]]:
+    """torch's C++ would write a page there for each attempt. Gives what ends the silence early."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # it is closed
+        yield lambda: None
+        return
+    with open(os.devnull, "w") as null:
+        os.dup2(null.fileno(), 2)
+    try:
+        yield functools.partial(os.dup2, kept, 2)
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+@contextlib.contextmanager
+def at_most(timeout_s: float, message: str, before_message: Callable[[], object] = lambda: None) -> Iterator[None]:
     """A block of torch's code that may wait for good: after timeout_s this process says so and ends."""
 
     def give_up() -> None:
+        before_message()
         print_line(f"error: {message}")
         os._exit(report_exit(Exit.PEER))
 

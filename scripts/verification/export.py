@@ -2,6 +2,7 @@
 
 from pathlib import Path, PurePosixPath
 
+from aurora.trainer.public import plain_line
 from aurora.trainer.record import ROOT, STORE, RecordError, Run, read_record, stored_source
 from scripts.analysis.text import plain
 
@@ -51,7 +52,8 @@ def export_record(path: Path, out: Path) -> None:
         data={name: str(start["config"]["data"][name]) for name in ("train", "val")},
     )
     steps = start["config"]["train"]["steps"]
-    lines = [source, SEPARATOR, f"torch {start['env']['torch']} on {start['env']['device_name']}", SEPARATOR]
+    machine = plain_line(f"torch {start['env']['torch']} on {start['env']['device_name']}")
+    lines = [source, SEPARATOR, machine, SEPARATOR]
     for validation in run.validations:
         average = f"{1e3 * validation.train_time_s / validation.step:.2f}" if validation.step else "nan"
         lines.append(
