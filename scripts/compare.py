@@ -23,7 +23,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TextIO
@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 from aurora.errors import HarnessError
 from aurora.trainer.record import Run, read_folder
 from scripts.analysis.text import cell, plain
-from scripts.runs import PREEMPTED, Outcome, Workers, check_settings, finished_run
+from scripts.runs import PREEMPTED, Outcome, Workers, by_arguments, check_settings, finished_run
 
 DEFAULT_OPTIMIZERS = ["adamw", "muon", "unormuon", "aurora"]
 
@@ -118,8 +118,13 @@ def plan_runs(args: argparse.Namespace) -> list[Planned]:
     return plan
 
 
-def run_all(args: argparse.Namespace, plan: Sequence[Planned], progress: TextIO) -> list[Outcome]:
-    """The planned runs, --jobs at a time, in the order of the plan. None starts after one was stopped on request."""
+def run_all(
+    args: argparse.Namespace, plan: Sequence[Planned], finished: Mapping[str, Run], progress: TextIO
+) -> list[Outcome]:
+    """The planned runs, --jobs at a time, in the order of the plan. None starts after one was stopped on request.
+
+    finished: those that had finished before, by the repr of their argv.
+    """
     workers, is_stopped = Workers(args.jobs, args.out), threading.Event()
     durations_s: list[float] = []
     signal.signal(signal.SIGTERM, workers.end)
@@ -128,7 +133,7 @@ def run_all(args: argparse.Namespace, plan: Sequence[Planned], progress: TextIO)
         if is_stopped.is_set():
             return Outcome(None, PREEMPTED)
         place = f"[{number}/{len(plan)}]"
-        if found := finished_run(workers.records(), argv, args.nproc):
+        if found := finished.get(repr(argv)) or finished_run(workers.records(), argv, args.nproc):
             say(f"{place} {title}: finished before, {found.path}")
             return Outcome(found, 0)
         left_s = statistics.mean(durations_s) * (len(plan) - number + 1) / args.jobs if durations_s else None
@@ -208,13 +213,14 @@ def main() -> int:
     progress = sys.stderr if args.json else sys.stdout
     plan = plan_runs(args)
     try:
-        recorded = read_folder(args.out, condensed=True)[0]
-        left = [planned.argv for planned in plan if not finished_run(recorded, planned.argv, args.nproc)]
-        check_settings(left, args.nproc)
+        recorded = by_arguments(read_folder(args.out, condensed=True)[0])
+        found = {repr(argv): finished_run(recorded.get(repr(argv), []), argv, args.nproc) for _, argv in plan}
+        finished = {key: run for key, run in found.items() if run}
+        check_settings([argv for _, argv in plan if repr(argv) not in finished], args.nproc)
     except HarnessError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    outcomes = run_all(args, plan, progress)
+    outcomes = run_all(args, plan, finished, progress)
     if any(outcome.exit_code == PREEMPTED for outcome in outcomes):
         print("stopped; the same command goes on with the runs that are left", file=sys.stderr)
         return PREEMPTED
