@@ -16,5 +16,7 @@ def encoding_of(head: bytes) -> str:
     for mark, encoding in MARKS.items():
         if head.startswith(mark):
             return encoding
-    first, second = (head + b"..")[:2]
-    return "utf-16-le" if first and not second else "utf-16-be" if second and not first else "utf-8"
+    visible = bytes(range(32, 127)) + b"\t\r\n"
+    if head[1:2] == b"\0" and head[:1] in visible:
+        return "utf-16-le"
+    return "utf-16-be" if head[:1] == b"\0" and head[1:2] and head[1:2] in visible else "utf-8"

@@ -22,7 +22,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TextIO
@@ -34,7 +34,17 @@ from aurora.console import run_script
 from aurora.errors import HarnessError
 from aurora.trainer.record import Run, read_folder
 from scripts.analysis.text import cell, plain
-from scripts.runs import PREEMPTED, Outcome, Workers, check_settings, finished_run, take_folder, track_name
+from scripts.runs import (
+    PREEMPTED,
+    Outcome,
+    Workers,
+    by_arguments,
+    check_settings,
+    finished_run,
+    key_of,
+    take_folder,
+    track_name,
+)
 
 DEFAULT_OPTIMIZERS = ["adamw", "muon", "unormuon", "aurora"]
 
@@ -118,8 +128,13 @@ def plan_runs(args: argparse.Namespace) -> list[Planned]:
     return plan
 
 
-def run_all(args: argparse.Namespace, plan: Sequence[Planned], progress: TextIO) -> list[Outcome]:
-    """The planned runs, --jobs at a time, in the order of the plan. None starts after one was stopped on request."""
+def run_all(
+    args: argparse.Namespace, plan: Sequence[Planned], finished: Mapping[str, Run], progress: TextIO
+) -> list[Outcome]:
+    """The planned runs, --jobs at a time, in the order of the plan. None starts after one was stopped on request.
+
+    finished: those that had finished before, by their key_of().
+    """
     workers, is_stopped = Workers(args.jobs, args.out), threading.Event()
     durations_s: list[float] = []
     workers.hear_signals()
@@ -128,7 +143,7 @@ def run_all(args: argparse.Namespace, plan: Sequence[Planned], progress: TextIO)
         if is_stopped.is_set():
             return Outcome(None, PREEMPTED)
         place = f"[{number}/{len(plan)}]"
-        if found := finished_run(workers.records(), argv, args.nproc):
+        if found := finished.get(key_of(argv)) or finished_run(workers.records(), argv, args.nproc):
             say(f"{place} {title}: finished before, {found.path}")
             return Outcome(found, 0)
         left_s = statistics.mean(durations_s) * (len(plan) - number + 1) / args.jobs if durations_s else None
@@ -208,19 +223,23 @@ def main() -> int:
     progress = sys.stderr if args.json else sys.stdout
     plan = plan_runs(args)
     try:
-        recorded = read_folder(args.out, condensed=True)[0]
-        left = [planned.argv for planned in plan if not finished_run(recorded, planned.argv, args.nproc)]
-        check_settings(left, args.nproc)
+        recorded = by_arguments(read_folder(args.out, condensed=True)[0])
+        keys = {key_of(argv): argv for _, argv in plan}
+        found = {key: finished_run(recorded.get(key, []), argv, args.nproc) for key, argv in keys.items()}
+        finished = {key: run for key, run in found.items() if run}
+        check_settings([argv for key, argv in keys.items() if key not in finished], args.nproc)
         folder = take_folder(args.out)
     except HarnessError as error:
         print(f"error: {error}", file=sys.stderr)
         return int(error.reason)
     with folder:
-        return run_and_report(args, plan, progress)
+        return run_and_report(args, plan, finished, progress)
 
 
-def run_and_report(args: argparse.Namespace, plan: Sequence[Planned], progress: TextIO) -> int:
-    outcomes = run_all(args, plan, progress)
+def run_and_report(
+    args: argparse.Namespace, plan: Sequence[Planned], finished: Mapping[str, Run], progress: TextIO
+) -> int:
+    outcomes = run_all(args, plan, finished, progress)
     if any(outcome.exit_code == PREEMPTED for outcome in outcomes):
         print("stopped; the same command goes on with the runs that are left", file=sys.stderr)
         return PREEMPTED

@@ -1,6 +1,7 @@
 """Runs of train_gpt.py as child processes: check, start and resume them, and find their records."""
 
 import contextlib
+import functools
 import os
 import queue
 import shutil
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple, TextIO
 from aurora.config import load_config, track_path
 from aurora.errors import Exit
 from aurora.trainer.public import public_argv
-from aurora.trainer.record import ROOT, Run, read_folder
+from aurora.trainer.record import ROOT, RecordError, Run, read_record, record_paths
 
 PREEMPTED = Exit.PREEMPTED
 PRIVATE = ".run-"  # how names of the folders begin in which runs train
@@ -62,7 +63,8 @@ class Workers:
     """
 
     def __init__(self, jobs: int, out: Path):
-        self.out, self.environment, self.lock = out, None, threading.Lock()
+        self.out, self.environment, self.lock = out, None, threading.RLock()
+        self.known: dict[Path, tuple[tuple[int, ...], Run | None]] = {}  # by their files' versions
         self.children: set[subprocess.Popen] = set()
         self.is_ended = threading.Event()
         self.free: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
@@ -124,8 +126,7 @@ class Workers:
         with self.lock:
             # Other folders below out are not ours to move from.
             places = {self.out, *self.out.glob(f"{PRIVATE}*")}
-            found = [run for run in read_folder(self.out)[0] if run.path.parent in places]
-            run = stopped_run(found, argv, nproc)
+            run = stopped_run([run for run in self.records() if run.path.parent in places], argv, nproc)
             if run is None:
                 return None
             with lock_folder(run.path.parent):  # which its process has as long as it trains
@@ -184,9 +185,17 @@ class Workers:
         return PREEMPTED if code and self.is_ended.is_set() else code
 
     def records(self) -> list[Run]:
-        """All that can be read in out. Meanwhile no file is moved."""
+        """All that can be read in out, condensed; what is as before is not read again. Meanwhile no file is moved."""
         with self.lock:
-            return read_folder(self.out)[0]
+            found = {}
+            for path in record_paths(self.out):
+                with contextlib.suppress(OSError):  # another process has moved it
+                    status = path.stat()
+                    version = status.st_mtime_ns, status.st_size, status.st_ino
+                    known = self.known.get(path)
+                    found[path] = known if known and known[0] == version else (version, read_condensed(path))
+            self.known = found
+            return [run for _, run in found.values() if run]
 
     @contextlib.contextmanager
     def _place(self) -> Iterator[list[int]]:
@@ -195,6 +204,16 @@ class Workers:
             yield cores
         finally:
             self.free.put(cores)
+
+
+def read_condensed(path: Path) -> Run | None:
+    """A run without what only its plots show, or None for what is no record."""
+    try:
+        run = read_record(path)
+    except RecordError:
+        return None
+    run.condense()
+    return run
 
 
 def move_all(paths: Iterable[Path], folder: Path) -> None:
@@ -206,6 +225,14 @@ def remove_empty(folder: Path) -> None:
     """A private folder that holds its lock alone; one that holds more is left."""
     if [path.name for path in folder.iterdir()] in ([], [".lock"]):
         shutil.rmtree(folder)
+
+
+def by_arguments(runs: Iterable[Run]) -> dict[str, list[Run]]:
+    """Runs by key_of() their arguments: looking through all for each would take the square of time."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        found.setdefault(key_of(arguments_of(run)), []).append(run)
+    return found
 
 
 def finished_run(runs: Sequence[Run], argv: list[str], nproc: int) -> Run | None:
@@ -236,14 +263,29 @@ def is_current(run: Run, config_path: Path | None = None) -> bool:
     sources = run.start["sources"]
     paths = {name: ROOT / name if name.endswith(".py") else config_path for name in sources}
     try:
-        same = (sources[name] == path.read_text(encoding="utf-8") for name, path in paths.items() if path)
+        same = (sources[name] == text_now(path) for name, path in paths.items() if path)
         return "train_gpt.py" in sources and all(same)
     except (OSError, ValueError):  # the file does not exist here, or is no text
         return False
 
 
 def has_arguments(run: Run, argv: list[str]) -> bool:
-    return arguments_of(run) in (argv, public_argv(["train_gpt.py", *argv])[1:])
+    return key_of(arguments_of(run)) == key_of(argv)
+
+
+def key_of(argv: Iterable[str]) -> str:
+    """Equal for arguments of train_gpt.py that a record cannot tell apart: it leaves out folders of this machine."""
+    return repr(public_argv(["train_gpt.py", *argv])[1:])
+
+
+def text_now(path: Path) -> str:
+    status = path.stat()
+    return _text(path, status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=1000)  # hundreds of runs are compared with the same files
+def _text(path: Path, *version: int) -> str:
+    return path.read_text(encoding="utf-8")
 
 
 def arguments_of(run: Run) -> list[str]:

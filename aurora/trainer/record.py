@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 from aurora.config import ROOT
 from aurora.errors import Exit, HarnessError
+from aurora.text import encoding_of
 from aurora.trainer.public import is_public, plain_line
 
 SCHEMA = 1
@@ -289,6 +290,8 @@ def read_events(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     raise RecordError(f"{path}, line {number}: longer than {MAX_LINE_BYTES:,} bytes")
                 if number > MAX_EVENTS:
                     raise RecordError(f"{path} has more than {MAX_EVENTS:,} lines")
+                if number == 1 and not (encoding := encoding_of(line[:4])).startswith("utf-8"):
+                    raise RecordError(f"{path} is in {encoding}; save it as UTF-8")
                 if line.endswith(b"\n"):
                     event = read_event(line, f"{path}, line {number}", is_first=number == 1)
                     yield number, with_sources(event, path) if number == 1 else event

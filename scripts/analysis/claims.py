@@ -92,7 +92,9 @@ def check(paths: Sequence[Path], claim: Claim, target: float, metric: str | None
         found_runs = f"{claim.runs} runs are claimed, the logs hold {len(trials)}"
         problems.append(found_runs + claimed_part(trials, claim, metric, step))
     if len(losses) < len(trials):
-        problems.append(f"{len(trials) - len(losses)} of {len(trials)} runs have no {metric} {where}")
+        names = sorted({name for trial in trials for found in trial.validations for name in found.metrics})
+        hint = "" if metric in names else f"; they log {', '.join(names[:5])}, see --metric"
+        problems.append(f"{len(trials) - len(losses)} of {len(trials)} runs have no {metric} {where}{hint}")
     other = None
     if claim.mean is not None and losses and not agrees(losses, claim.mean):
         finding = f"the mean {metric} {where} is {np.mean(losses):.5f}, not {claim.mean}"

@@ -211,8 +211,9 @@ def order_of_arrival(group: Group) -> tuple:
 def without_repeated_attempts(runs: Sequence[Run]) -> list[Run]:
     finished = {run.start["seed"] for run in runs if run.is_done}
     settled = [run for run in runs if status_of(run) in ("done", "diverged")]
+    others = [run for run in runs if status_of(run) not in ("done", "diverged")]
     # Of a seed that never finished the newest attempt stands for all.
-    open_runs = {run.start["seed"]: run for run in runs if run not in settled and run.start["seed"] not in finished}
+    open_runs = {run.start["seed"]: run for run in others if run.start["seed"] not in finished}
     return sorted([*settled, *open_runs.values()], key=lambda run: (run.start["seed"], run.path.name))
 
 
