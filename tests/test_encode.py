@@ -244,23 +244,6 @@ def test_a_lone_surrogate_becomes_what_tiktoken_makes_of_it(gpt2_files):
     assert tokens.tolist() == [50256, *tiktoken.get_encoding("gpt2").encode_ordinary(text)]
 
 
-def test_white_space_too_long_for_tiktoken_becomes_the_same_tokens(gpt2_files):
-    encoding = tiktoken.get_encoding("gpt2")
-    for before, after in (("a", "b"), ("", "!"), ("\ud83d", " b"), ("a\u3000\n", "\n1's"), ("a", "")):
-        few, many = (encode.tokens_of(before + " " * n + after, encoding).tolist() for n in (2000, 400_000))
-        assert many == [*few[:1000], *[220] * 398_000, *few[1000:]]
-    # Where tiktoken itself fails, a text that it can read must give the same by our cuts.
-    text = "a" + " " * 1500 + "b" + "\n" * 1500 + "c" + "\u3000" * 1200
-
-    class Failing:
-        def encode_to_numpy(self, part, **options):
-            if part == text:
-                raise ValueError("stack")
-            return encoding.encode_to_numpy(part, **options)
-
-    assert encode.tokens_of(text, Failing()).tolist() == encoding.encode_ordinary(text)
-
-
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_shards_before_a_broken_line_stay_and_the_mended_file_goes_on(tmp_path, gpt2_files, capsys, workers):
     lines = [json.dumps({"text": f"document {i} " * 30}) for i in range(40)]
@@ -302,15 +285,6 @@ def test_byte_order_marks_utf_16_and_separators(tmp_path, gpt2_files):
         path.write_bytes(joined.encode(encoding))
         found = encode.LocalFiles([path]).documents({"document": 0})
         assert [document.text for document in found] == ["naïve one", "two", "three"]
-
-
-def test_without_gpt2s_files_the_error_says_how_to_get_them(monkeypatch):
-    def offline(name):
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr(tiktoken, "get_encoding", offline)
-    with pytest.raises(ShardError, match="TIKTOKEN_CACHE_DIR, found no network"):
-        encode.gpt2()
 
 
 def test_shards_that_it_did_not_make_stay(jsonl, tmp_path, gpt2_files, capsys):
