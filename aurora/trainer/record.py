@@ -71,8 +71,8 @@ class RecordWriter:
 NOT_OF_A_RUN = ("data", "scripts", "tests")
 
 
-def read_sources(config_path: Path, other_modules: Container[str] = ()) -> dict[str, str]:
-    """The text of every module of the project that this process has imported, and of the track.
+def read_sources(config_path: Path, track: str, other_modules: Container[str] = ()) -> dict[str, str]:
+    """The text of every module of the project that this process has imported, and the track's, as it was parsed.
 
     other_modules: names of those that this process has imported for something else than the run.
     """
@@ -89,7 +89,9 @@ def read_sources(config_path: Path, other_modules: Container[str] = ()) -> dict[
                 sources[name.as_posix()] = path.read_text(encoding="utf-8")
     is_ours = config_path.resolve().is_relative_to(ROOT)
     config_name = config_path.resolve().relative_to(ROOT).as_posix() if is_ours else config_path.name
-    return dict(sorted(sources.items())) | {config_name: config_path.read_text(encoding="utf-8")}
+    if not config_name.endswith(".toml"):  # by which readers know it; a pipe's name is a number
+        config_name += ".toml"
+    return dict(sorted(sources.items())) | {config_name: track}
 
 
 def code_hash(sources: dict[str, str]) -> str:

@@ -27,7 +27,9 @@ from pathlib import Path
 
 from aurora.trainer.record import RecordError, Run, json_hash, read_events, record_paths, seed_gaps
 from scripts.verification.events import Events, missing_fields, wrong_numbers
-from scripts.verification.identity import changed_sources, check_config, check_identity
+from scripts.verification.expected import check_config
+from scripts.verification.groups import check_groups
+from scripts.verification.identity import changed_sources, check_identity
 from scripts.verification.neurons import check_neurons
 from scripts.verification.numbers import (
     check_end,
@@ -38,10 +40,11 @@ from scripts.verification.numbers import (
     check_times,
     check_validations,
 )
+from scripts.verification.schema import check_fields
 
 CHECKS = (
-    *(check_order, check_identity, check_config, check_validations, check_logs, check_times, check_lr, check_losses),
-    *(check_neurons, check_end),
+    *(check_fields, check_order, check_identity, check_config, check_groups, check_validations, check_logs),
+    *(check_times, check_lr, check_losses, check_neurons, check_end),
 )
 
 
