@@ -18,18 +18,19 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterable
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from aurora.trainer.record import STORE, RecordError, Run, read_record, record_paths
+from aurora.trainer.record import STORE, RecordError, Run, distinct, read_record, record_paths
 from scripts.analysis.page import PAGE, Pages
 from scripts.analysis.store import packed_files, unpack
 from scripts.analysis.text import plain
 from scripts.analysis.verdict import Group
 from scripts.verification.checks import verify_folder
+from scripts.verification.together import findings, trace_of
 
 
 def read_results(results: Path) -> list[Run]:
@@ -43,9 +44,9 @@ def read_results(results: Path) -> list[Run]:
         if not path.resolve().is_relative_to(results.resolve()):
             raise RecordError(f"{path} leads out of {results}; copy the file itself")
         run = read_record(path)
-        run.train_events = run.train_events[-1:]  # the page needs none, and there are thousands
+        run.train_events = run.train_events[-3:]  # the page needs few, and there are thousands
         runs.append(run)
-    return runs
+    return distinct(runs)[0]
 
 
 def digest(groups: Iterable[Group]) -> str:
@@ -79,10 +80,11 @@ def write(pages: Pages) -> None:
 
 
 def add(source: Path, results: Path) -> list[Path]:
-    """Copy the records of a folder, packed, to results/<its name>; all of them or, with an error, none.
+    """Copy the records of a folder, packed, to results/<its name>, and show them; all of them or, with an error, none.
 
     Raises:
-        RecordError: one is refuted by scripts/verification/checks.py, is not whole, or is there already.
+        RecordError: one is refuted by scripts/verification/checks.py, is not whole, is there already, or cannot be
+            shown.
     """
     runs = [read_record(path) for path in sorted(source.rglob("*.jsonl")) if not path.is_symlink()]
     if not runs:
@@ -91,7 +93,8 @@ def add(source: Path, results: Path) -> list[Path]:
         raise RecordError(f"{source}: the name of the folder is to be of letters, digits, '.', '_' and '-'")
     if source.resolve().name == STORE:
         raise RecordError(f"{source}: the name {STORE} is that of the store; rename the folder")
-    known = {tuple(run.validations): run.path for run in read_results(results)}
+    there = read_results(results)
+    known = {tuple(run.validations): run.path for run in there}
     refuted = {verdict.path: verdict.reasons[0] for verdict in verify_folder(source) if verdict.reasons}
     contents = {}
     for run in runs:
@@ -106,7 +109,24 @@ def add(source: Path, results: Path) -> list[Path]:
         if target.exists():
             raise RecordError(f"{target} exists; rename {run.path}")
         contents[target] = unpack(run.path)
+    own = {run.path for run in runs}
+    for found in findings(trace_of(run) for run in (*there, *runs)):
+        if found.is_refuted and not own.isdisjoint({found.later.path, found.earlier.path}):
+            raise RecordError(f"{found.later.path} {found.text} {found.earlier.path}")
+    moved = [replace(run, path=target) for run, target in zip(runs, contents, strict=True)]
+    try:
+        Pages(results, [*there, *moved])
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, ArithmeticError) as error:
+        raise RecordError(f"the page could not be written with the records of {source} ({error!r})") from error
     write_all(packed_files(contents, results / STORE))
+    try:
+        write(Pages(results, [*there, *moved]))
+    except BaseException:
+        for target in contents:
+            target.unlink(missing_ok=True)
+        for path, text in Pages(results, there).texts.items():
+            path.write_text(text, encoding="utf-8")
+        raise
     return list(contents)
 
 

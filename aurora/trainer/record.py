@@ -150,6 +150,13 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def shards_of(start: dict[str, Any]) -> list[str]:
+    """sha256 of each train shard that a run read, in order. Shards of one task agree in each place that both have."""
+    data = start.get("data")
+    shards = data.get("shards") if isinstance(data, dict) else None
+    return [str(shard.get("sha256")) for shard in shards or () if isinstance(shard, dict)]
+
+
 class RecordError(ValueError):
     """A file that is not a run record; the message names file, line and finding."""
 
@@ -205,6 +212,10 @@ class Run:
         """Hyper-parameters and schedule, its length included: what tells runs of one optimizer apart."""
         config = self.start["config"]
         return self.start.get("hparams", {}) | config.get("schedule", {}) | {"steps": config["train"]["steps"]}
+
+    def extent(self) -> tuple[bool, int, int]:
+        """How far the record goes."""
+        return self.end is not None, len(self.validations), len(self.train_events)
 
     def first_at_target(self) -> Validation | None:
         """The first validation at or below the target."""
@@ -280,7 +291,7 @@ def read_events(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def read_event(line: bytes, where: str, is_first: bool) -> dict[str, Any]:
     try:
-        event = json.loads(line)
+        event = json.loads(line, object_pairs_hook=unique_keys, parse_constant=no_number)
         kind = event["event"]
         if is_first and kind != "run":
             raise RecordError(f"{where}: a record begins with a run event, not {str(kind)[:40]!r}")
@@ -299,6 +310,19 @@ def read_event(line: bytes, where: str, is_first: bool) -> dict[str, Any]:
         if isinstance(value, NUMBER) and not is_sane(value):
             raise RecordError(f"{where}: {key} is no finite number")
     return event
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A table. Of a key that it has twice other readers may take the other value."""
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"a table has the key {next(key for key in keys if keys.count(key) > 1)!r} more than once")
+    return table
+
+
+def no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 STORE = "sources"  # the folder, beside a record or above it, of the texts to which the record refers by their sha256
@@ -392,7 +416,11 @@ def read_record(path: Path) -> Run:
     Raises:
         RecordError: as read_events, or the file holds no event, or lacks what readers need.
     """
-    events = [event for _, event in read_events(path)]
+    return run_of(path, [event for _, event in read_events(path)])
+
+
+def run_of(path: Path, events: list[dict[str, Any]]) -> Run:
+    """What read_record() makes of a record's events. Raises RecordError."""
     if not events:
         raise RecordError(f"{path} holds no event")
     start, *rest = events
@@ -430,15 +458,35 @@ def record_paths(folder: Path) -> list[Path]:
     return sorted(paths)
 
 
-def read_folder(folder: Path) -> tuple[list[Run], list[RecordError]]:
-    """All records below a folder in order of their names, and what could not be read."""
+def read_folder(*folders: Path) -> tuple[list[Run], list[RecordError]]:
+    """All runs below folders, in order of their names in each, and what could not be read or is there twice."""
     runs, errors = [], []
-    for path in record_paths(folder):
+    # Folders may overlap, and one file is read once.
+    for path in {path.resolve(): path for folder in folders for path in record_paths(folder)}.values():
         try:
             runs.append(read_record(path))
         except RecordError as error:
             errors.append(error)
-    return runs, errors
+    found, copies = distinct(runs)
+    return found, errors + copies
+
+
+def distinct(runs: Iterable[Run]) -> tuple[list[Run], list[RecordError]]:
+    """Each run once, in the order given, and what is said of further files of it.
+
+    A run is its run event, with the run_id in it, however many files hold it: copies are made of it, some before it has
+    ended. The file that goes furthest counts.
+    """
+    kept: dict[str, Run] = {}
+    copies = []
+    for run in runs:
+        start = {key: value for key, value in run.start.items() if key != "sources"}  # for which code_hash stands
+        key = json_hash(start) if "run_id" in start else str(run.path)
+        if key in kept:
+            first, run = sorted((kept[key], run), key=Run.extent)
+            copies.append(RecordError(f"{first.path} holds the run of {run.path}, which counts once"))
+        kept[key] = run
+    return list(kept.values()), copies
 
 
 def seed_gaps(seeds: Iterable[int], most: int = 1000) -> list[int]:

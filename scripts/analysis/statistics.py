@@ -3,7 +3,8 @@
 import itertools
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -248,6 +249,13 @@ def common_step(runs: Sequence[Mapping[int, float]], target: float) -> int | Non
     return None
 
 
+def repeated_seeds(seeds: Iterable[int | None]) -> list[str]:
+    """What forbids a test on runs of these seeds, in words: two runs of one seed are no two samples."""
+    counts = Counter(seed for seed in seeds if seed is not None)
+    repeated = sorted(seed for seed, count in counts.items() if count > 1)
+    return [f"seeds more than once: {', '.join(map(str, repeated))}"] if repeated else []
+
+
 def flaws(seeds: Sequence[int | None], losses: Sequence[Sequence[float]]) -> list[str]:
     """What forbids a test on these runs, in words: too few, equal seeds, duplicates.
 
@@ -258,10 +266,7 @@ def flaws(seeds: Sequence[int | None], losses: Sequence[Sequence[float]]) -> lis
     found = []
     if len(losses) < MIN_RUNS:
         found.append(f"{len(losses)} run{'s' * (len(losses) != 1)}, no test with fewer than {MIN_RUNS}")
-    known = sorted(seed for seed in seeds if seed is not None)
-    repeated = sorted({seed for seed in known if known.count(seed) > 1})
-    if repeated:
-        found.append(f"seeds more than once: {', '.join(map(str, repeated))}")
+    found += repeated_seeds(seeds)
     sequences = [tuple(run) for run in losses]
     duplicates = sum(sequence in sequences[:i] for i, sequence in enumerate(sequences) if sequence)
     if duplicates:

@@ -25,11 +25,11 @@ A replay does not judge the embedded code, which is compared with its commit alo
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from aurora.trainer.record import RecordError, Run, json_hash, read_events, record_paths, seed_gaps
+from aurora.trainer.record import RecordError, json_hash, read_events, record_paths, run_of, seed_gaps
 from scripts.verification.events import Events, missing_fields, wrong_numbers
 from scripts.verification.expected import check_config
 from scripts.verification.groups import check_groups
-from scripts.verification.identity import changed_sources, check_identity
+from scripts.verification.identity import check_identity, notes_on_commit, notes_on_machine
 from scripts.verification.neurons import check_neurons
 from scripts.verification.numbers import (
     check_end,
@@ -39,27 +39,36 @@ from scripts.verification.numbers import (
     check_order,
     check_times,
     check_validations,
+    notes_on_losses,
+    notes_on_order,
 )
-from scripts.verification.schema import check_fields
+from scripts.verification.schema import check_fields, notes_on_fields
+from scripts.verification.together import Trace, findings, trace_of
 
 CHECKS = (
     *(check_fields, check_order, check_identity, check_config, check_groups, check_validations, check_logs),
     *(check_times, check_lr, check_losses, check_neurons, check_end),
 )
+NOTES = notes_on_fields, notes_on_order, notes_on_losses, notes_on_machine, notes_on_commit
 
 
 @dataclass
 class Verification:
-    """word: consistent, or refuted with reasons; gaps or replayed where that is known; see scripts/verify.py."""
+    """word: consistent, incomplete, or refuted with reasons; gaps or replayed if that is known; see scripts/verify.py.
+
+    is_whole: whether the record tells how the run ended.
+    """
 
     path: Path
     reasons: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     word_if_good: str = "consistent"
+    is_whole: bool = True
 
     @property
     def word(self) -> str:
-        return "refuted" if self.reasons else self.word_if_good
+        good = self.word_if_good
+        return "refuted" if self.reasons else good if self.is_whole or good.startswith("replayed") else "incomplete"
 
 
 def verify_run(path: Path) -> Verification:
@@ -72,7 +81,9 @@ def verify_events(path: Path) -> tuple[Verification, Events | None]:
     try:
         events = [event for _, event in read_events(path)]
         if not events:
-            raise RecordError(f"{path} holds no event")
+            verdict.is_whole = False
+            verdict.notes.append("incomplete: no event, as a crash leaves it")
+            return verdict, None
         found = Events(events[0], events[1:])
         verdict.reasons += missing_fields(events) or wrong_numbers(found.start)
     except RecordError as error:
@@ -91,40 +102,43 @@ def verify_events(path: Path) -> tuple[Verification, Events | None]:
     if found.is_edited:
         verdict.notes.append("model edited: not checked are parameter counts, the untrained loss and neurons' numbers")
     if not found.of("end"):
+        verdict.is_whole = False
         verdict.notes.append("incomplete: no end event")
-    if not verdict.reasons and (changed := changed_sources(found.start)):
-        commit = found.start["git"]["commit"]
-        verdict.notes.append(f"sources differ from commit {commit[:12]} in: {', '.join(changed)}")
+    if verdict.reasons:
+        return verdict, found
+    verdict.notes += [note for notes in NOTES for note in notes(found)]
     return verdict, found
 
 
-def verify_folder(folder: Path) -> list[Verification]:
-    """A verdict for each record below a folder, with what only the records together show."""
-    verdicts: list[Verification] = []
+def is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def verify_folder(*places: Path) -> list[Verification]:
+    """A verdict for each record at these paths or below these folders, with what only all together show."""
+    verdicts: dict[Path, Verification] = {}
     groups: dict[tuple[str, ...], list[tuple[int, Verification]]] = {}
-    by_losses: dict[tuple[float, ...], Path] = {}
-    ended: set[Path] = set()
-    for path in record_paths(folder):
-        verdict, run = verify_events(path)
-        verdicts.append(verdict)
-        if run is None:
+    traces: list[Trace] = []
+    paths = [path for place in places for path in (record_paths(place) if is_folder(place) else [place])]
+    for path in {path.absolute(): path for path in paths}.values():
+        verdicts[path], found = verify_events(path)
+        try:
+            run = run_of(path, [found.start, *found.rest]) if found else None
+            if run is None:
+                continue
+            traces.append(trace_of(run))
+        except (RecordError, KeyError, TypeError, ValueError):  # for which it is refuted already
             continue
-        ended |= {path} if run.of("end") else set()
-        validations = tuple(event["val_loss"] for event in run.of("val"))
-        twin = by_losses.setdefault(validations, path) if len(validations) > 1 else path
-        if twin != path:
-            # The same command gives the same losses again. In one folder they would count as two runs, if both ended.
-            both_count = twin.parent == path.parent and {twin, path} <= ended
-            found_in = verdict.reasons if both_count else verdict.notes
-            found_in.append(f"repeats the losses of {twin.name}")
-        start = run.start
-        setting = json_hash(Run(path, start).setting)
-        key = start["task_hash"], start["optimizer"], setting, start["code_hash"]
-        groups.setdefault(key, []).append((start["seed"], verdict))
+        key = run.start["task_hash"], run.start["optimizer"], json_hash(run.setting), run.start["code_hash"]
+        groups.setdefault(key, []).append((run.start["seed"], verdicts[path]))
+    for finding in findings(traces):
+        verdict = verdicts[finding.later.path]
+        found_in = verdict.reasons if finding.is_refuted else verdict.notes
+        found_in.append(f"{finding.text} {finding.earlier.path.name}")
     for members in groups.values():
         seeds = sorted(seed for seed, _ in members)
         if missing := seed_gaps(seeds):
             for _, verdict in members:
                 verdict.word_if_good = "gaps"
                 verdict.notes.append(f"its group of seeds {seeds} lacks {missing}: run, and left out?")
-    return verdicts
+    return list(verdicts.values())

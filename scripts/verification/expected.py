@@ -160,7 +160,5 @@ def wrong_way(event: dict[str, Any], config: Config) -> Iterator[str]:
     if event.get("kernels") == "triton" and not (is_cuda and compiled and event.get("forward") == "fast"):
         yield f"{label}: the kernels are of compiled fast passes on CUDA alone"
     env = event["env"]
-    if event["device"] == "cpu" and env["device_name"] != env["cpu"]:
-        yield f"{label}: device_name is {env['device_name']}, the processor {env['cpu']}"
     if event["device"] != "cuda" and env.get("cudnn") is not None:
         yield f"{label}: env.cudnn is {env['cudnn']} on {event['device']}"

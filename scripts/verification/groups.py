@@ -143,15 +143,19 @@ def schedules(sources: tuple[tuple[str, str], ...]) -> dict[str, dict[str, Any]]
         module = parsed(text) if "PolarSchedule(" in text else None
         for node in ast.walk(module) if module else ():
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "PolarSchedule":
-                values = {}
-                for keyword in node.keywords:
-                    value, times = keyword.value, 1
-                    if isinstance(value, ast.BinOp) and isinstance(value.op, ast.Mult):  # (...) * 5
-                        value, times = value.left, getattr(value.right, "value", 0)
-                    try:
-                        literal = ast.literal_eval(value)
-                    except ValueError:
-                        continue
-                    values[str(keyword.arg)] = literal * min(times, 100) if times != 1 else literal
-                found[str(values.get("name"))] = values
+                values = {str(keyword.arg): literal(keyword.value) for keyword in node.keywords}
+                found[str(values.get("name"))] = {key: value for key, value in values.items() if value is not None}
     return found
+
+
+def literal(node: ast.expr) -> Any:
+    """The value of a literal, or of a short tuple times a number; None for what is computed."""
+    times = 1
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult) and isinstance(node.right, ast.Constant):
+        times = node.right.value if isinstance(node.right.value, int) else 1
+        node = node.left
+    try:
+        value = ast.literal_eval(node)
+    except ValueError:
+        return None
+    return value * min(times, 100) if times != 1 else value

@@ -90,6 +90,26 @@ def changed_sources(start: dict[str, Any]) -> list[str]:
     return [name for name in hashes if tree.get(name) != hashes[name] and (name in tree or name.endswith(".py"))]
 
 
+def notes_on_commit(run: Events) -> Iterator[str]:
+    """What the commit says of the sources, or why it says nothing."""
+    start, git = run.start, run.start.get("git")
+    if not isinstance(git, dict) or not {"commit", "dirty"} <= git.keys():
+        yield "names no commit to compare its sources with"
+    elif not hashes_of(git["commit"]):
+        yield f"names commit {git['commit'][:12]}, which is not known here to compare its sources with"
+    elif changed := changed_sources(start):
+        stated = "" if git["dirty"] else ", which the record does not state"
+        yield f"sources differ from commit {git['commit'][:12]} in: {', '.join(changed)}{stated}"
+
+
+def notes_on_machine(run: Events) -> Iterator[str]:
+    start, env = run.start, run.start["env"]
+    if start["device"] == "cpu" and env["device_name"] != env["cpu"]:
+        yield f"device_name is {env['device_name']}, the processor {env['cpu']}"
+    if env.get("usable_cpus", 1) > env["cpu_count"]:
+        yield f"{env['usable_cpus']} of {env['cpu_count']} processors were usable"
+
+
 @functools.lru_cache
 def hashes_of(commit: str) -> dict[str, str]:
     """Git's hash of each file of a commit, by name; empty without git or the commit."""

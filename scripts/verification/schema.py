@@ -83,7 +83,11 @@ ENV = {
     "cuda": optional(VERSION),
     "cudnn": optional(whole(1)),
 }
-GIT = {"git": optional(TABLE), "git.commit": text("[0-9a-f]{40}|[0-9a-f]{64}", "a commit"), "git.dirty": BOOL}
+GIT = {
+    "git": Field("anything, of which a note tells", lambda value: True),
+    "git.commit": text("[0-9a-f]{40}|[0-9a-f]{64}", "a commit"),
+    "git.dirty": BOOL,
+}
 # How a process computed, which a resume may change.
 SEGMENT = {
     "utc": TIME,
@@ -198,7 +202,7 @@ def wrong_fields(event: dict[str, Any], code: Code) -> Iterator[str]:
         if key in table:
             if not field.fits(table[key]):
                 yield f"{kind} event: {name} is {str(table[key])[:60]}, not {field.wanted}"
-        elif key not in SELDOM and code.writes(key):
+        elif key not in SELDOM and not is_noted(kind, name) and code.writes(key):
             yield f"{kind} event lacks {name}, which its code writes"
     tables = {"": event} | {name: event.get(name) for name in ("data", "env", "git", "untimed") if name in fields}
     for name, table in tables.items():
@@ -206,6 +210,22 @@ def wrong_fields(event: dict[str, Any], code: Code) -> Iterator[str]:
         for key in table if isinstance(table, dict) else ():
             if key not in (*known, "event") and not code.names(key):
                 yield f"{kind} event has {f'{name}.{key}' if name else key}, which its code does not write"
+
+
+def is_noted(kind: str, name: str) -> bool:
+    """Whether a record that lacks this field has what the checks need all the same."""
+    return kind == "resume" or name == "env.cpu_model"
+
+
+def notes_on_fields(run: Events) -> Iterator[str]:
+    code = Code(run.start["sources"])
+    for event in (run.start, *run.of("resume")):
+        kind = event["event"]
+        for name in FIELDS[kind]:
+            *parents, key = name.split(".")
+            table = event[parents[0]] if parents and isinstance(event.get(parents[0]), dict) else event
+            if is_noted(kind, name) and key not in table and code.writes(key):
+                yield f"{kind} event lacks {name}, which its code writes"
 
 
 def wrong_parts(part: dict[str, Any], fields: dict[str, Field], label: str, code: Code) -> Iterator[str]:
