@@ -27,7 +27,7 @@ from pathlib import Path
 
 from aurora.trainer.record import RecordError, json_hash, read_events, record_paths, run_of, seed_gaps
 from scripts.verification.events import Events, missing_fields, wrong_numbers
-from scripts.verification.expected import check_config
+from scripts.verification.expected import check_config, notes_on_edits
 from scripts.verification.groups import check_groups
 from scripts.verification.identity import check_identity, notes_on_commit, notes_on_machine
 from scripts.verification.neurons import check_neurons
@@ -46,10 +46,11 @@ from scripts.verification.schema import check_fields, notes_on_fields
 from scripts.verification.together import Trace, findings, trace_of
 
 CHECKS = (
-    *(check_fields, check_order, check_identity, check_config, check_groups, check_validations, check_logs),
+    # The others compute with the config, and stop where it is not the run's.
+    *(check_fields, check_identity, check_config, check_groups, check_order, check_validations, check_logs),
     *(check_times, check_lr, check_losses, check_neurons, check_end),
 )
-NOTES = notes_on_fields, notes_on_order, notes_on_losses, notes_on_machine, notes_on_commit
+NOTES = notes_on_edits, notes_on_fields, notes_on_order, notes_on_losses, notes_on_machine, notes_on_commit
 
 
 @dataclass
@@ -94,11 +95,13 @@ def verify_events(path: Path) -> tuple[Verification, Events | None]:
     if not path.read_bytes().endswith(b"\n"):
         verdict.notes.append("the last line is torn, as a crash leaves it")
     for check in CHECKS:
+        before = len(verdict.reasons)
         try:
             verdict.reasons += check(found)
-        # A field of a type that no run writes; which one, the error says.
-        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, IndexError) as error:
+        except Exception as error:  # a field of a type that no run writes may raise anything; which one, the error says
             verdict.reasons.append(f"{check.__name__}: a field is missing or wrong ({type(error).__name__}: {error})")
+        if check is check_config and len(verdict.reasons) > before:
+            break
     if found.is_edited:
         verdict.notes.append("model edited: not checked are parameter counts, the untrained loss and neurons' numbers")
     if not found.of("end"):

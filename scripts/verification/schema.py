@@ -55,16 +55,16 @@ def all_of(field: Field, container: type = list) -> Field:
 
 
 def is_time(value: Any) -> bool:
-    """A time with its zone that can have been: clocks differ, but not by a day."""
+    """A time in UTC that can have been: clocks differ, but not by a day."""
     try:
         time = datetime.datetime.fromisoformat(value)
         latest = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=1)
-        return time.utcoffset() is not None and time.year >= FIRST_YEAR and time <= latest
+        return time.utcoffset() == datetime.timedelta() and time.year >= FIRST_YEAR and time <= latest
     except (TypeError, ValueError, OverflowError):
         return False
 
 
-TIME = Field(f"a time with its zone, since {FIRST_YEAR} and not to come", is_time)
+TIME = Field(f"a time in UTC, since {FIRST_YEAR} and not to come", is_time)
 TABLE = Field("a table", lambda value: isinstance(value, dict))
 LIST = Field("a list", lambda value: isinstance(value, list))
 BOOL = one_of(True, False)
@@ -148,6 +148,15 @@ FIELDS: dict[str, dict[str, Field]] = {
         "peak_mem_mib": number(0, 2**30),
     },
 }
+MATRIX = {
+    **{"update_cv": number(), "update_quantiles": all_of(number()), "starved": whole()},
+    **{
+        "leverage_quantiles": optional(all_of(number())),
+        "starved_momentum": optional(whole()),
+        "effective_rank": number(),
+    },
+}
+LAYER = {"dead": whole(), "still_dead": optional(whole()), "silent": whole()}
 SHARD = {"file": text(), "num_tokens": whole(1), "max_token": whole(0, 2**16 - 1), "sha256": SHA256}
 OPEN = ("config", "hparams", "params_by_role", "sources", "env.variables")  # tables of which others decide the keys
 # Fields that not every event of a kind has: of an edited model, or a rule without momentum.
@@ -162,6 +171,11 @@ def check_fields(run: Events) -> Iterator[str]:
     yield from found
     for index, shard in enumerate(run.start["data"]["shards"]):
         yield from wrong_parts(shard, SHARD, f"data.shards[{index}]", code)
+    for event in run.of("neurons"):
+        for name, matrix in event["matrices"].items():
+            yield from wrong_parts(matrix, MATRIX, f"neurons of step {event['step']}: {name}", code)
+        for layer in event["layers"]:
+            yield from wrong_parts(layer, LAYER, f"neurons of step {event['step']}: a layer", code)
 
 
 class Code:
@@ -231,7 +245,8 @@ def notes_on_fields(run: Events) -> Iterator[str]:
 def wrong_parts(part: dict[str, Any], fields: dict[str, Field], label: str, code: Code) -> Iterator[str]:
     for key, field in fields.items():
         if key not in part:
-            yield f"{label} lacks {key}"
+            if code.writes(key):
+                yield f"{label} lacks {key}"
         elif not field.fits(part[key]):
             yield f"{label}: {key} is {str(part[key])[:60]}, not {field.wanted}"
     for key in part.keys() - fields.keys():
