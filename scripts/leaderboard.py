@@ -115,17 +115,19 @@ def add(source: Path, results: Path) -> list[Path]:
             raise RecordError(f"{found.later.path} {found.text} {found.earlier.path}")
     moved = [replace(run, path=target) for run, target in zip(runs, contents, strict=True)]
     try:
-        Pages(results, [*there, *moved])
+        pages = Pages(results, [*there, *moved])
     except (KeyError, TypeError, AttributeError, ValueError, IndexError, ArithmeticError) as error:
-        raise RecordError(f"the page could not be written with the records of {source} ({error!r})") from error
+        raise RecordError(f"the page cannot be written with the records of {source} ({error!r})") from error
+    before = {path: path.read_bytes() if path.is_file() else None for path in (*pages.texts, *pages.pictures)}
     write_all(packed_files(contents, results / STORE))
     try:
-        write(Pages(results, [*there, *moved]))
+        write(pages)
     except BaseException:
-        for target in contents:
-            target.unlink(missing_ok=True)
-        for path, text in Pages(results, there).texts.items():
-            path.write_text(text, encoding="utf-8")
+        for path, content in (before | dict.fromkeys(contents)).items():
+            if content is None:
+                path.unlink(missing_ok=True)
+            else:
+                path.write_bytes(content)
         raise
     return list(contents)
 

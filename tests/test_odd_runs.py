@@ -64,7 +64,7 @@ def test_rules_are_consistent_whatever_their_settings(tiny_track, tmp_path, opti
     assert (verdict.word, verdict.reasons) == ("consistent", [])
 
 
-RULE = '''
+RULE = """
 import torch
 
 class Signum(torch.optim.Optimizer):
@@ -76,7 +76,7 @@ class Signum(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 p.sub_(p.grad.sign(), alpha=group["lr"])
-'''
+"""
 
 
 @pytest.mark.slow

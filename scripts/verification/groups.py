@@ -10,6 +10,7 @@ from typing import Any
 
 from scripts.verification.events import Events
 from scripts.verification.same import is_same
+from scripts.verification.schema import Code
 
 BUILT_IN = ("adamw", "muon", "normuon", "unormuon", "aurora", "riemannian_aurora")
 NO_SETTINGS = ("self", "params", "process_group", "rule_hparams")
@@ -23,6 +24,7 @@ OF_TORCH = {
 
 def check_groups(run: Events) -> Iterator[str]:
     start, hparams, groups = run.start, run.start["hparams"], run.start["param_groups"]
+    code = Code(start["sources"])
     roles = [group.get("role") for group in groups]
     wanted = ["matrix", *AUX]
     # An edited model may have no parameter of a role.
@@ -37,8 +39,12 @@ def check_groups(run: Events) -> Iterator[str]:
             if key in group and hparam_name(key, role) not in hparams and not is_same(group[key], value):
                 yield f"the optimizer held {key} {str(group[key])[:60]} for {role}, by its code {str(value)[:60]}"
         if start["optimizer"] in BUILT_IN:
-            for key in constants.keys() - group.keys():
+            for key in sorted(constants.keys() - group.keys()):
                 yield f"the parameter group of {role} lacks {key}"
+        if start["optimizer"] in BUILT_IN or role in AUX:
+            for key in group.keys() - constants.keys():
+                if not code.names(key):
+                    yield f"the parameter group of {role} has {key}, which its code does not name"
 
 
 def wrong_settings(group: dict[str, Any], role: str, hparams: dict[str, Any]) -> Iterator[str]:

@@ -35,6 +35,9 @@ def check_neurons(run: Events) -> Iterator[str]:
         if sorted(found) != sorted(names):
             yield f"step {step}: neurons are not of the model in the config"
             continue
+        if ("starved_momentum" in event) != (found[tall[0]].get("starved_momentum") is not None):
+            yield f"step {step}: starved_momentum is of all matrices or of none"
+            continue
         sums = {key: sum(layer[key] for layer in event["layers"]) / (width * len(layers)) for key in ("dead", "silent")}
         shares = ("starved", "starved_momentum") if "starved_momentum" in event else ("starved",)
         for key in shares:
