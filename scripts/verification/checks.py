@@ -2,21 +2,28 @@
 
 | check | catches | cannot catch |
 |---|---|---|
-| fields, order of events | torn, edited or merged files | a file rewritten as a whole |
-| code hash, task hash, run id | changed sources, task, seed, optimizer, date | hashes computed anew after the change |
-| config against embedded track and argv, optimizers as read back | a swapped config | all changed alike |
+| fields: types, bounds, names that the code writes | impossible, torn or added fields | a file rewritten as a whole |
+| hashes, run_id, sources whole | changed sources, task, seed, optimizer, date | hashes computed anew after the change |
+| config, counts, shards, from track, argv and seed | a swapped config, rule, warm-up | all changed alike |
+| parameter groups against hyper-parameters and constructors | settings that were not the run's | all changed alike |
+| edits of the model against the embedded train_gpt.py | hidden edits | patches in memory |
 | train events at every step where the trainer writes one | what those checks need, left out | - |
 | lr of each train event against the schedule | steps, lr or schedule edited | a logged lr that is not used |
 | validations against the declared steps | early stop, extra or dropped ones | those that were never logged |
+| validations that a resume undid | bad ones undone | by up to 0.02 nats on another stack, which is noted |
 | neurons: counts, shares and ranks within their bounds, at declared steps | impossible numbers | invented ones |
 | times rise, step times add up, all differ; timed + untimed = wall | edited times, times typed in | a patched clock |
 | step time against 6 N FLOP a token | impossible speed | a merely flattering one |
 | a val loss is a sum of float32 over its tokens | losses typed in or rounded | a sum that was forged on purpose |
 | loss of an untrained model, train against val loss | another vocabulary, leaked validation | slight leaks |
 | end event against the validations | edited results | - |
-| a folder's losses | duplicates | - |
+| records together: run_id, losses, weights, training losses | copies, twins under another seed or val loss | - |
+| records together: shards of one task | another second shard | a task of which all runs read it |
 | noted only: a folder's seeds | dropped seeds | seeds run elsewhere and left out at either end |
 | noted only: sources against the commit they name | changes that the record keeps quiet about | another commit named |
+
+Fields that no other number depends on cannot be checked: names, versions and variables of the machine, memory, waiting
+times, the weights' hash; tests/test_tampering.py has the list, with the reason for each.
 
 A consistent record can still be invented. Only a replay, and then runs with seeds of your own, show that it is not.
 A replay does not judge the embedded code, which is compared with its commit alone: cheating code replays, too.
