@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from aurora.errors import Exit, HarnessError
-from aurora.text import encoding_of
 
 ROOT = Path(__file__).resolve().parents[1]  # the checkout; data paths of tracks begin here
 
 
-def parse_args(description: str | None, argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line of train_gpt.py, which description explains. Exits where it asks for help or is wrong."""
+def make_parser(description: str | None = None) -> argparse.ArgumentParser:
+    """Of the command line of train_gpt.py, which description explains."""
     parser = argparse.ArgumentParser(
         prog="train_gpt.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -52,6 +51,12 @@ def parse_args(description: str | None, argv: list[str] | None = None) -> argpar
     parser.add_argument(
         "--dry-run", action="store_true", help="print the parameters, data and memory that the run needs, then stop"
     )
+    return parser
+
+
+def parse_args(description: str | None, argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line of train_gpt.py. Exits where it asks for help or is wrong."""
+    parser = make_parser(description)
     args = parser.parse_args(argv)
     if not 0 < args.timeout_s <= 1e6:
         parser.error(f"--timeout-s must be above 0 and at most 1e6, got {args.timeout_s:g}")
@@ -204,20 +209,36 @@ class Config:
 
 
 def load_config(path: Path, optimizer: str, overrides: Iterable[str] = ()) -> Config:
-    """Read a track, apply "a.b=v" overrides, check every table but the optimizers' own keys.
+    """parse_config() of a file. Raises HarnessError: CONFIG."""
+    return parse_config(read_track(path), path, optimizer, overrides)
 
-    Raises:
-        HarnessError: CONFIG, naming file, key, value and what would be right.
-    """
+
+def read_track(path: Path) -> str:
+    """The text of a track. Read once: a pipe has nothing to give the second time, and a file may change meanwhile."""
     try:
         content = path.read_bytes()
         if (encoding := encoding_of(content[:4])) != "utf-8":
             fix = "save it as UTF-8 without a byte order mark"
             raise HarnessError(Exit.CONFIG, f"config {path} is in {encoding}; {fix}")
-        tables = tomllib.loads(content.decode())
+        text = content.decode()
     except OSError as error:
         raise HarnessError(Exit.CONFIG, f"config {path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # ValueError: no TOML, no UTF-8, too many digits
+    except UnicodeDecodeError as error:
+        raise HarnessError(Exit.CONFIG, f"config {path} is not valid TOML: {error}") from error
+    if not text.strip():
+        raise HarnessError(Exit.CONFIG, f"config {path} is empty; a pipe can be read by one process alone, use a file")
+    return text
+
+
+def parse_config(track: str, path: Path, optimizer: str, overrides: Iterable[str] = ()) -> Config:
+    """Parse a track, apply "a.b=v" overrides, check every table but the optimizers' own keys. path: for messages.
+
+    Raises:
+        HarnessError: CONFIG, naming file, key, value and what would be right.
+    """
+    try:
+        tables = tomllib.loads(track)
+    except (ValueError, RecursionError) as error:  # ValueError: no TOML, too many digits
         raise HarnessError(Exit.CONFIG, f"config {path} is not valid TOML: {str(error)[:200]}") from error
     overrides = list(overrides)
     for override in overrides:

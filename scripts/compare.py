@@ -252,7 +252,10 @@ def run_and_report(
         return max(failures.values())
 
     print("\n" + report_runs(args, done, failures), flush=True)
-    if len({run.start["task_hash"] for run in done}) == 1:
+    from scripts.analysis.verdict import by_task
+
+    num_tasks = len(by_task(done))
+    if num_tasks == 1:
         try:
             from scripts.plot import plot_loss_curves
 
@@ -262,14 +265,13 @@ def run_and_report(
             print(f"no curves: {error}; pip install -e '.[report]'", file=sys.stderr)
         except (OSError, ValueError) as error:
             print(f"no curves: {error}", file=sys.stderr)
-    return 1 if failures or len({run.start["task_hash"] for run in done}) > 1 and not args.grid else 0
+    return 1 if failures or num_tasks > 1 and not args.grid else 0
 
 
 def report_folders(args: argparse.Namespace) -> int:
-    found = [read_folder(folder, condensed=True) for folder in args.report]
-    for error in (error for _, errors in found for error in errors):
+    runs, errors = read_folder(*args.report, condensed=True)
+    for error in errors:
         print(f"warning: {error}", file=sys.stderr)
-    runs = [run for folder_runs, _ in found for run in folder_runs]
     if not runs:
         print(f"error: no record in {', '.join(map(str, args.report))}", file=sys.stderr)
         return 2

@@ -18,19 +18,20 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterable
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from aurora.console import run_script
-from aurora.trainer.record import STORE, RecordError, Run, read_record, record_paths
+from aurora.trainer.record import STORE, RecordError, Run, distinct, read_record, record_paths
 from scripts.analysis.page import PAGE, Pages
 from scripts.analysis.store import packed_files, unpack
 from scripts.analysis.text import plain
 from scripts.analysis.verdict import Group
 from scripts.verification.checks import verify_folder
+from scripts.verification.together import findings, trace_of
 
 
 def read_results(results: Path) -> list[Run]:
@@ -46,7 +47,7 @@ def read_results(results: Path) -> list[Run]:
         run = read_record(path)
         run.condense()
         runs.append(run)
-    return runs
+    return distinct(runs)[0]
 
 
 def digest(groups: Iterable[Group]) -> str:
@@ -80,10 +81,11 @@ def write(pages: Pages) -> None:
 
 
 def add(source: Path, results: Path) -> list[Path]:
-    """Copy the records of a folder, packed, to results/<its name>; all of them or, with an error, none.
+    """Copy the records of a folder, packed, to results/<its name>, and show them; all of them or, with an error, none.
 
     Raises:
-        RecordError: one is refuted by scripts/verification/checks.py, is not whole, or is there already.
+        RecordError: one is refuted by scripts/verification/checks.py, is not whole, is there already, or cannot be
+            shown.
     """
     runs = [read_record(path) for path in record_paths(source) if not path.is_symlink()]
     if not runs:
@@ -92,7 +94,8 @@ def add(source: Path, results: Path) -> list[Path]:
         raise RecordError(f"{source}: the name of the folder is to be of letters, digits, '.', '_' and '-'")
     if source.resolve().name == STORE:
         raise RecordError(f"{source}: the name {STORE} is that of the store; rename the folder")
-    known = {tuple(run.validations): run.path for run in read_results(results)}
+    there = read_results(results)
+    known = {tuple(run.validations): run.path for run in there}
     refuted = {verdict.path: verdict.reasons[0] for verdict in verify_folder(source) if verdict.reasons}
     contents = {}
     for run in runs:
@@ -107,7 +110,26 @@ def add(source: Path, results: Path) -> list[Path]:
         if target.exists():
             raise RecordError(f"{target} exists; rename {run.path}")
         contents[target] = unpack(run.path)
+    own = {run.path for run in runs}
+    for found in findings(trace_of(run) for run in (*there, *runs)):
+        if found.is_refuted and not own.isdisjoint({found.later.path, found.earlier.path}):
+            raise RecordError(f"{found.later.path} {found.text} {found.earlier.path}")
+    moved = [replace(run, path=target) for run, target in zip(runs, contents, strict=True)]
+    try:
+        pages = Pages(results, [*there, *moved])
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, ArithmeticError) as error:
+        raise RecordError(f"the page cannot be written with the records of {source} ({error!r})") from error
+    before = {path: path.read_bytes() if path.is_file() else None for path in (*pages.texts, *pages.pictures)}
     write_all(packed_files(contents, results / STORE))
+    try:
+        write(pages)
+    except BaseException:
+        for path, content in (before | dict.fromkeys(contents)).items():
+            if content is None:
+                path.unlink(missing_ok=True)
+            else:
+                path.write_bytes(content)
+        raise
     return list(contents)
 
 

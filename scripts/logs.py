@@ -20,11 +20,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from aurora.console import run_script
 from scripts.analysis.text import plain
 
+TARGET_METRIC, TARGET = "val_loss", 3.28  # of the public benchmark
+
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("logs", nargs="*", type=Path, metavar="FOLDER", help="folders of logs")
-    parser.add_argument("--target", type=float, default=3.28, help="loss to reach (3.28)")
+    parser.add_argument("--target", type=float, help="loss to reach (3.28 of val_loss; of another --metric name it)")
     parser.add_argument("--metric", help="name of the loss (val_loss)")
     parser.add_argument("--steps", type=int, help="step of the claimed loss")
     parser.add_argument("--mean", help="claimed mean loss at that step, with all its digits")
@@ -39,6 +41,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("name logs, --claims or --export")
     if args.export and not args.out:
         parser.error("--export needs --out")
+    if args.target is None:
+        if args.metric not in (None, TARGET_METRIC):
+            parser.error(f"--metric {plain(args.metric)} needs --target: {TARGET} is a {TARGET_METRIC}")
+        args.target = TARGET
     if args.claims and not args.claims.is_file():
         parser.error(f"--claims: no such file: {plain(args.claims)}")
     try:

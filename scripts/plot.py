@@ -22,7 +22,7 @@ from scripts.analysis.text import plain
 
 try:
     from scripts.analysis.report import to_target
-    from scripts.analysis.verdict import Group, group_runs
+    from scripts.analysis.verdict import Group, by_task, group_runs
 except ImportError as error:
     print(f"error: {error}; pip install -e '.[report]'", file=sys.stderr)
     sys.exit(2)
@@ -237,7 +237,7 @@ def main() -> int:
     if not runs:
         print(f"error: no record in {args.folder}", file=sys.stderr)
         return 2
-    tasks = {run.start["task_hash"] for run in runs}
+    tasks = by_task(runs)
     if len(tasks) != 1:
         print(f"error: {args.folder} must hold runs of one task, found {len(tasks)} tasks", file=sys.stderr)
         return 2

@@ -8,6 +8,7 @@ Verdicts on a record:
 
     consistent          its own numbers fit together
     gaps                they do, but seeds are missing beside it
+    incomplete          they do, but the record does not tell how the run ended: it goes on, or was killed
     refuted             they do not; the reasons follow
     replayed            its code and seed gave its losses again: all, or "to step N of M"; "within T on another stack"
                         if they differ by up to T nats
@@ -33,9 +34,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from aurora.console import run_script
-from aurora.trainer.record import Run, read_folder, read_record
+from aurora.trainer.record import Run, distinct, read_folder, read_record, record_paths
 from scripts.analysis.text import plain
-from scripts.verification.checks import Verification, verify_folder, verify_run
+from scripts.verification.checks import is_folder, verify_folder, verify_run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -61,13 +62,9 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"no such file: {plain(path)}")
         if path.is_file() and path.suffix != ".jsonl":
             parser.error(f"{plain(path)} is not a record, which is a .jsonl file")
-    verdicts: list[Verification] = []
-    for path in args.paths:
-        is_folder = path.is_dir() and not path.is_symlink()
-        found = verify_folder(path) if is_folder else [verify_run(path)]
-        if not found:
+        if is_folder(path) and not record_paths(path):
             parser.error(f"{plain(path)} holds no records")
-        verdicts += found
+    verdicts = verify_folder(*args.paths)
     if args.replay:
         from scripts.verification.replay import replay
 
@@ -96,7 +93,7 @@ def against(claimed: list[Path], own: Path) -> tuple[str, str]:
     """What one's own records say of the claimed ones."""
     from scripts.verification.reproduction import reproduce
 
-    sides = [[run for path in paths for run in runs_at(path)] for paths in (claimed, [own])]
+    sides = [distinct(run for path in paths for run in runs_at(path))[0] for paths in (claimed, [own])]
     return reproduce(*sides) if all(sides) else ("not comparable", "a side holds no record")
 
 

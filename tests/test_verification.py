@@ -493,7 +493,7 @@ def test_anything_gets_a_verdict(muon, tmp_path):
         if i == 800:
             tracemalloc.start()  # which slows all down
         path.write_bytes(mutated(originals[i % 2], rng))
-        assert verify_run(path).word in ("consistent", "refuted")
+        assert verify_run(path).word in ("consistent", "incomplete", "refuted")
         runs = []
         with contextlib.suppress(RecordError):
             runs.append(read_record(path))

@@ -86,9 +86,20 @@ def open_run_data(
     for path in (val_path, *paths[:num_needed]):
         infos.append(verify_shard(path, vocab_size))
         check_against_manifest(path, infos[-1], manifests[path.parent])
+    check_are_unlike(infos[1:], paths)
     used_val = np.ascontiguousarray(val_shard[: val_tokens + 1])
     check_val_is_unseen(val_path, used_val, zip(paths, shards[:num_needed], strict=False), vocab_size)
     return RunData(shards[:num_needed], infos[1:], used_val, steps / available_steps[num_needed - 1])
+
+
+def check_are_unlike(infos: list[ShardInfo], paths: list[Path]) -> None:
+    """Raise ShardError where a shard is there under two names: a run would read it twice without a word."""
+    places: dict[str, Path] = {}
+    for info, path in zip(infos, paths, strict=False):
+        first = places.setdefault(info.sha256, path)
+        if first is not path:
+            fix = "remove one of the two, or set data.allow_epochs = true to read all shards more than once"
+            raise ShardError(path, "tokens", "tokens of its own", f"those of {first.name}", fix)
 
 
 def find_shards(pattern: str) -> list[Path]:

@@ -33,11 +33,11 @@ from aurora.trainer.record import (
 from aurora.trainer.state import Run
 
 
-def run_event(run: Run, config_path: Path, seed: int, data: RunData) -> dict[str, Any]:
-    """The record's first line: everything needed to judge, group and repeat the run."""
+def run_event(run: Run, config_path: Path, track: str, seed: int, data: RunData) -> dict[str, Any]:
+    """The record's first line: everything needed to judge, group and repeat the run. track: the text of the config."""
     config, device = run.config, run.ranks.device
     utc, is_cuda = datetime.datetime.now(datetime.UTC), device.type == "cuda"
-    sources = read_sources(config_path, modules_of_other_rules(run.optimizers))
+    sources = read_sources(config_path, track, modules_of_other_rules(run.optimizers))
     name = re.sub("[^A-Za-z0-9._-]", "-", config_path.stem)
     described_data, machine = data.describe(), describe_machine()
     stack = {

@@ -73,8 +73,8 @@ class RecordWriter:
 NOT_OF_A_RUN = ("data", "scripts", "tests")
 
 
-def read_sources(config_path: Path, other_modules: Container[str] = ()) -> dict[str, str]:
-    """The text of every module of the project that this process has imported, and of the track.
+def read_sources(config_path: Path, track: str, other_modules: Container[str] = ()) -> dict[str, str]:
+    """The text of every module of the project that this process has imported, and the track's, as it was parsed.
 
     other_modules: names of those that this process has imported for something else than the run.
     """
@@ -91,7 +91,9 @@ def read_sources(config_path: Path, other_modules: Container[str] = ()) -> dict[
                 sources[name.as_posix()] = path.read_text(encoding="utf-8")
     is_ours = config_path.resolve().is_relative_to(ROOT)
     config_name = config_path.resolve().relative_to(ROOT).as_posix() if is_ours else config_path.name
-    return dict(sorted(sources.items())) | {config_name: config_path.read_text(encoding="utf-8")}
+    if not config_name.endswith(".toml"):  # by which readers know it; a pipe's name is a number
+        config_name += ".toml"
+    return dict(sorted(sources.items())) | {config_name: track}
 
 
 def code_hash(sources: dict[str, str]) -> str:
@@ -163,6 +165,13 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def shards_of(start: dict[str, Any]) -> list[str]:
+    """sha256 of each train shard that a run read, in order. Shards of one task agree in each place that both have."""
+    data = start.get("data")
+    shards = data.get("shards") if isinstance(data, dict) else None
+    return [str(shard.get("sha256")) for shard in shards or () if isinstance(shard, dict)]
+
+
 class RecordError(ValueError):
     """A file that is not a run record; the message names file, line and finding."""
 
@@ -224,6 +233,11 @@ class Run:
         means = {key: self.mean_ms(key) for key in ("step_ms", "optimizer_ms")}
         self.train_events = [event | means for event in self.train_events[-1:]]
         self.neuron_events = []
+
+    def extent(self) -> tuple[bool, int, int]:
+        """How far the record goes."""
+        last = self.train_events[-1]["step"] if self.train_events else 0
+        return self.end is not None, len(self.validations), last
 
     def first_at_target(self) -> Validation | None:
         """The first validation at or below the target."""
@@ -301,7 +315,7 @@ def read_events(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def read_event(line: bytes, where: str, is_first: bool) -> dict[str, Any]:
     try:
-        event = json.loads(line)
+        event = json.loads(line, object_pairs_hook=unique_keys, parse_constant=no_number)
         kind = event["event"]
         if is_first and kind != "run":
             raise RecordError(f"{where}: a record begins with a run event, not {str(kind)[:40]!r}")
@@ -320,6 +334,19 @@ def read_event(line: bytes, where: str, is_first: bool) -> dict[str, Any]:
         if isinstance(value, NUMBER) and not is_sane(value):
             raise RecordError(f"{where}: {key} is no finite number")
     return event
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A table. Of a key that it has twice other readers may take the other value."""
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"a table has the key {next(key for key in keys if keys.count(key) > 1)!r} more than once")
+    return table
+
+
+def no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 STORE = "sources"  # the folder, beside a record or above it, of the texts to which the record refers by their sha256
@@ -417,7 +444,11 @@ def read_record(path: Path) -> Run:
     Raises:
         RecordError: as read_events, or the file holds no event, or lacks what readers need.
     """
-    events = [event for _, event in read_events(path)]
+    return run_of(path, [event for _, event in read_events(path)])
+
+
+def run_of(path: Path, events: list[dict[str, Any]]) -> Run:
+    """What read_record() makes of a record's events. Raises RecordError."""
     if not events:
         raise RecordError(f"{path} holds no event")
     start, *rest = events
@@ -458,20 +489,40 @@ def record_paths(folder: Path) -> list[Path]:
     return sorted(paths)
 
 
-def read_folder(folder: Path, condensed: bool = False) -> tuple[list[Run], list[RecordError]]:
-    """All records below a folder in order of their names, and what could not be read.
+def read_folder(*folders: Path, condensed: bool = False) -> tuple[list[Run], list[RecordError]]:
+    """All runs below folders, in order of their names in each, and what could not be read or is there twice.
 
     condensed: see Run.condense(); thousands of runs then fit into memory.
     """
     runs, errors = [], []
-    for path in record_paths(folder):
+    # Folders may overlap, and one file is read once.
+    for path in {path.resolve(): path for folder in folders for path in record_paths(folder)}.values():
         try:
             runs.append(read_record(path))
             if condensed:
                 runs[-1].condense()
         except RecordError as error:
             errors.append(error)
-    return runs, errors
+    found, copies = distinct(runs)
+    return found, errors + copies
+
+
+def distinct(runs: Iterable[Run]) -> tuple[list[Run], list[RecordError]]:
+    """Each run once, in the order given, and what is said of further files of it.
+
+    A run is its run event, with the run_id in it, however many files hold it: copies are made of it, some before it has
+    ended. The file that goes furthest counts.
+    """
+    kept: dict[str, Run] = {}
+    copies = []
+    for run in runs:
+        start = {key: value for key, value in run.start.items() if key != "sources"}  # for which code_hash stands
+        key = json_hash(start) if "run_id" in start else str(run.path)
+        if key in kept:
+            first, run = sorted((kept[key], run), key=Run.extent)
+            copies.append(RecordError(f"{first.path} holds the run of {run.path}, which counts once"))
+        kept[key] = run
+    return list(kept.values()), copies
 
 
 def seed_gaps(seeds: Iterable[int], most: int = 1000) -> list[int]:

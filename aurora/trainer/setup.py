@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 import aurora
-from aurora.config import ROOT, Config, ModelConfig, load_config
+from aurora.config import ROOT, Config, ModelConfig, parse_config, read_track
 from aurora.errors import Exit, HarnessError
 from aurora.fast import hopper
 from aurora.fast.float8 import check_float8
@@ -38,6 +38,7 @@ class Checked(NamedTuple):
     config: Config
     plan: BatchPlan
     dump: Dump | None  # what --dump-momentum asks for
+    track: str = ""  # the text that was parsed
 
 
 def check_run(args: argparse.Namespace, ranks: Ranks, make_model: MakeModel, lr_scale: LrScale) -> Checked:
@@ -50,7 +51,8 @@ def check_run(args: argparse.Namespace, ranks: Ranks, make_model: MakeModel, lr_
     def check() -> Checked:
         if not 0 <= args.seed < 2**63:
             raise HarnessError(Exit.CONFIG, f"--seed must be in [0, 2^63), got {args.seed}")
-        config = load_config(args.config, args.optimizer, args.overrides)
+        track = read_track(args.config)
+        config = parse_config(track, args.config, args.optimizer, args.overrides)
         config, plan, params, optimizers = check_config(config, ranks.world_size, make_model, lr_scale)
         for override in args.overrides:
             if override.startswith("optimizer.") and not override.startswith(f"optimizer.{args.optimizer}."):
@@ -60,7 +62,7 @@ def check_run(args: argparse.Namespace, ranks: Ranks, make_model: MakeModel, lr_
         dump = args.dump_momentum and checked_dump(optimizers[0], config.train.steps, *args.dump_momentum)
         if args.dry_run:
             ranks.say(dry_run_report(config, params, optimizers, ranks.world_size, plan.micro_steps, plan.micro_batch))
-        return Checked(config, plan, dump)
+        return Checked(config, plan, dump, track)
 
     return ranks.all_or_none(check)
 
@@ -108,7 +110,7 @@ def open_run(
         run = new_run(args, checked, data, ranks, clock, make_model)
         if hopper.suits(run.config, ranks.device):
             hopper.import_kernels()  # now, so that the run event embeds them
-        run.start = run_event(run, args.config, args.seed, data)
+        run.start = run_event(run, args.config, checked.track, args.seed, data)
         check_same_start(run)
         if run.start["git"] is None and (ROOT / ".git").exists():
             ranks.say("warning: git does not tell the commit of this checkout, so the record has none")

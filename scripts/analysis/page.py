@@ -19,16 +19,18 @@ from urllib.parse import quote
 
 from aurora.trainer.record import LATER_SETTINGS, Run, model_of
 from scripts.analysis.report import LONG, PAIR_HEADER, as_p, pair_cells, remarks, to_target
-from scripts.analysis.statistics import MIN_RUNS, common_step, gate, t_below
+from scripts.analysis.statistics import MIN_RUNS, common_step, gate, repeated_seeds, t_below
 from scripts.analysis.text import cell, markdown_table
 from scripts.analysis.verdict import (
     Group,
     Pair,
+    by_task,
     compare_pairs,
     label_groups,
     mean_loss,
     order_of_arrival,
     stack_of,
+    twins,
 )
 
 PAGE, NOTES = "README.md", "notes.md"
@@ -97,12 +99,11 @@ class Table(NamedTuple):
 def make_tables(runs: Iterable[Run], results: Path) -> list[Table]:
     """Runs by task and folder, there by optimizer, setting, code and hardware; without tuning trials."""
     found: dict[tuple[str, str], dict[tuple, list[Run]]] = {}
-    for run in runs:
-        if not is_tuning(run, results):
-            key = run.start["task_hash"], folder_of(run, results)
-            setting = run.start["optimizer"], json.dumps(run.setting, sort_keys=True)
-            row = setting, run.start["code_hash"], stack_of(run)
-            found.setdefault(key, {}).setdefault(row, []).append(run)
+    tasks = by_task(run for run in runs if not is_tuning(run, results))
+    for task, run in ((task, run) for task, runs_of_task in tasks.items() for run in runs_of_task):
+        setting = run.start["optimizer"], json.dumps(run.setting, sort_keys=True)
+        row = setting, run.start["code_hash"], stack_of(run)
+        found.setdefault((task, folder_of(run, results)), {}).setdefault(row, []).append(run)
     tables = []
     for (task, folder), rows in found.items():
         groups = label_groups(rows.values())
@@ -283,7 +284,8 @@ class Pages:
         """Cells under EVIDENCE_HEADER. Links are by reference, or the table could not be read as text."""
         run, losses = group.runs[0], group.losses(group.last_step)
         by_step = [{found.step: found.val_loss for found in run.validations} for run in group.runs]
-        is_whole, step = len(losses) == len(group.runs), common_step(by_step, run.target)
+        is_sample = not (repeated_seeds(group.seeds) or twins(group.runs))
+        is_whole, step = is_sample and len(losses) == len(group.runs), common_step(by_step, run.target)
         commits = {(run.start.get("git") or {}).get("commit", "")[:8] for run in group.runs}
         is_dirty = any((run.start.get("git") or {}).get("dirty") for run in group.runs)
         seeds = []

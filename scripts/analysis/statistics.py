@@ -4,7 +4,7 @@ import itertools
 import math
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -268,6 +268,13 @@ def common_step(runs: Sequence[Mapping[int, float]], target: float) -> int | Non
     return None
 
 
+def repeated_seeds(seeds: Iterable[int | None]) -> list[str]:
+    """What forbids a test on runs of these seeds, in words: two runs of one seed are no two samples."""
+    counts = Counter(seed for seed in seeds if seed is not None)
+    repeated = sorted(seed for seed, count in counts.items() if count > 1)
+    return [f"seeds more than once: {', '.join(map(str, repeated))}"] if repeated else []
+
+
 def flaws(seeds: Sequence[int | None], losses: Sequence[Sequence[float]]) -> list[str]:
     """What forbids a test on these runs, in words: too few, equal seeds, duplicates.
 
@@ -278,9 +285,7 @@ def flaws(seeds: Sequence[int | None], losses: Sequence[Sequence[float]]) -> lis
     found = []
     if len(losses) < MIN_RUNS:
         found.append(f"{len(losses)} run{'s' * (len(losses) != 1)}, no test with fewer than {MIN_RUNS}")
-    repeated = sorted(seed for seed, n in Counter(seeds).items() if n > 1 and seed is not None)
-    if repeated:
-        found.append(f"seeds more than once: {', '.join(map(str, repeated))}")
+    found += repeated_seeds(seeds)
     sequences = [tuple(run) for run in losses if run]
     duplicates = len(sequences) - len(set(sequences))
     if duplicates:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from aurora.trainer.record import Run, Validation
+from aurora.trainer.record import Run, Validation, shards_of
 from scripts.analysis.statistics import (
     Crossing,
     Interval,
@@ -117,6 +117,7 @@ class Group:
         # Untrained all are alike.
         losses = [[validation.val_loss for validation in run.validations if validation.step > 0] for run in self.runs]
         found = flaws(self.seeds, losses)
+        found += twins(self.runs)
         lost = [f"seed {run.start['seed']} ({status_of(run)})" for run in self.runs if not run.is_done]
         if lost:
             found.append(f"without a final loss: {', '.join(lost)}")
@@ -128,6 +129,18 @@ class Group:
     def edits(self) -> list[str]:
         """In what the runs' model is another than the track's, in words."""
         return sorted({edit for run in self.runs for edit in run.start.get("model_edits", [])})
+
+
+def twins(runs: Iterable[Run]) -> list[str]:
+    """Runs of other seeds with the weights or the training losses of another one, in words: no training gives them."""
+    seeds: dict[tuple, set[int]] = {}
+    for run in runs:
+        weights = run.end.get("weights_sha256") if run.end else None
+        losses = [event["train_loss"] for event in run.train_events[-3:] if event.get("train_loss", 0) > 0]
+        for key in (("weights", weights), ("training losses", *losses)):
+            if key[-1] and (key[0] == "weights" or len(losses) == 3):
+                seeds.setdefault(key, set()).add(run.start["seed"])
+    return [f"equal {key[0]} of seeds {', '.join(map(str, sorted(of)))}" for key, of in seeds.items() if len(of) > 1]
 
 
 def has_mixed_code(groups: Iterable[Group]) -> bool:
@@ -165,11 +178,31 @@ def group_runs(runs: Iterable[Run]) -> dict[str, list[Group]]:
 
     An attempt that was interrupted or cut short is left out once the same seed has finished: it was no second try.
     """
-    tasks: dict[str, dict[tuple[str, str], list[Run]]] = {}
+    tasks: dict[str, list[Group]] = {}
+    for task, runs_of_task in by_task(runs).items():
+        by_setting: dict[tuple[str, str], list[Run]] = {}
+        for run in runs_of_task:
+            key = run.start["optimizer"], json.dumps(run.setting, sort_keys=True)
+            by_setting.setdefault(key, []).append(run)
+        tasks[task] = label_groups(by_setting.values())
+    return tasks
+
+
+def by_task(runs: Iterable[Run]) -> dict[str, list[Run]]:
+    """Runs that may be compared, by task_hash. That knows the first train shard alone, for it must not depend on the
+    number of shards that a run needs: runs that differ in a further one, which both have read, are of other tasks.
+    """
+    found: dict[str, dict[tuple[str, ...], list[Run]]] = {}
     for run in runs:
-        key = run.start["optimizer"], json.dumps(run.setting, sort_keys=True)
-        tasks.setdefault(run.start["task_hash"], {}).setdefault(key, []).append(run)
-    return {task: label_groups(by_setting.values()) for task, by_setting in tasks.items()}
+        found.setdefault(run.start["task_hash"], {}).setdefault(tuple(shards_of(run.start)), []).append(run)
+    tasks: dict[str, list[Run]] = {}
+    for task_hash, by_shards in found.items():
+        streams: list[tuple[str, ...]] = []
+        for shards in sorted(by_shards, key=len, reverse=True):
+            place = next((i for i, stream in enumerate(streams) if stream[: len(shards)] == shards), len(streams))
+            streams += [shards] * (place == len(streams))
+            tasks.setdefault(f"{place + 1}-{task_hash}" if place else task_hash, []).extend(by_shards[shards])
+    return tasks
 
 
 def label_groups(runs_of_groups: Iterable[Sequence[Run]]) -> list[Group]:
@@ -209,9 +242,13 @@ def order_of_arrival(group: Group) -> tuple:
 
 
 def without_repeated_attempts(runs: Sequence[Run]) -> list[Run]:
+    """Each seed's runs, without those that tell nothing new: attempts that another one made good, and exact repeats."""
     finished = {run.start["seed"] for run in runs if run.is_done}
-    settled = [run for run in runs if status_of(run) in ("done", "diverged")]
+    ended = [run for run in runs if status_of(run) in ("done", "diverged")]
     others = [run for run in runs if status_of(run) not in ("done", "diverged")]
+    # The same command gives the same losses again.
+    losses = [tuple(validation.val_loss for validation in run.validations) for run in ended]
+    settled = list({(run.start["seed"], key): run for run, key in zip(ended[::-1], losses[::-1], strict=True)}.values())
     # Of a seed that never finished the newest attempt stands for all.
     open_runs = {run.start["seed"]: run for run in others if run.start["seed"] not in finished}
     return sorted([*settled, *open_runs.values()], key=lambda run: (run.start["seed"], run.path.name))

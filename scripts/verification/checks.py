@@ -2,21 +2,28 @@
 
 | check | catches | cannot catch |
 |---|---|---|
-| fields, order of events | torn, edited or merged files | a file rewritten as a whole |
-| code hash, task hash, run id | changed sources, task, seed, optimizer, date | hashes computed anew after the change |
-| config against embedded track and argv, optimizers as read back | a swapped config | all changed alike |
+| fields: types, bounds, names that the code writes | impossible, torn or added fields | a file rewritten as a whole |
+| hashes, run_id, sources whole | changed sources, task, seed, optimizer, date | hashes computed anew after the change |
+| config, counts, shards, from track, argv and seed | a swapped config, rule, warm-up | all changed alike |
+| parameter groups against hyper-parameters and constructors | settings that were not the run's | all changed alike |
+| edits of the model against the embedded train_gpt.py | hidden edits | patches in memory |
 | train events at every step where the trainer writes one | what those checks need, left out | - |
 | lr of each train event against the schedule | steps, lr or schedule edited | a logged lr that is not used |
 | validations against the declared steps | early stop, extra or dropped ones | those that were never logged |
+| validations that a resume undid | bad ones undone | by up to 0.02 nats on another stack, which is noted |
 | neurons: counts, shares and ranks within their bounds, at declared steps | impossible numbers | invented ones |
 | times rise, step times add up, all differ; timed + untimed = wall | edited times, times typed in | a patched clock |
 | step time against 6 N FLOP a token | impossible speed | a merely flattering one |
 | a val loss is a sum of float32 over its tokens | losses typed in or rounded | a sum that was forged on purpose |
 | loss of an untrained model, train against val loss | another vocabulary, leaked validation | slight leaks |
 | end event against the validations | edited results | - |
-| a folder's losses | duplicates | - |
+| records together: run_id, losses, weights, training losses | copies, twins under another seed or val loss | - |
+| records together: shards of one task | another second shard | a task of which all runs read it |
 | noted only: a folder's seeds | dropped seeds | seeds run elsewhere and left out at either end |
 | noted only: sources against the commit they name | changes that the record keeps quiet about | another commit named |
+
+Fields that no other number depends on cannot be checked: names, versions and variables of the machine, memory, waiting
+times, the weights' hash; tests/test_tampering.py has the list, with the reason for each.
 
 A consistent record can still be invented. Only a replay, and then runs with seeds of your own, show that it is not.
 A replay does not judge the embedded code, which is compared with its commit alone: cheating code replays, too.
@@ -25,9 +32,11 @@ A replay does not judge the embedded code, which is compared with its commit alo
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from aurora.trainer.record import RecordError, Run, json_hash, read_events, record_paths, seed_gaps
+from aurora.trainer.record import RecordError, json_hash, read_events, record_paths, run_of, seed_gaps
 from scripts.verification.events import Events, missing_fields, wrong_numbers
-from scripts.verification.identity import changed_sources, check_config, check_identity
+from scripts.verification.expected import check_config, notes_on_edits
+from scripts.verification.groups import check_groups
+from scripts.verification.identity import check_identity, notes_on_commit, notes_on_machine
 from scripts.verification.neurons import check_neurons
 from scripts.verification.numbers import (
     check_end,
@@ -37,26 +46,37 @@ from scripts.verification.numbers import (
     check_order,
     check_times,
     check_validations,
+    notes_on_losses,
+    notes_on_order,
 )
+from scripts.verification.schema import check_fields, notes_on_fields
+from scripts.verification.together import Trace, findings, trace_of
 
 CHECKS = (
-    *(check_order, check_identity, check_config, check_validations, check_logs, check_times, check_lr, check_losses),
-    *(check_neurons, check_end),
+    # The others compute with the config, and stop where it is not the run's.
+    *(check_fields, check_identity, check_config, check_groups, check_order, check_validations, check_logs),
+    *(check_times, check_lr, check_losses, check_neurons, check_end),
 )
+NOTES = notes_on_edits, notes_on_fields, notes_on_order, notes_on_losses, notes_on_machine, notes_on_commit
 
 
 @dataclass
 class Verification:
-    """word: consistent, or refuted with reasons; gaps or replayed where that is known; see scripts/verify.py."""
+    """word: consistent, incomplete, or refuted with reasons; gaps or replayed if that is known; see scripts/verify.py.
+
+    is_whole: whether the record tells how the run ended.
+    """
 
     path: Path
     reasons: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     word_if_good: str = "consistent"
+    is_whole: bool = True
 
     @property
     def word(self) -> str:
-        return "refuted" if self.reasons else self.word_if_good
+        good = self.word_if_good
+        return "refuted" if self.reasons else good if self.is_whole or good.startswith("replayed") else "incomplete"
 
 
 def verify_run(path: Path) -> Verification:
@@ -69,7 +89,9 @@ def verify_events(path: Path) -> tuple[Verification, Events | None]:
     try:
         events = [event for _, event in read_events(path)]
         if not events:
-            raise RecordError(f"{path} holds no event")
+            verdict.is_whole = False
+            verdict.notes.append("incomplete: no event, as a crash leaves it")
+            return verdict, None
         found = Events(events[0], events[1:])
         verdict.reasons += missing_fields(events) or wrong_numbers(found.start)
     except RecordError as error:
@@ -80,48 +102,53 @@ def verify_events(path: Path) -> tuple[Verification, Events | None]:
     if not path.read_bytes().endswith(b"\n"):
         verdict.notes.append("the last line is torn, as a crash leaves it")
     for check in CHECKS:
+        before = len(verdict.reasons)
         try:
             verdict.reasons += check(found)
-        # A field of a type that no run writes; which one, the error says.
-        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, IndexError) as error:
+        except Exception as error:  # a field of a type that no run writes may raise anything; which one, the error says
             verdict.reasons.append(f"{check.__name__}: a field is missing or wrong ({type(error).__name__}: {error})")
+        if check is check_config and len(verdict.reasons) > before:
+            break
     if found.is_edited:
         verdict.notes.append("model edited: not checked are parameter counts, the untrained loss and neurons' numbers")
     if not found.of("end"):
+        verdict.is_whole = False
         verdict.notes.append("incomplete: no end event")
-    if not verdict.reasons and (changed := changed_sources(found.start)):
-        commit = found.start["git"]["commit"]
-        verdict.notes.append(f"sources differ from commit {commit[:12]} in: {', '.join(changed)}")
+    if verdict.reasons:
+        return verdict, found
+    verdict.notes += [note for notes in NOTES for note in notes(found)]
     return verdict, found
 
 
-def verify_folder(folder: Path) -> list[Verification]:
-    """A verdict for each record below a folder, with what only the records together show."""
-    verdicts: list[Verification] = []
+def is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def verify_folder(*places: Path) -> list[Verification]:
+    """A verdict for each record at these paths or below these folders, with what only all together show."""
+    verdicts: dict[Path, Verification] = {}
     groups: dict[tuple[str, ...], list[tuple[int, Verification]]] = {}
-    by_losses: dict[tuple[float, ...], Path] = {}
-    ended: set[Path] = set()
-    for path in record_paths(folder):
-        verdict, run = verify_events(path)
-        verdicts.append(verdict)
-        if run is None:
+    traces: list[Trace] = []
+    paths = [path for place in places for path in (record_paths(place) if is_folder(place) else [place])]
+    for path in {path.absolute(): path for path in paths}.values():
+        verdicts[path], found = verify_events(path)
+        try:
+            run = run_of(path, [found.start, *found.rest]) if found else None
+            if run is None:
+                continue
+            traces.append(trace_of(run))
+        except (RecordError, KeyError, TypeError, ValueError):  # for which it is refuted already
             continue
-        ended |= {path} if run.of("end") else set()
-        validations = tuple(event["val_loss"] for event in run.of("val"))
-        twin = by_losses.setdefault(validations, path) if len(validations) > 1 else path
-        if twin != path:
-            # The same command gives the same losses again. In one folder they would count as two runs, if both ended.
-            both_count = twin.parent == path.parent and {twin, path} <= ended
-            found_in = verdict.reasons if both_count else verdict.notes
-            found_in.append(f"repeats the losses of {twin.name}")
-        start = run.start
-        setting = json_hash(Run(path, start).setting)
-        key = start["task_hash"], start["optimizer"], setting, start["code_hash"]
-        groups.setdefault(key, []).append((start["seed"], verdict))
+        key = run.start["task_hash"], run.start["optimizer"], json_hash(run.setting), run.start["code_hash"]
+        groups.setdefault(key, []).append((run.start["seed"], verdicts[path]))
+    for finding in findings(traces):
+        verdict = verdicts[finding.later.path]
+        found_in = verdict.reasons if finding.is_refuted else verdict.notes
+        found_in.append(f"{finding.text} {finding.earlier.path.name}")
     for members in groups.values():
         seeds = sorted(seed for seed, _ in members)
         if missing := seed_gaps(seeds):
             for _, verdict in members:
                 verdict.word_if_good = "gaps"
                 verdict.notes.append(f"its group of seeds {seeds} lacks {missing}: run, and left out?")
-    return verdicts
+    return list(verdicts.values())

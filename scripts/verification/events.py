@@ -42,7 +42,8 @@ def stack_of(segment: dict[str, Any]) -> str:
 
 
 def missing_fields(events: list[dict[str, Any]]) -> list[str]:
-    optional = {"tokens", "segments", "untimed", "wall_s"}
+    # Other versions, rules without momentum and edited models have no such fields.
+    optional = {"tokens", "segments", "untimed", "wall_s", "dead", "silent", "starved", "starved_momentum"}
     lacking = {
         f"{event['event']} event lacks {key}": None
         for event in events

@@ -1,18 +1,17 @@
-"""Checks of what a run was: sources and their commit, task, data, config and command line."""
+"""Checks of what a run was: sources and their commit, hashes, and the run_id."""
 
+import ast
 import functools
 import hashlib
 import re
 import subprocess
-import tomllib
 from collections.abc import Iterator
 from typing import Any
 
-from aurora.config import apply_override, pop_steps
-from aurora.errors import HarnessError
 from aurora.trainer.record import ROOT, SCHEMA, code_hash, task_hash
 from scripts.verification.events import Events
-from scripts.verification.export import is_inside, overrides
+from scripts.verification.export import LACKING, is_inside
+from scripts.verification.groups import parsed
 
 
 def check_identity(run: Events) -> Iterator[str]:
@@ -31,65 +30,52 @@ def check_identity(run: Events) -> Iterator[str]:
     if hashlib.sha256((stream + start["data"]["val_sha256"]).encode()).hexdigest() != start["data"]["stream_id"]:
         yield "the data's stream_id is not that of its shards and validation tokens"
     stamp = re.sub("[-:]", "", start["utc"][:19])
-    if f"-{start['optimizer']}-s{start['seed']}-{stamp}-" not in start["run_id"]:
+    if not re.search(f"-{re.escape(start['optimizer'])}-s{start['seed']}-{stamp}-[0-9a-f]{{4}}$", start["run_id"]):
         yield f"run_id {start['run_id']} does not state optimizer, seed {start['seed']} and time {start['utc']}"
     bad = [name for name in start["sources"] if not is_inside(name)]
     if bad:
         yield f"names of sources lead out of their folder: {bad}"
     if bad := [name for name, text in start["sources"].items() if not isinstance(text, str)]:
         yield f"sources that are no text: {bad}"
+        return
+    yield from broken_sources(start["sources"])
+
+
+def broken_sources(sources: dict[str, str]) -> Iterator[str]:
+    """Sources that no run can have had: what was imported is whole, and so is what it imports first of all."""
+    modules = {name: text for name, text in sources.items() if name.endswith(".py")}
+    for name, text in modules.items():
+        tree = parsed(text)
+        if tree is None:
+            yield f"the source {name} is no Python"
+        elif not tree.body and not name.endswith("__init__.py"):
+            yield f"the source {name} is empty"
+        elif lacking := sorted(set(imports_of(name, text)) - modules.keys() - LACKING.keys()):
+            options = [other for other in lacking if other.replace(".py", "/__init__.py") not in modules]
+            if options:
+                yield f"the source {name} imports {options[0]}, which the record does not embed"
+    if "train_gpt.py" not in modules:
+        yield "the sources lack train_gpt.py"
+
+
+@functools.lru_cache(maxsize=1000)  # hundreds of records share their sources
+def imports_of(name: str, text: str) -> tuple[str, ...]:
+    """Files of the project that a source surely imports: at its top, by their full name or relative to itself."""
+    tree = parsed(text)
+    found, package = [], name.split("/")[:-1]
+    for node in tree.body if tree else ():
+        if isinstance(node, ast.ImportFrom) and node.module:
+            parents = package[: len(package) - node.level + 1] if node.level else []
+            parts = [*parents, *node.module.split(".")]
+            if node.level or parts[0] in ("aurora", "configs"):
+                found.append("/".join(parts) + ".py")
+    return tuple(found)
 
 
 def first_code_hash(sources: dict[str, str]) -> str:
     """code_hash as the first committed records formed it."""
     text = "".join(f"{name}:{text!r}" for name, text in sources.items() if name.endswith(".py"))
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def check_config(run: Events) -> Iterator[str]:
-    start, config = run.start, run.config
-    if config["optimizer"] != start["optimizer"]:
-        yield f"optimizer is {start['optimizer']}, that of the config {config['optimizer']}"
-    if config["hparams"] | {"warmup_steps": config["warmup_steps"]} != start["hparams"]:
-        yield "hparams are not those of the config"
-    model, counts = config["model"], start["params_by_role"]
-    embed = model["vocab_size"] * model["model_dim"]
-    mlp = (3 if model.get("mlp") == "swiglu" else 2) * model["mlp_expansion"]
-    matrix = model["num_layers"] * (4 + mlp) * model["model_dim"] ** 2
-    expected = [embed, embed, matrix]
-    if not run.is_edited and [counts.get(role) for role in ("embed", "head", "matrix")] != expected:
-        yield f"parameter counts {counts} are not those of the model in the config"
-    for group in start["param_groups"]:
-        for key, value in group.items():
-            name = hparam_name(key.removeprefix("peak_"), group["role"])
-            if start["hparams"].get(name, value) not in (value, "auto"):
-                yield f"the optimizer held {key} {value} for {group['role']}, {name} is {start['hparams'][name]}"
-    argv, tracks = start["argv"], [text for name, text in start["sources"].items() if name.endswith(".toml")]
-    if len(tracks) != 1:
-        yield f"{len(tracks)} tracks are embedded"
-    elif not argv or not argv[0].endswith("train_gpt.py"):
-        yield f"argv {str(argv)[:100]} is no command line of train_gpt.py"
-    else:
-        tables, settings = tomllib.loads(tracks[0]), overrides(argv)[1::2]  # without the flags between
-        try:
-            for override in settings:
-                apply_override(tables, override)
-        except HarnessError as error:
-            yield f"argv does not fit the embedded track: {error}"
-            return
-        table = dict(tables.pop("optimizer", {}).get(start["optimizer"], {}))
-        if (steps := pop_steps(table, settings)) is not None:
-            tables["train"]["steps"] = steps
-        wanted = tables | {"hparams": {key: value for key, value in table.items() if key != "warmup_steps"}}
-        for name, values in wanted.items():
-            for key, value in values.items():
-                if config[name].get(key) != value:
-                    yield f"{name}.{key} is {config[name].get(key)}, by the embedded track and argv {value}"
-
-
-def hparam_name(key: str, role: str) -> str:
-    """Which hyper-parameter a setting of a parameter group comes from, where there is one."""
-    return key if role == "matrix" else f"{role}_lr" if key == "lr" else f"aux_{key}"
 
 
 def changed_sources(start: dict[str, Any]) -> list[str]:
@@ -102,6 +88,26 @@ def changed_sources(start: dict[str, Any]) -> list[str]:
     hashes = {name: hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() for name, data in hashes.items()}
     # A track of one's own is in no commit.
     return [name for name in hashes if tree.get(name) != hashes[name] and (name in tree or name.endswith(".py"))]
+
+
+def notes_on_commit(run: Events) -> Iterator[str]:
+    """What the commit says of the sources, or why it says nothing."""
+    start, git = run.start, run.start.get("git")
+    if not isinstance(git, dict) or not {"commit", "dirty"} <= git.keys():
+        yield "names no commit to compare its sources with"
+    elif not hashes_of(git["commit"]):
+        yield f"names commit {git['commit'][:12]}, which is not known here to compare its sources with"
+    elif changed := changed_sources(start):
+        stated = "" if git["dirty"] else ", which the record does not state"
+        yield f"sources differ from commit {git['commit'][:12]} in: {', '.join(changed)}{stated}"
+
+
+def notes_on_machine(run: Events) -> Iterator[str]:
+    start, env = run.start, run.start["env"]
+    if start["device"] == "cpu" and env["device_name"] != env["cpu"]:
+        yield f"device_name is {env['device_name']}, the processor {env['cpu']}"
+    if env.get("usable_cpus", 1) > env["cpu_count"]:
+        yield f"{env['usable_cpus']} of {env['cpu_count']} processors were usable"
 
 
 @functools.lru_cache

@@ -23,13 +23,20 @@ def check_neurons(run: Events) -> Iterator[str]:
         yield f"neurons are not those of the declared steps: {sorted(certain ^ set(events))[:5]}"
     if run.is_edited:  # its MLPs may be of any form
         return
-    width, layers = model["mlp_expansion"] * model["model_dim"], range(model["num_layers"])
+    width, num_layers = model["mlp_expansion"] * model["model_dim"], model["num_layers"]
+    if any((event["width"], len(event["layers"])) != (width, num_layers) for event in events.values()):
+        yield "neurons are not of the width and layers in the config"
+        return
+    layers = range(num_layers if events else 0)
     kinds = ("gate", "up", "down") if model.get("mlp") == "swiglu" else ("up", "down")
     names = [f"blocks.{i}.mlp.{kind}" for i in layers for kind in kinds]
     for step, event in events.items():
         found, tall = event["matrices"], [name for name in names if not name.endswith("down")]
-        if (event["width"], len(event["layers"]), sorted(found)) != (width, len(layers), sorted(names)):
+        if sorted(found) != sorted(names):
             yield f"step {step}: neurons are not of the model in the config"
+            continue
+        if ("starved_momentum" in event) != (found[tall[0]].get("starved_momentum") is not None):
+            yield f"step {step}: starved_momentum is of all matrices or of none"
             continue
         sums = {key: sum(layer[key] for layer in event["layers"]) / (width * len(layers)) for key in ("dead", "silent")}
         shares = ("starved", "starved_momentum") if "starved_momentum" in event else ("starved",)
