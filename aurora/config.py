@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from aurora.errors import Exit, HarnessError
+from aurora.text import encoding_of
 
 ROOT = Path(__file__).resolve().parents[1]  # the checkout; data paths of tracks begin here
 
