@@ -137,6 +137,7 @@ def test_a_finished_run_that_is_resumed_again_is_consistent(twelve_steps, launch
             assert [(verdict.word, verdict.reasons) for verdict in verdicts] == [("consistent", [])] * (2 - is_lost)
 
 
+@pytest.mark.slow
 def test_data_of_one_shard_and_a_shard_that_only_epochs_read_again(tmp_path):
     track = write_tiny_track(tmp_path)
     (tmp_path / "tiny_train_000002.bin").unlink()

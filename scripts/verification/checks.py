@@ -54,7 +54,7 @@ from scripts.verification.together import Trace, findings, trace_of
 
 CHECKS = (
     # The others compute with the config, and stop where it is not the run's.
-    *(check_fields, check_identity, check_config, check_groups, check_order, check_validations, check_logs),
+    *(check_fields, check_identity, check_groups, check_config, check_order, check_validations, check_logs),
     *(check_times, check_lr, check_losses, check_neurons, check_end),
 )
 NOTES = notes_on_edits, notes_on_fields, notes_on_order, notes_on_losses, notes_on_machine, notes_on_commit
