@@ -375,7 +375,7 @@ def test_a_rank_that_cannot_start_says_why(twelve_steps, launch, tmp_path):
     patch = (
         "from aurora.trainer import setup\n"
         "def fail(*args): raise setup.HarnessError(setup.Exit.CONFIG, 'no such config')\n"
-        "if rank == 1: setup.load_config = fail"
+        "if rank == 1: setup.read_track = fail"
     )
     outcome = launch(*twelve_steps, "--out", tmp_path, world_size=2, patch=patch)
     assert outcome.codes == [Exit.CONFIG] * 2 and outcome.err[0] == "error: on rank 1: no such config\n"

@@ -35,7 +35,7 @@ def test_version_date_and_licence_are_the_same_everywhere():
 def test_extras_that_scripts_and_documents_name_exist():
     files = [ROOT / "README.md", *ROOT.glob("*/README.md"), *(ROOT / "scripts").rglob("*.sh")]
     files += [path for folder in ("aurora", "scripts", "data") for path in (ROOT / folder).rglob("*.py")]
-    named = [re.findall(r"(?:'\.\[|^setup )([\w,]+)(?:\]'|$)", path.read_text(), re.MULTILINE) for path in files]
+    named = [re.findall(r"(?:'\.\[|^setup )([\w,-]+)(?:\]'|$)", path.read_text(), re.MULTILINE) for path in files]
     extras = {extra for names in named for name in names for extra in name.split(",")}
     assert extras == set(PROJECT["optional-dependencies"])
 
