@@ -229,9 +229,9 @@ class Run:
         return self.start.get("hparams", {}) | config.get("schedule", {}) | {"steps": config["train"]["steps"]}
 
     def condense(self) -> None:
-        """Leave out most of the record, which tables do not show: neurons, and of the train events all but the mean."""
+        """Leave out most of the record, which tables do not show: neurons, and of the train events all but the last."""
         means = {key: self.mean_ms(key) for key in ("step_ms", "optimizer_ms")}
-        self.train_events = [event | means for event in self.train_events[-1:]]
+        self.train_events = [event | means for event in self.train_events[-3:]]  # which tell twins
         self.neuron_events = []
 
     def extent(self) -> tuple[bool, int, int]:
