@@ -36,6 +36,8 @@ from aurora.trainer.setup import Checked, new_run, open_data
 
 # A shell that runs the tests in its background lets them ignore Ctrl-C, and the processes that they start would, too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# Under nohup it would be ignored, which runs respect.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 ROOT = Path(__file__).resolve().parent.parent
 
