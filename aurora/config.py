@@ -1,8 +1,10 @@
 """What a run is told: its command line, and its track (TOML): tables, types and bounds. Needs nothing but Python."""
 
 import argparse
+import copy
 import dataclasses
 import difflib
+import functools
 import importlib.util
 import sys
 import tomllib
@@ -231,6 +233,12 @@ def read_track(path: Path) -> str:
     return text
 
 
+@functools.lru_cache(maxsize=16)
+def parsed_toml(text: str) -> dict[str, Any]:
+    """Not to be changed: thousands of records embed one track."""
+    return tomllib.loads(text)
+
+
 def parse_config(track: str, path: Path, optimizer: str, overrides: Iterable[str] = ()) -> Config:
     """Parse a track, apply "a.b=v" overrides, check every table but the optimizers' own keys. path: for messages.
 
@@ -238,7 +246,7 @@ def parse_config(track: str, path: Path, optimizer: str, overrides: Iterable[str
         HarnessError: CONFIG, naming file, key, value and what would be right.
     """
     try:
-        tables = tomllib.loads(track)
+        tables = copy.deepcopy(parsed_toml(track))
     except (ValueError, RecursionError) as error:  # ValueError: no TOML, too many digits
         raise HarnessError(Exit.CONFIG, f"config {path} is not valid TOML: {str(error)[:200]}") from error
     overrides = list(overrides)

@@ -5,6 +5,7 @@ by their own rule.
 """
 
 import datetime
+import functools
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -183,22 +184,31 @@ class Code:
 
     def __init__(self, sources: dict[str, Any]):
         self.text = "\n".join(text for name, text in sources.items() if name.endswith(".py") and isinstance(text, str))
-        self.words: dict[str, bool] = {}
+        self.known = known_of(self.text)
+
+    def holds(self, words: str) -> bool:
+        if words not in self.known:
+            self.known[words] = words in self.text
+        return self.known[words]
 
     def names(self, key: str) -> bool:
         """Whether the key may be of this code: an edited trainer may write fields of its own."""
-        if key not in self.words:
-            stem = key.removesuffix("_s")  # seconds by account are named after it
-            self.words[key] = any(f'"{word}"' in self.text or f"    {word}: " in self.text for word in (key, stem))
-        return self.words[key]
+        stem = key.removesuffix("_s")  # seconds by account are named after it
+        return any(self.holds(f'"{word}"') or self.holds(f"    {word}: ") for word in (key, stem))
 
     def writes(self, key: str) -> bool:
         """Whether the key of an event is surely written by this code."""
-        return f'"{key}":' in self.text
+        return self.holds(f'"{key}":')
 
     def declares(self, key: str) -> bool:
         """Whether a dataclass has this field."""
-        return f"    {key}: " in self.text
+        return self.holds(f"    {key}: ")
+
+
+@functools.lru_cache(maxsize=16)
+def known_of(text: str) -> dict[str, bool]:
+    """What has been looked up in a code; records share theirs."""
+    return {}
 
 
 def wrong_fields(event: dict[str, Any], code: Code) -> Iterator[str]:
