@@ -256,8 +256,8 @@ def reached(values: Sequence[float | None], caps: Sequence[float]) -> Reached:
 def common_step(runs: Sequence[Mapping[int, float]], target: float) -> int | None:
     """The first step, validated in every run {step: loss}, at which the gate passes and the t-test gives p < 0.05.
 
-    Choosing among steps makes passing by luck likelier: measured were false passes, in place of 5 %, in 3 to 7 % of
-    cases while losses fall, and in 12 to 32 % on a plateau. A step found there is a lead: test it with new seeds.
+    Choosing among steps makes passing by luck likelier than the 5 % of one test: little while losses fall, much on a
+    plateau. A step found there is a lead: test it with new seeds.
     """
     if not runs:
         return None
