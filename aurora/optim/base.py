@@ -127,7 +127,7 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
             aspect_scale=aspect_scale,
             polar_schedule=polar_schedule,
             polar_dtype=polar_dtype,
-            adjust_lr_fn=adjust_lr_fn or "original",  # what torch.optim.Muon means by None
+            adjust_lr_fn=adjust_lr_fn,
             algorithm=type(self).__name__,
             **(rule_hparams or {}),
         )
@@ -341,8 +341,6 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
             ValueError: a hyper-parameter out of range, or a parameter that the group cannot update; says which.
         """
         param_group, defaults, num_groups = dict(param_group), self.defaults, len(self.param_groups)
-        if param_group.get("adjust_lr_fn", "") is None:
-            param_group["adjust_lr_fn"] = "original"  # what torch.optim.Muon means by None
         is_adamw = param_group.get("algorithm") == "adamw"
         try:
             check_foreign_settings(param_group)
@@ -354,6 +352,7 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
             super().add_param_group(param_group)
             group = self.param_groups[-1]
             if not is_adamw:
+                group["adjust_lr_fn"] = group["adjust_lr_fn"] or "original"  # what torch.optim.Muon means by None
                 for name, p in zip(names_of(group), group["params"], strict=True):
                     check_shape(name, p, group)
                 self.check_hparams(group)
