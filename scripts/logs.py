@@ -5,9 +5,11 @@
     python scripts/logs.py --claims claims.json                               many: [{"row", "steps", "mean", "n"}, ...]
     python scripts/logs.py FOLDER_A --against FOLDER_B --steps 3250           whose loss is lower? (or who is earlier)
     python scripts/logs.py --export runs/quick/RUN.jsonl --out log.txt        a record of ours as such a log
+    python scripts/logs.py --reference results/reference.toml --repo CLONE    are the checks of public results right?
 
 The logs of a row of claims.json are in the folder rowNN beside it. scripts/analysis/foreign.py describes the formats.
-Exit codes: 0 done, 1 a claim does not follow, 2 there is nothing to read.
+Exit codes: 0 done, 1 a claim does not follow, 2 there is nothing to read. With
+--reference, 1 means that the file does not state what the logs give.
 """
 
 import argparse
@@ -35,10 +37,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--against", type=Path, metavar="FOLDER", help="compare with the logs of this folder")
     parser.add_argument("--export", type=Path, metavar="RECORD", help="write this record as a log to --out")
     parser.add_argument("--out", type=Path, help="with --export: the log to write")
+    parser.add_argument("--reference", type=Path, metavar="FILE", help="check the public results of this file")
+    parser.add_argument("--repo", type=Path, metavar="CLONE", help="with --reference: a clone of their repository")
+    parser.add_argument("--write", action="store_true", help="with --reference: write what the logs give into the file")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
-    if not (args.logs or args.claims or args.export):
-        parser.error("name logs, --claims or --export")
+    if not (args.logs or args.claims or args.export or args.reference):
+        parser.error("name logs, --claims, --export or --reference")
+    if bool(args.reference) != bool(args.repo) or (args.write and not args.reference):
+        parser.error("--reference and --repo need each other, and --write needs them")
     if args.export and not args.out:
         parser.error("--export needs --out")
     if args.target is None:
@@ -54,8 +61,14 @@ def main(argv: list[str] | None = None) -> int:
             export_record(args.export, args.out)
             print(args.out)
             return 0
-        from scripts.analysis import claims, log_comparison
+        from scripts.analysis import board, claims, log_comparison
 
+        if args.reference:
+            table, stale = board.check_reference(args.reference, args.repo, args.write)
+            print(table)
+            for line in stale:
+                print(f"error: {args.reference}, {plain(line, 500)}; write it with --write", file=sys.stderr)
+            return 1 if stale else 0
         if args.claims:
             findings = claims.check_file(args.claims, args.target, args.metric)
         elif args.against:

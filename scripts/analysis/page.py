@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from aurora.trainer.record import LATER_SETTINGS, Run, model_of
+from aurora.trainer.record import LATER_SETTINGS, RecordError, Run, model_of
+from scripts.analysis import board
 from scripts.analysis.report import LONG, PAIR_HEADER, as_p, pair_cells, remarks, to_target
 from scripts.analysis.statistics import MIN_RUNS, common_step, gate, repeated_seeds, t_below
 from scripts.analysis.text import cell, markdown_table
@@ -33,8 +34,14 @@ from scripts.analysis.verdict import (
     twins,
 )
 
-PAGE, NOTES = "README.md", "notes.md"
+PAGE, NOTES, REFERENCE_PAGE = "README.md", "notes.md", "REFERENCE.md"
 WRITTEN = "<!-- Written by scripts/leaderboard.py from the records and notes.md; edit those. -->"
+WRITTEN_FROM_REFERENCE = "<!-- Written by scripts/leaderboard.py from reference.toml; edit that. -->"
+HOW_CHECKED = (
+    "The columns from *runs found* on are what `scripts/logs.py --reference` reads in the logs: how many runs, their "
+    "mean loss at the stated step, and the first step with a loss of every run at which the public rule, "
+    "(target - mean) sqrt(n) >= 0.004, is met by three runs or more."
+)
 
 
 def folder_of(run: Run, results: Path) -> str:
@@ -187,6 +194,9 @@ class Pages:
         for folder in self.notes:
             page = self.folder_page(folder, by_folder.get(folder, []), trials.get(folder, []))
             self.texts[results / folder / PAGE] = as_text(page)
+        self.tracks = public_tracks(results)
+        if self.tracks:
+            self.texts[results / REFERENCE_PAGE] = as_text(reference_page(self.tracks))
         self.texts[results / PAGE] = as_text(self.main_page(trials))
 
     def main_page(self, trials: dict[str, list[Run]]) -> list[str]:
@@ -198,7 +208,7 @@ class Pages:
         body: list[str] = []
         for folder in sorted(sections, key=lambda name: -sum(t.num_runs for tables in sections[name] for t in tables)):
             body += self.section(folder, sections[folder])
-        body += reference_section(self.by_task, self.results)
+        body += reference_section(self.by_task, self.tracks)
         if trials:
             body += ["## Tuning", ""]
         for folder in sorted(trials):
@@ -374,28 +384,43 @@ def config_name(run: Run) -> str:
     return next((name for name in run.start["sources"] if name.endswith(".toml")), "unknown track")
 
 
-def reference_section(tasks: dict[str, list[Table]], results: Path) -> list[str]:
-    """Public results of the same tasks beside ours."""
+def public_tracks(results: Path) -> list[dict[str, Any]]:
+    """Of reference.toml; none where there is no such file."""
     path = results / "reference.toml"
-    if not path.is_file():
-        return []
+    try:
+        return board.read_reference(path) if path.is_file() else []
+    except ValueError as error:
+        raise RecordError(str(error)) from error
+
+
+def reference_page(tracks: Sequence[dict[str, Any]]) -> list[str]:
+    """All public results, with what their logs show."""
+    lines = [WRITTEN_FROM_REFERENCE, "", "# Public results", "", f"Beside ours: [{PAGE}]({PAGE}). {HOW_CHECKED}", ""]
+    for track in tracks:
+        lines += [f"## {track['name']}", "", track["text"].strip(), "", board.in_words(track), ""]
+        lines += [board.full_table(track), ""]
+    return lines
+
+
+def reference_section(tasks: dict[str, list[Table]], tracks: Sequence[dict[str, Any]]) -> list[str]:
+    """The best public results of the same tasks, and those of our optimizers, beside ours."""
     lines = []
-    for track in tomllib.loads(path.read_text(encoding="utf-8"))["track"]:
-        rows = [
-            (entry["rule"], str(entry["steps"]), f"{entry['mean']:.4f}", str(entry["n"]), f"row {entry['row']}")
-            for entry in track["result"]
-        ]
-        same = ("target", "batch_tokens", "vocab_size")
+    for track in tracks:
+        rows = board.short_rows(track)
+        same = ("batch_tokens", "vocab_size")
         for table in (table for tables in tasks.values() for table in tables):
             config = table.first_run.start["config"]
             own = table.first_run.target, config["train"]["batch_tokens"], config["model"]["vocab_size"]
-            if own == tuple(track[key] for key in same) and not unlike_first(table.first_run):
+            if own == (float(track["target"]), *(track[key] for key in same)) and not unlike_first(table.first_run):
                 for group in table.groups:
                     steps = to_target(group.steps_to_target(), 0)
-                    rows.append((cell(group.label), steps, end_loss(group), str(len(group.runs)), "ours"))
+                    rows.append((cell(group.label), steps, end_loss(group), str(len(group.runs)), "ours", "-"))
         lines += [f"## Public results: {track['name']}", "", track["text"].strip(), ""]
-        lines += [markdown_table(("optimizer", "steps", "mean loss", "runs", "source"), rows), ""]
-        if not any(cells[-1] == "ours" for cells in rows):
+        lines += [board.in_words(track), ""]
+        lines += [f"Here are the {board.BEST} rows with fewest steps and those of our optimizers; all: "
+                  f"[{REFERENCE_PAGE}]({REFERENCE_PAGE}).", ""]  # fmt: skip
+        lines += [markdown_table(board.HEADER, rows), ""]
+        if not any("ours" in cells for cells in rows):
             lines += ["No run of ours on this task is recorded yet.", ""]
     return lines
 
