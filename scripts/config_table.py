@@ -43,7 +43,11 @@ key: `--set train.steps=100`, `--set optimizer.muon.lr=0.03`. This page comes fr
 
 - [quick.toml](quick.toml): the laptop track, bytes of Python's standard library
 - [gpt2_small.toml](gpt2_small.toml): GPT-2 small on FineWeb, the public optimization benchmark's task
-- [tuning/quick.toml](tuning/quick.toml): what `compare.py tune` searches on the laptop track
+- [gpt2_small_short.toml](gpt2_small_short.toml): the same model for 500 small steps, for comparisons on one GPU
+- [gpt2_medium.toml](gpt2_medium.toml): 304M parameters, the size of the public speedrun's second track; target 2.92
+- [gpt2_350m.toml](gpt2_350m.toml), [gpt2_1b.toml](gpt2_1b.toml): 348M and 1.08B parameters with SwiGLU, about the sizes
+  of which Aurora's authors report
+- [tuning/](tuning/quick.toml): what `compare.py tune` searches on the track of the same name
 """
 
 

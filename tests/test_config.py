@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import re
+import tomllib
 
 import pytest
 
@@ -17,14 +18,41 @@ TRACKS = sorted((ROOT / "configs").glob("*.toml"))
 
 
 def test_there_are_tracks():
-    assert {"quick.toml", "gpt2_small.toml"} <= {path.name for path in TRACKS}
+    sizes = {f"gpt2_{name}.toml" for name in ("small", "small_short", "medium", "350m", "1b")}
+    assert {"quick.toml", *sizes} <= {path.name for path in TRACKS}
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+# Weights of matrices, of the embedding as of the head; tokens that are trained on with Muon.
+SIZES = {
+    "gpt2_small": (84_934_656, 38_633_472, 1_703_936_000),
+    "gpt2_small_short": (84_934_656, 38_633_472, 8_192_000),
+    "gpt2_medium": (201_326_592, 51_511_296, 3_748_659_200),
+    "gpt2_350m": (245_366_784, 51_511_296, 6_973_030_400),
+    "gpt2_1b": (872_415_232, 103_022_592, 9_961_472_000),
+}
+
+
 @pytest.mark.parametrize("track", TRACKS, ids=lambda path: path.stem)
-def test_every_track_builds_every_optimizer(track, optimizer):
-    config = load_config(track, optimizer)
-    assert checked_hparams(config)["lr"] == config.hparams["lr"]
+def test_dry_run_of_every_track_with_every_optimizer(track, tmp_path, capsys):
+    for optimizer in tomllib.loads(track.read_text())["optimizer"]:
+        assert train_here(track, tmp_path, "--optimizer", optimizer, "--dry-run") == 0
+        report = capsys.readouterr().out
+        assert f"{optimizer}: " in report and "memory of a rank, GiB" in report
+        if track.stem in SIZES and optimizer == "muon":
+            matrices, embed, tokens = (f"{count:,}" for count in SIZES[track.stem])
+            roles = [line.split() for line in report.splitlines() if line.startswith(("matrix", "embed", "head "))]
+            assert [words[2] for words in roles] == [matrices, embed, embed]
+            assert f" = {tokens} for training" in report
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("track", TRACKS, ids=lambda path: path.stem)
+def test_every_track_builds_every_optimizer(track):
+    optimizers = tomllib.loads(track.read_text())["optimizer"]
+    assert {*OPTIMIZERS} - {"riemannian_aurora"} <= optimizers.keys()
+    for optimizer in optimizers:
+        config = load_config(track, optimizer)
+        assert checked_hparams(config)["lr"] == config.hparams["lr"]
 
 
 def test_overrides_take_toml_values_and_plain_words(tiny_track):

@@ -72,13 +72,14 @@ def test_trials_that_diverge_count_and_are_never_chosen():
     assert len(search.trials) == 20 and search.best.setting["lr"] < 0.004
 
 
-def test_the_committed_space_fits_its_track():
-    space = read_space(SPACE)
+@pytest.mark.parametrize("path", sorted(SPACE.parent.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_committed_space_fits_its_track(path):
+    space = read_space(path)
     for optimizer, found in space.knobs.items():
         assert found[0].name == "lr"
         values = {key: knob.value(knob.first_position) for knob in found for key in knob.keys}
         overrides = [f"optimizer.{optimizer}.{key}={json.dumps(value)}" for key, value in values.items()]
-        config = load_config(ROOT / "configs/quick.toml", optimizer, [*space.overrides, *overrides])
+        config = load_config(ROOT / "configs" / path.name, optimizer, [*space.overrides, *overrides])
         assert config.hparams["embed_lr"] == values["embed_lr"] and config.eval.every > config.train.steps
 
 
