@@ -5,6 +5,7 @@ python scripts/benchmark.py train       tokens per second of whole training step
 python scripts/benchmark.py optim       whole optimizer steps on the matrices of a track, and the quality of updates
 python scripts/benchmark.py memory      memory of a training step by micro-batch
 python scripts/benchmark.py runs        whole runs, one after the other, with one compilation for all
+python scripts/benchmark.py kernels     our step with and without each of our kernels, in turns, at trained weights
 python scripts/benchmark.py turns       the public script and ours on the same tokens, in turns
 """
 
@@ -100,7 +101,23 @@ def add_runs(command: argparse.ArgumentParser) -> None:
 
     add_track(command)
     command.add_argument("--seeds", type=int, nargs="+", default=[0], help="default: 0")
+    command.add_argument(
+        "--pilot", metavar="NAME", help="first set the target by a run of this optimizer with seed 100"
+    )
     command.set_defaults(run=runs)
+
+
+def add_kernels(command: argparse.ArgumentParser) -> None:
+    from scripts.benchmarks.kernels import kernels
+
+    add_config(command, "gpt2_small")
+    add_overrides(command)
+    command.add_argument("--train-steps", type=int, default=100, help="steps before the first timing (100)")
+    command.add_argument("--steps", type=int, default=4, help="steps in a turn; the first is not counted (4)")
+    command.add_argument("--rounds", type=int, default=6, help="turns of each way (6)")
+    command.add_argument("--limit-s", type=float, default=90.0, help="seconds after which no further way is added (90)")
+    add_output(command)
+    command.set_defaults(run=kernels)
 
 
 def add_turns(command: argparse.ArgumentParser) -> None:
@@ -127,6 +144,7 @@ COMMANDS = {
     "train": ("whole training steps, split into their parts; also under torchrun", add_train),
     "memory": ("memory of the first optimizer's step by micro-batch", add_memory),
     "runs": ("whole runs; --out is the folder of their records", add_runs),
+    "kernels": ("our step with and without each kernel, in turns on one trained model", add_kernels),
     "turns": ("the public script and ours on the same tokens, in turns", add_turns),
 }
 

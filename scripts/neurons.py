@@ -1,4 +1,4 @@
-"""The plot of `scripts/plot.py neurons`: starved rows and dead neurons over training, by layer and optimizer."""
+"""Plot and table of `scripts/plot.py neurons`: starved rows and dead neurons over training, by layer and optimizer."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from scripts.analysis.text import cell, markdown_table
 from scripts.analysis.verdict import Group
 from scripts.plot import printable, save_figure, styles_of
 
@@ -44,6 +45,46 @@ def over_training(group: Group, value: Callable[[dict[str, Any], int], float]) -
     except (KeyError, TypeError, IndexError, ZeroDivisionError) as error:
         raise ValueError(f"runs of {group.label}: telemetry is not whole ({error!r})") from error
     return steps, np.array(values)
+
+
+TABLE_HEADER = (
+    *("optimizer", "runs", "step", "starved rows (%)", "rows without leverage (%)", "dead neurons (%)"),
+    "sd / mean of row norms",
+)
+
+
+def neurons_table(groups: Sequence[Group], steps: Sequence[int]) -> str:
+    """How neurons fare at these steps: means over seeds, with their range in brackets, all layers together.
+
+    Starved: rows of up, and of the gate, with under 10 % of an even row's share of the update's energy. Without
+    leverage: with under 10 % of an even row's leverage in the momentum. Runs that did not reach their end are left out.
+
+    Raises:
+        ValueError: a run has no telemetry of one of the steps.
+    """
+    rows = []
+    for group in groups:
+        done = [run for run in group.runs if run.is_done]
+        for step in steps if done else ():
+            events = [next((e for e in run.neuron_events if e["step"] == step), None) for run in done]
+            if None in events:
+                raise ValueError(f"a run of {group.label} has no telemetry at step {step}; see eval.every")
+            found = [event for event in events if event is not None]
+            norms = [[m["update_cv"] for name, m in e["matrices"].items() if not name.endswith("down")] for e in found]
+            cells = [in_percent([event.get(key) for event in found]) for key in ("starved", "starved_momentum", "dead")]
+            cells.append(with_range([float(np.mean(of_run)) for of_run in norms], 3))
+            rows.append((cell(group.label), str(len(found)), str(step), *cells))
+    return markdown_table(TABLE_HEADER, rows)
+
+
+def in_percent(shares: Sequence[float | None]) -> str:
+    known = [100 * share for share in shares if share is not None]
+    return with_range(known, 1) if len(known) == len(shares) else "-"
+
+
+def with_range(values: Sequence[float], digits: int) -> str:
+    mean, low, high = (f"{value:.{digits}f}" for value in (float(np.mean(values)), min(values), max(values)))
+    return f"{mean} [{low}, {high}]"
 
 
 def plot_neurons(groups: Sequence[Group], path: Path, description: str = "") -> None:

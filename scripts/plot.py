@@ -2,6 +2,7 @@
 
 python scripts/plot.py results/quick --out curves.png
 python scripts/plot.py neurons results/quick --out neurons.svg      starved and dead neurons, see scripts/neurons.py
+python scripts/plot.py neurons results/quick --steps 100 200        the same at these steps, as a table
 """
 
 import argparse
@@ -228,8 +229,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=("loss", "neurons"), default="loss", help="what to draw (loss)")
     parser.add_argument("folder", type=Path, help="records of one task")
-    parser.add_argument("--out", type=Path, required=True, help="PNG or SVG to write")
+    parser.add_argument("--out", type=Path, help="PNG or SVG to write")
+    parser.add_argument("--steps", type=int, nargs="+", metavar="N", help="with neurons: print a table of these steps")
     args = parser.parse_args()
+    if not (args.out or args.steps) or (args.steps and args.what != "neurons"):
+        parser.error("name --out, or neurons and --steps")
     runs, errors = read_folder(args.folder, condensed=args.what == "loss")
     runs = [run for run in runs if run.validations]
     for error in errors:
@@ -241,12 +245,22 @@ def main() -> int:
     if len(tasks) != 1:
         print(f"error: {args.folder} must hold runs of one task, found {len(tasks)} tasks", file=sys.stderr)
         return 2
+    (groups,) = group_runs(runs).values()
+    if args.steps:
+        from scripts.neurons import neurons_table
+
+        try:
+            print(neurons_table(groups, args.steps))
+        except ValueError as error:
+            print(f"error: {plain(error)}", file=sys.stderr)
+            return 2
+        if not args.out:
+            return 0
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         if args.what == "neurons":
             from scripts.neurons import plot_neurons
 
-            (groups,) = group_runs(runs).values()
             plot_neurons(groups, args.out)
         else:
             plot_loss_curves(runs, args.out)

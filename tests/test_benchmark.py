@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -14,10 +15,11 @@ import torch
 from aurora.config import load_config
 from aurora.errors import Exit, HarnessError
 from aurora.trainer import Ranks
+from aurora.trainer.record import read_folder
 from aurora.trainer.timeline import timeline
-from scripts.benchmarks import against, train, turns
+from scripts.benchmarks import against, kernels, runs, train, turns
 from scripts.benchmarks import optim as benchmark
-from tests.conftest import ROOT, train_here
+from tests.conftest import ROOT, make_run, train_here
 
 
 def test_dumped_momentum_is_replayed_and_reported(tiny_track, tmp_path):
@@ -228,3 +230,61 @@ def test_the_interval_of_a_median_is_that_of_published_tables():
     """Ranks of a 95 % interval: none below six values, 1 and 6 of 6, 2 and 9 of 10, 14 and 27 of 40 (Conover, 1999)."""
     ranks = {n: against.median_interval(list(map(float, range(n, 0, -1)))) for n in (5, 6, 10, 40)}
     assert ranks == {5: None, 6: (1, 6), 10: (2, 9), 40: (14, 27)}
+
+
+def test_our_step_with_and_without_each_kernel_is_timed_on_one_trained_model(tiny_track, tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "describe_device", lambda *_: {"name": "CPU", "torch": "2"})
+    wanted = {"overrides": ["model.seq_len=128", "train.steps=40"], "train_steps": 4, "steps": 3, "rounds": 2}
+    args = argparse.Namespace(config=tiny_track, limit_s=100.0, out=tmp_path / "kernels", **wanted)
+    text = kernels.kernels(args)
+    result = json.loads((tmp_path / "kernels.json").read_text())
+    assert list(result["rounds_ms"]) == list(kernels.WAYS) and (tmp_path / "kernels.md").read_text() == text
+    assert all(len(ms) == 2 and min(ms) > 0 for ms in result["rounds_ms"].values())
+    assert result["losses"][1] < result["losses"][0], "it trained"
+
+    args.limit_s = 0.0
+    kernels.kernels(args)
+    assert list(json.loads((tmp_path / "kernels.json").read_text())["rounds_ms"]) == [kernels.ALL]
+    for overrides, error in (
+        (["model.mlp=swiglu"], "the MLPs' kernel is of relu2, not of swiglu"),
+        (["train.steps=30"], "these are 32 steps, the schedule has 30"),
+    ):
+        args.overrides = overrides
+        with pytest.raises(HarnessError, match=error):
+            kernels.kernels(args)
+
+
+def test_ways_without_kernels_compute_the_same_loss(tiny_track):
+    run = make_run(tiny_track, "muon", "model.seq_len=128")[0]
+    tokens = torch.randint(64, (2, 128)), torch.randint(64, (2, 128))
+    ways = [make(run.model) for make in kernels.WAYS.values()]
+    found = [way(*tokens).item() for way in ways]
+    assert found == pytest.approx([found[0]] * 4, rel=1e-5) and len({type(way) for way in ways}) == 4
+
+
+def test_runs_to_a_target_that_a_pilot_run_sets(tiny_track, tmp_path):
+    args = argparse.Namespace(
+        config=tiny_track, overrides=["train.steps=4"], optimizers=["muon"], seeds=[0, 1], pilot="adamw",
+        out=tmp_path / "short",
+    )  # fmt: skip
+    text = runs.runs(args)
+    ((pilot,), _), (found, _) = read_folder(tmp_path / "short_pilot"), read_folder(tmp_path / "short")
+    target = pilot.end_event["val_loss"] + runs.PILOT_MARGIN
+    assert pilot.start["seed"] == runs.PILOT_SEED and {run.start["seed"] for run in found} == {0, 1}
+    assert {run.target for run in found} == {found[0].target} and 0 <= found[0].target - target < 0.01 + 1e-9
+    assert text.startswith(f"target {found[0].target} by a pilot run of adamw; 2 runs: ")
+
+    args.overrides = ["train.steps=0"]
+    with pytest.raises(HarnessError, match="the pilot run of adamw ended with exit code 2"):
+        runs.runs(args)
+
+
+@pytest.mark.slow
+def test_gpu_measurements_work_at_a_tiny_size(tmp_path):
+    environment = os.environ | {"TINY": "1", "OUT": str(tmp_path), "PYTHON": sys.executable}
+    process = subprocess.run(
+        ["bash", "scripts/gpu_measurements.sh"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert process.returncode == 0 and "| without both |" in process.stdout and "seconds to target" in process.stdout
+    parts = re.findall(r"^(\w+): exit (\d+)", process.stdout, re.MULTILINE)
+    assert parts == [(name, "0") for name in ("text", "kernels", "short", "leverage", "short_report")], process.stdout

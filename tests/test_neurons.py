@@ -18,6 +18,8 @@ from aurora.optim.diagnostics import (
 )
 from aurora.trainer.batch import stage, to_device
 from aurora.trainer.neurons import Neurons
+from aurora.trainer.record import read_folder
+from scripts import plot
 from scripts.verification.checks import verify_run
 from tests.conftest import events, losses, make_run, step, train_here
 
@@ -223,3 +225,22 @@ def test_numbers_that_cannot_be_are_refuted(trained, tmp_path, tamper):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(event) + "\n" for event in record))
     assert verify_run(path).word == "refuted"
+
+
+def test_table_of_neurons_at_some_steps(tiny_track, tmp_path, monkeypatch, capsys):
+    for seed in (0, 1):
+        assert train_here(tiny_track, tmp_path, "--optimizer", "muon", "--seed", str(seed)) == 0
+    capsys.readouterr()
+    monkeypatch.setattr("sys.argv", ["plot.py", "neurons", str(tmp_path), "--steps", "10", "30"])
+    assert plot.main() == 0
+    header, _, *rows = capsys.readouterr().out.splitlines()
+    assert "rows without leverage (%)" in header and [row.split("|")[1:4] for row in rows]
+    cells = [[word.strip() for word in row.strip("|").split("|")] for row in rows]
+    assert [row[:3] for row in cells] == [["muon", "2", "10"], ["muon", "2", "30"]]
+    events = [event for run in read_folder(tmp_path)[0] for event in run.neuron_events if event["step"] == 30]
+    starved = [100 * event["starved"] for event in events]
+    assert cells[1][3] == f"{sum(starved) / 2:.1f} [{min(starved):.1f}, {max(starved):.1f}]"
+
+    monkeypatch.setattr("sys.argv", ["plot.py", "neurons", str(tmp_path), "--steps", "11"])
+    assert plot.main() == 2
+    assert "no telemetry at step 11; see eval.every" in capsys.readouterr().err
