@@ -96,15 +96,17 @@ def add(source: Path, results: Path) -> list[Path]:
         raise RecordError(f"{source}: the name {STORE} is that of the store; rename the folder")
     there = read_results(results)
     known = {tuple(run.validations): run.path for run in there}
-    refuted = {verdict.path: verdict.reasons[0] for verdict in verify_folder(source) if verdict.reasons}
+    verdicts = {verdict.path: verdict for verdict in verify_folder(source)}
     contents = {}
     for run in runs:
         if run.end is None:
             raise RecordError(f"{run.path} has no end event; end the run, or record why it was cut short")
         if tuple(run.validations) in known:
             raise RecordError(f"{run.path} has the losses and times of {known[tuple(run.validations)]}")
-        if run.path in refuted:
-            raise RecordError(f"{run.path} is refuted: {refuted[run.path]}")
+        if verdicts[run.path].reasons:
+            raise RecordError(f"{run.path} is refuted: {verdicts[run.path].reasons[0]}")
+        if not verdicts[run.path].is_whole:
+            raise RecordError(f"{run.path} is incomplete: it does not tell how the run began; run it again")
         known[tuple(run.validations)] = run.path
         target = results / source.resolve().name / run.path.relative_to(source)
         if target.exists():
