@@ -21,12 +21,14 @@ if __name__ == "__main__":
 import aurora
 from aurora.config import Config, ModelConfig, parse_args
 from aurora.console import steady_streams
+from aurora.trainer.launcher import check_launch
 from aurora.trainer.stops import stops
 
 if __name__ == "__main__":
     stops.catch()
     steady_streams()
-    parse_args(__doc__)  # --help and usage errors answer before torch takes its seconds to import
+    parse_args(__doc__)  # --help, usage errors and a wrong launch answer before torch takes its seconds to import
+    check_launch()
 
 import torch
 import torch.nn.functional as F

@@ -371,8 +371,10 @@ def suggest(word: str, known: Iterable[str]) -> str:
 LARGEST = {
     **{"num_layers": 256, "model_dim": 65536, "num_heads": 65536, "seq_len": 2**20, "mlp_expansion": 128},
     "steps": 1_000_000,
+    **dict.fromkeys(("balance_steps", "ascent_steps", "cg_steps"), 10_000),  # each in every step of the run
 }
 LARGEST_WHOLE = 2**31 - 1  # of the others; no shard holds more tokens
+LARGEST_HPARAM = 1e12  # of an optimizer's other numbers: their products stay within float32
 
 
 def check_bounds(config: Config) -> None:
@@ -386,7 +388,7 @@ def check_bounds(config: Config) -> None:
 
     model, train, evaluation, schedule = config.model, config.train, config.eval, config.schedule
     head_dim = model.model_dim / model.num_heads
-    whole_sequences = f"a multiple of model.seq_len = {model.seq_len}"
+    whole_sequences, table = f"a multiple of model.seq_len = {model.seq_len}", f"optimizer.{config.optimizer}"
     bounds = [
         ("model.vocab_size", model.vocab_size, model.vocab_size <= 65536, "at most 65536: tokens are uint16"),
         ("model.model_dim / num_heads", head_dim, head_dim % 4 == 0, "a multiple of 4: half a head turns, in pairs"),
@@ -403,7 +405,13 @@ def check_bounds(config: Config) -> None:
         ("eval.late_frac", evaluation.late_frac, 0 <= evaluation.late_frac <= 1, "in [0, 1]"),
         ("schedule.cooldown_frac", schedule.cooldown_frac, 0 <= schedule.cooldown_frac <= 1, "in [0, 1]"),
         ("schedule.final_lr_frac", schedule.final_lr_frac, 0 <= schedule.final_lr_frac <= 1, "in [0, 1]"),
-        (f"optimizer.{config.optimizer}.warmup_steps", config.warmup_steps, config.warmup_steps >= 0, "at least 0"),
+        (f"{table}.warmup_steps", config.warmup_steps, config.warmup_steps >= 0, "at least 0"),
+        (
+            f"{table}.warmup_steps",
+            config.warmup_steps,
+            config.warmup_steps <= LARGEST_WHOLE,
+            f"at most {LARGEST_WHOLE}",
+        ),
     ]
     if model.head_dtype == "float8":
         sixteens = 'a multiple of 16 for model.head_dtype = "float8" (or set that to "activation")'
@@ -413,6 +421,16 @@ def check_bounds(config: Config) -> None:
         ]
     for bound in bounds:
         check_bound(*bound)
+
+
+def check_hparams(name: str, hparams: dict[str, Any]) -> None:
+    """Raise HarnessError for numbers that no rule can mean; a rule's constructor knows its own bounds."""
+    for key, value in hparams.items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int | float) and not isinstance(number, bool):
+                largest = LARGEST.get(key, LARGEST_WHOLE) if isinstance(number, int) else LARGEST_HPARAM
+                label, wanted = f"optimizer.{name}.{key}", f"within -{largest:g} and {largest:g}"
+                check_bound(label, value, abs(number) <= largest, wanted)
 
 
 def check_bound(key: str, value: Any, is_valid: bool, wanted: str) -> None:

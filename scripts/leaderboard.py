@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from aurora.console import run_script
-from aurora.trainer.record import STORE, RecordError, Run, distinct, read_record, record_paths
+from aurora.trainer.record import STORE, RecordError, Run, read_folder, record_paths
 from scripts.analysis.page import PAGE, Pages
 from scripts.analysis.store import packed_files, unpack
 from scripts.analysis.text import plain
@@ -34,20 +34,12 @@ from scripts.verification.checks import verify_folder
 from scripts.verification.together import findings, trace_of
 
 
-def read_results(results: Path) -> list[Run]:
-    """All records below a folder, in order of their names.
-
-    Raises:
-        RecordError: one cannot be read, or lies outside the folder behind a link.
-    """
-    runs = []
-    for path in record_paths(results):
-        if not path.resolve().is_relative_to(results.resolve()):
-            raise RecordError(f"{path} leads out of {results}; copy the file itself")
-        run = read_record(path)
-        run.condense()
-        runs.append(run)
-    return distinct(runs)[0]
+def read_runs(folder: Path) -> list[Run]:
+    """All runs below a folder, condensed, in order of their names; what else is there is named and left out."""
+    runs, errors = read_folder(folder, condensed=True)
+    for error in errors:
+        print(f"warning: left out: {plain(error, 500)}", file=sys.stderr)
+    return runs
 
 
 def digest(groups: Iterable[Group]) -> str:
@@ -85,52 +77,54 @@ def add(source: Path, results: Path) -> list[Path]:
 
     Raises:
         RecordError: one is refuted by scripts/verification/checks.py, is not whole, is there already, or cannot be
-            shown.
+            shown. Files that are no records, and further files of a run, are named and left out.
     """
-    runs = [read_record(path) for path in record_paths(source) if not path.is_symlink()]
+    runs = read_runs(source)
     if not runs:
         raise RecordError(f"{source} holds no record")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", source.resolve().name):
         raise RecordError(f"{source}: the name of the folder is to be of letters, digits, '.', '_' and '-'")
     if source.resolve().name == STORE:
         raise RecordError(f"{source}: the name {STORE} is that of the store; rename the folder")
-    there = read_results(results)
+    there = read_runs(results)
     known = {tuple(run.validations): run.path for run in there}
-    refuted = {verdict.path: verdict.reasons[0] for verdict in verify_folder(source) if verdict.reasons}
-    contents = {}
+    verdicts = {verdict.path: verdict for verdict in verify_folder(*(run.path for run in runs))}
+    targets = {}
     for run in runs:
         if run.end is None:
             raise RecordError(f"{run.path} has no end event; end the run, or record why it was cut short")
         if tuple(run.validations) in known:
             raise RecordError(f"{run.path} has the losses and times of {known[tuple(run.validations)]}")
-        if run.path in refuted:
-            raise RecordError(f"{run.path} is refuted: {refuted[run.path]}")
+        if verdicts[run.path].reasons:
+            raise RecordError(f"{run.path} is refuted: {verdicts[run.path].reasons[0]}")
+        if not verdicts[run.path].is_whole:
+            raise RecordError(f"{run.path} is incomplete: it does not tell how the run began; run it again")
         known[tuple(run.validations)] = run.path
         target = results / source.resolve().name / run.path.relative_to(source)
         if target.exists():
             raise RecordError(f"{target} exists; rename {run.path}")
-        contents[target] = unpack(run.path)
+        targets[target] = run.path
     own = {run.path for run in runs}
     for found in findings(trace_of(run) for run in (*there, *runs)):
         if found.is_refuted and not own.isdisjoint({found.later.path, found.earlier.path}):
             raise RecordError(f"{found.later.path} {found.text} {found.earlier.path}")
-    moved = [replace(run, path=target) for run, target in zip(runs, contents, strict=True)]
+    moved = [replace(run, path=target) for run, target in zip(runs, targets, strict=True)]
     try:
         pages = Pages(results, [*there, *moved])
     except (KeyError, TypeError, AttributeError, ValueError, IndexError, ArithmeticError) as error:
         raise RecordError(f"the page cannot be written with the records of {source} ({error!r})") from error
     before = {path: path.read_bytes() if path.is_file() else None for path in (*pages.texts, *pages.pictures)}
-    write_all(packed_files(contents, results / STORE))
+    write_all(packed_files(targets, results / STORE))
     try:
         write(pages)
     except BaseException:
-        for path, content in (before | dict.fromkeys(contents)).items():
+        for path, content in (before | dict.fromkeys(targets)).items():
             if content is None:
                 path.unlink(missing_ok=True)
             else:
                 path.write_bytes(content)
         raise
-    return list(contents)
+    return list(targets)
 
 
 def restore(source: Path, out: Path) -> list[Path]:
@@ -193,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
             for path in restore(args.path, args.out):
                 print(path)
             return 0
-        pages = Pages(args.results, read_results(args.results))
+        pages = Pages(args.results, read_runs(args.results))
         if args.check:
             stale = stale_files(pages)
             for path in stale:

@@ -8,7 +8,8 @@ Verdicts on a record:
 
     consistent          its own numbers fit together
     gaps                they do, but seeds are missing beside it
-    incomplete          they do, but the record does not tell how the run ended: it goes on, or was killed
+    incomplete          they do, but the record does not tell how the run ended: it goes on, or was killed; or how it
+                        began: the record was emptied, and the run resumed
     refuted             they do not; the reasons follow
     replayed            its code and seed gave its losses again: all, or "to step N of M"; "within T on another stack"
                         if they differ by up to T nats

@@ -59,3 +59,18 @@ def test_every_broken_config_is_answered_in_a_line_and_in_time(tiny_track, tmp_p
         assert spent_s < 2, (number, spent_s, content)
         answered.add(code)
     assert answered == {0, 2}
+
+
+HUGE = [f"{key}={value}" for key in ("lr", "aux_eps", "aux_weight_decay", "embed_lr") for value in ("1e300", "1e13")]
+HUGE += [f"{key}={10**400}" for key in ("lr", "warmup_steps", "balance_steps")] + [
+    "balance_steps=10001",
+    "aux_eps=1e400",
+]
+
+
+@pytest.mark.parametrize("setting", HUGE)
+def test_numbers_of_an_optimizer_that_no_rule_can_mean_are_named(tiny_track, tmp_path, capsys, setting):
+    assert train_here(tiny_track, tmp_path, "--dry-run", "--set", f"optimizer.aurora.{setting}") == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: optimizer.aurora.{setting.partition('=')[0]} must be ")
+    assert said.count("\n") == 1 and len(said) < 200

@@ -195,6 +195,18 @@ def test_check_finds_a_page_or_plot_that_the_records_do_not_give(results, capsys
     assert findings.main(["--results", str(results)]) == 2
 
 
+def test_copies_and_foreign_files_are_named_and_change_nothing(results, capsys):
+    assert findings.main(["--results", str(results)]) == 0
+    before, (path, *_) = (results / findings.PAGE).read_text(), sorted((results / "quick").glob("*.jsonl"))
+    path.with_name(f"{path.stem} (1).jsonl").write_bytes(path.read_bytes())
+    (path.parent / "data.jsonl").write_text('{"text": "a document"}\n')
+    capsys.readouterr()
+    assert findings.main(["--results", str(results)]) == 0
+    said = capsys.readouterr().err
+    assert (results / findings.PAGE).read_text() == before
+    assert "data.jsonl" in said and said.count("warning: left out: ") == said.count("\n")
+
+
 def test_the_committed_page_is_what_the_records_give():
     assert findings.main(["--check"]) == 0
 

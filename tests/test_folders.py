@@ -1,14 +1,22 @@
 """Paths from wherever one stands, and folders that are taken or none."""
 
+import argparse
 import os
+import re
+import shlex
+import shutil
 import sys
 
 import pytest
 
+import train_gpt
 from aurora.config import ROOT, load_config, track_path
 from aurora.errors import Exit
 from aurora.trainer import record
+from data import fineweb, local
 from scripts import compare, tune
+from scripts.analysis.tuning import read_space
+from scripts.benchmarks.runs import runs as benchmark_runs
 from scripts.runs import take_folder, track_name
 from tests.conftest import start_process, train_here
 
@@ -48,6 +56,29 @@ def test_a_folder_that_is_a_file_or_taken_is_told_before_any_run(tiny_track, tmp
     said = capsys.readouterr()
     assert f"is in use by process {os.getpid()} on" in said.err and "[1/1]" not in said.out
     assert train_here(tiny_track, tmp_path / "file") == Exit.DISK
+
+
+def test_every_command_that_is_printed_can_be_pasted_whatever_the_folder_is_called(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "it's [a] * $b"
+    folder.mkdir()
+    (folder / "text.txt").write_text("some words of a text\n" * 5000)
+    assert local.main(["--text", str(folder / "text.txt"), "--out", str(folder)]) == 0
+    (by_local,) = re.findall("train on it:  (.*)", capsys.readouterr().out)
+    monkeypatch.setattr(fineweb, "tokenize", lambda *arguments: (folder / "fineweb_train_000001.bin").touch())
+    assert fineweb.main(["tokenize", "--files", str(folder / "text.txt"), "--out", str(folder)]) == 0
+    (by_fineweb,) = re.findall("train on it:  (.*)", capsys.readouterr().out)
+    shutil.copy(ROOT / "configs" / "quick.toml", folder)
+    args = tune.parse_args(["--config", str(folder / "quick.toml")])
+    page = tune.report(tune.Ledger(folder / "ledger.json", []), read_space(args.space), args)
+    by_runs = benchmark_runs(argparse.Namespace(seeds=[], optimizers=[], out=folder)).partition(": ")[2]
+    for command, word in (
+        (by_local, f"data.train={folder}/local_train_*.bin"),
+        (by_fineweb, f"data.val={folder}/fineweb_val_*.bin"),
+        (page.partition("`")[2].partition("`")[0], f"{folder}/quick.toml"),
+        (by_runs, str(folder)),
+    ):
+        assert word in shlex.split(command), command
+    assert train_gpt.main([*shlex.split(by_local)[2:], "--dry-run"]) == 0
 
 
 @pytest.mark.parametrize("flags, env", [(("-I",), {}), ((), {"PYTHONSAFEPATH": "1"})])

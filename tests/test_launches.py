@@ -2,13 +2,14 @@
 
 import re
 import socket
+import time
 
 import pytest
 
 from aurora.errors import Exit
+from aurora.trainer.launcher import Launch, read_launch
 from aurora.trainer.ranks import shared_variables
-from aurora.trainer.rendezvous import Launch, read_launch
-from tests.conftest import train_here
+from tests.conftest import start_process, train_here
 
 WRONG = {
     "WORLD_SIZE is not set": ({"RANK": "0"}, "RANK is set in the environment, but not WORLD_SIZE: start it with torch"),
@@ -39,6 +40,20 @@ def test_a_launch_that_cannot_be_meant_is_told_in_one_line(tiny_track, tmp_path,
     assert train_here(tiny_track, tmp_path) == Exit.CONFIG
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_a_wrong_launch_answers_without_importing_torch(tmp_path):
+    with socket.create_server(("", 0)) as server:
+        port = str(server.getsockname()[1])
+        in_use = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        cases = [WRONG[case] for case in ("WORLD_SIZE is not set", "no address", "srun")]
+        for environment, message in [*cases, (in_use, f"MASTER_PORT = {port} of this machine is in use")]:
+            command = ["-X", "importtime", "train_gpt.py", "--out", str(tmp_path)]
+            process = start_process(*command, env=environment)
+            _, err = process.communicate(timeout=60)
+            said = [line for line in err.splitlines() if not line.startswith("import time:")]
+            assert process.returncode == Exit.CONFIG and len(said) == 1 and message in said[0]
+            assert not re.search(r"^import time:.* torch$", err, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -86,6 +101,17 @@ def test_who_is_missing_is_said_long_before_the_timeout(launch, tmp_path):
     outcome = launch("--out", tmp_path, "--timeout-s", "1", patch=early, env=shared, timeout_s=10)
     waiting, error = outcome.err[0].splitlines()
     assert waiting.startswith("waiting, up to 1 s: rank 0 of 2 waits for rank 1") and error.startswith("error: rank 0")
+
+
+def test_the_timeout_counts_from_the_first_line_of_a_process(launch, tmp_path):
+    """Importing torch takes seconds of it."""
+    patch = "from aurora.trainer.stops import stops; stops.catch(); stops.begin_s -= 59"
+    shared = {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    for rank in ("0", "1"):
+        begin_s = time.time()
+        outcome = launch("--out", tmp_path, "--timeout-s", "60", patch=patch, env=shared | {"RANK": rank}, timeout_s=10)
+        assert outcome.codes == [Exit.PEER] and "or raise --timeout-s = 60" in outcome.err[0]
+        assert outcome.ended_s[0] - begin_s < 5
 
 
 def test_addresses_where_rank_0_is_not_are_told(launch, tmp_path):

@@ -64,7 +64,7 @@ def run(*arguments):
 
 def pages_of(results):
     """The main page and those of the folders, by folder, without writing them."""
-    pages = leaderboard.Pages(results, leaderboard.read_results(results))
+    pages = leaderboard.Pages(results, leaderboard.read_runs(results))
     return pages, {path.parent.name: text for path, text in pages.texts.items()}
 
 
@@ -234,11 +234,25 @@ def test_text_of_a_record_is_text_in_the_report(results, capsys, monkeypatch):
     assert "<script" not in text and "](http" not in text and "://" not in text
 
 
-def test_records_behind_links_are_refused(results, tmp_path, capsys):
+def test_records_behind_links_are_left_out(results, tmp_path, capsys):
     (tmp_path / "secret.jsonl").write_text(record())
     (results / "quick" / "link.jsonl").symlink_to(tmp_path / "secret.jsonl")
-    assert run("--results", results) == 2
-    assert "leads out of" in capsys.readouterr().err
+    assert run("--results", results) == 0
+    assert "links are not followed" in capsys.readouterr().err
+    assert "link.jsonl" not in (results / "quick" / "README.md").read_text()
+
+
+def test_add_names_what_is_no_record_and_goes_on(results, tmp_path, capsys):
+    new = tmp_path / "mine"
+    new.mkdir()
+    (honest,) = (ROOT / "results" / "quick").rglob("*-adamw-s0-*.jsonl")
+    for name in ("a.jsonl", "a (1).jsonl"):
+        shutil.copy(honest, new / name)
+    (new / "data.jsonl").write_text('{"text": "a document"}\n')
+    assert run("add", new, "--results", results) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and "data.jsonl, line 1: not an event" in said[0] and "a (1).jsonl" in said[1]
+    assert [path.name for path in (results / "mine").glob("*.jsonl")] == ["a.jsonl"]
 
 
 def test_add_copies_new_records_once_and_refuses_what_is_refuted(results, tmp_path, capsys):

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from aurora.tokens.shards import write_shard
+from aurora.trainer.record import RecordError
+from scripts.leaderboard import add
 from scripts.verification.checks import verify_folder, verify_run
 from tests.conftest import ROOT, events, often, start_process, train_here, write_tiny_track
 
@@ -119,6 +121,35 @@ def test_what_a_crash_leaves_is_incomplete_wherever_it_came(trained, tmp_path):
             assert (verdict.word, verdict.reasons) == ("incomplete", []), (count, torn[:50])
     path.write_text("".join(lines))
     assert verify_run(path).word == "consistent"
+
+
+@pytest.mark.parametrize("is_gone", [False, often(True, False)])
+def test_a_record_that_was_emptied_before_its_run_went_on_is_incomplete(twelve_steps, launch, tmp_path, is_gone):
+    out = tmp_path / "out"
+    launch(*twelve_steps, "--out", out, fault="kill:update:5:0")
+    (path,) = out.glob("*.jsonl")
+    path.unlink() if is_gone else path.write_text("")
+    assert not any(launch(*twelve_steps, "--out", out, "--resume").codes)
+    verdict = verify_run(path)
+    assert (verdict.word, verdict.reasons) == ("incomplete", [])
+    assert any("begins at step 3, with a resume" in note for note in verdict.notes)
+    with pytest.raises(RecordError, match="is incomplete: it does not tell how the run began"):
+        add(out, tmp_path / "results")
+
+    whole = events(out)
+    for kind, step, change in (
+        ("val", 8, None),
+        ("train", 4, None),
+        ("val", 8, {"val_loss": 3.01}),
+        ("train", 6, {"step_ms": 1e6}),
+        ("train", 6, {"lr": 0.1}),
+        ("end", 12, {"val_loss": 3.0}),
+        ("end", 12, {"segments": 3}),
+    ):
+        index = next(i for i, event in enumerate(whole) if (event["event"], event.get("step")) == (kind, step))
+        changed = [whole[index] | change] if change else []
+        path.write_text("".join(json.dumps(event) + "\n" for event in [*whole[:index], *changed, *whole[index + 1 :]]))
+        assert verify_run(path).word == "refuted", (kind, step, change)
 
 
 @pytest.mark.slow

@@ -26,9 +26,7 @@ def plain(trained, tmp_path):
 
 @pytest.fixture
 def packed(plain, tmp_path):
-    files = packed_files(
-        {tmp_path / "results" / "mine" / "a.jsonl": plain.read_bytes()}, tmp_path / "results" / "sources"
-    )
+    files = packed_files({tmp_path / "results" / "mine" / "a.jsonl": plain}, tmp_path / "results" / "sources")
     leaderboard.write_all(files)
     return tmp_path / "results" / "mine" / "a.jsonl"
 
@@ -75,7 +73,7 @@ def test_a_text_that_is_missing_or_changed_is_named(packed, tmp_path):
         with pytest.raises(RecordError, match="no folder sources/ beside or above it holds"):
             read_record(path)
     with pytest.raises(RecordError, match="damaged: its sha256 is not its name"):
-        packed_files({tmp_path / "b.jsonl": leaderboard.unpack(tmp_path / "runs" / "a.jsonl")}, text.parent)
+        packed_files({tmp_path / "b.jsonl": tmp_path / "runs" / "a.jsonl"}, text.parent)
 
 
 @pytest.mark.parametrize("hashes", [None, [], {"train_gpt.py": "../../etc/passwd"}, {"a": 3}, {"a": "0" * 64}])

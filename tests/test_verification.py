@@ -7,6 +7,7 @@ import os
 import random
 import re
 import subprocess
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -588,6 +589,17 @@ def test_links_and_large_files_are_refused(muon, tmp_path):
     with open(tmp_path / "large.jsonl", "wb") as file:
         file.truncate(2**30)
     assert "larger" in verify_run(tmp_path / "large.jsonl").reasons[0]
+
+
+def test_records_that_would_fill_memory_or_take_hours_are_refused(muon, tmp_path):
+    path = write(tmp_path / "a.jsonl", muon)
+    path.write_text(path.read_text() + '{"event": "x", "y": [' + "[]," * 300_000 + "0]}\n")
+    assert "more than 200,000 tables and lists" in verify_run(path).reasons[0]
+    keys = [*range(200_000), 199_999]
+    path.write_text('{"event": "run", ' + ", ".join(f'"{key}": 0' for key in keys) + "}\n")
+    begin_s = time.monotonic()
+    assert "has the key '199999' more than once" in verify_run(path).reasons[0]
+    assert time.monotonic() - begin_s < 10
 
 
 def test_terminal_escapes_are_not_printed(muon, tmp_path, capsys):

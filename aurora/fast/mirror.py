@@ -20,7 +20,7 @@ from .definitions import ROOT_CLASS, definitions_of, hashes
 from .float8 import Float8Linear
 
 MIRRORED = {
-    "other statements": "13c0ab6511a306fd",
+    "other statements": "80dc365030ae2e89",
     "GPT": "69ba3594114fd800",
     "Block": "dfd439a97a5304d8",
     "Attention": "65856d6c850fcffa",

@@ -29,7 +29,7 @@ def run_rank(train: Callable[[argparse.Namespace, Ranks, Clock], None], args: ar
     begin_ns, rank, watch = time.perf_counter_ns(), os.environ.get("RANK", "0"), None
     try:
         die_with_launcher()
-        ranks = join_ranks(args.timeout_s)
+        ranks = join_ranks(args.timeout_s, stops.begin_s)
         watch = Watch(ranks, args.timeout_s).started()
         stops.must_save = ranks.world_size > 1  # a rank that leaves alone would break the others
         train(args, ranks, Clock(ranks, begin_ns, IMPORT_NS))

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 import aurora
-from aurora.config import Config, typed_table
+from aurora.config import Config, check_hparams, typed_table
 from aurora.errors import Exit, HarnessError
 from aurora.trainer.ranks import Ranks
 
@@ -19,7 +19,9 @@ def checked_hparams(config: Config) -> dict[str, Any]:
     except ValueError as error:
         raise HarnessError(Exit.CONFIG, f"[optimizer.{name}]: {error}") from error
     optional = set(types) - set(aurora.REQUIRED_HPARAMS)
-    return typed_table(config.hparams, types, f"optimizer.{name}", optional)
+    hparams = typed_table(config.hparams, types, f"optimizer.{name}", optional)
+    check_hparams(name, hparams)
+    return hparams
 
 
 def build_optimizers(config: Config, params: list[aurora.Param]) -> list[torch.optim.Optimizer]:

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import os
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -16,8 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aurora.errors import Exit, HarnessError
+from aurora.trainer.launcher import read_launch
 from aurora.trainer.process import print_line
-from aurora.trainer.rendezvous import connect_group, meet, read_launch
+from aurora.trainer.rendezvous import connect_group, limit_from, meet
 
 # Of a single collective where the watch does not apply: long enough for the slowest rank to compile.
 SETUP_TIMEOUT_S = 600
@@ -111,14 +113,16 @@ def shared_variables(env: dict[str, Any]) -> dict[str, str]:
     return {key: value for key, value in env["variables"].items() if not OF_ONE_NODE.search(key)}
 
 
-def join_ranks(timeout_s: float) -> Ranks:
+def join_ranks(timeout_s: float, begin_s: float | None = None) -> Ranks:
     """Join the process group that torchrun announces in the environment, if any, and choose the device.
 
     The first there is of cuda, mps (alone) and cpu, or the one that the environment variable SPEEDRUN_DEVICE names.
 
     Raises:
-        HarnessError: CONFIG, PEER, naming what of the launch is wrong, or who has not come after timeout_s.
+        HarnessError: CONFIG, PEER, naming what of the launch is wrong, or who has not come timeout_s after
+            begin_s (of time.monotonic(); now).
     """
+    limit = limit_from(time.monotonic() if begin_s is None else begin_s, timeout_s)
     launch = read_launch()
     rank, world_size, local_rank = launch
     has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available() and world_size == 1, "cpu": True}
@@ -144,7 +148,7 @@ def join_ranks(timeout_s: float) -> Ranks:
     if world_size > 1:
         is_cuda = device.type == "cuda"
         backend = "nccl" if is_cuda else "gloo"
-        store = meet(launch, timeout_s)
+        store = meet(launch, limit)
         connect = functools.partial(
             dist.init_process_group,
             backend,
@@ -154,7 +158,7 @@ def join_ranks(timeout_s: float) -> Ranks:
             world_size=world_size,
             device_id=device if is_cuda else None,
         )
-        connect_group(launch, backend, max(timeout_s, NCCL_START_S) if is_cuda else timeout_s, connect)
+        connect_group(launch, backend, max(timeout_s, NCCL_START_S) if is_cuda else limit.left_s, connect)
     return Ranks(rank, world_size, device)
 
 

@@ -6,6 +6,7 @@ event. Records in results/ have source_hashes in their place and share a store o
 Needs nothing but Python, so that results can be analysed on any machine.
 """
 
+import collections
 import contextlib
 import errno
 import functools
@@ -252,6 +253,7 @@ class Run:
 MAX_RECORD_BYTES = 2**24  # a record's longest line holds the sources, 150 kB
 MAX_LINE_BYTES = 2**22
 MAX_EVENTS = 100_000
+MAX_TABLES = 200_000  # and lists: of a few bytes each, they take far more memory than their text; runs have thousands
 
 NUMBER = (int, float)
 FIELD_TYPES: dict[str, dict[str, Any]] = {
@@ -298,12 +300,16 @@ def read_events(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             raise RecordError(f"{path} is no regular file (links are not followed)")
         if path.stat().st_size > MAX_RECORD_BYTES:
             raise RecordError(f"{path} is larger than {MAX_RECORD_BYTES:,} bytes")
+        num_tables = 0
         with open(path, "rb") as file:
             for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
                 if len(line) > MAX_LINE_BYTES:
                     raise RecordError(f"{path}, line {number}: longer than {MAX_LINE_BYTES:,} bytes")
                 if number > MAX_EVENTS:
                     raise RecordError(f"{path} has more than {MAX_EVENTS:,} lines")
+                num_tables += line.count(b"{") + line.count(b"[")
+                if num_tables > MAX_TABLES:
+                    raise RecordError(f"{path} has more than {MAX_TABLES:,} tables and lists; no run writes so many")
                 if number == 1 and not (encoding := encoding_of(line[:4])).startswith("utf-8"):
                     raise RecordError(f"{path} is in {encoding}; save it as UTF-8")
                 if line.endswith(b"\n"):
@@ -340,8 +346,8 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A table. Of a key that it has twice other readers may take the other value."""
     table = dict(pairs)
     if len(table) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"a table has the key {next(key for key in keys if keys.count(key) > 1)!r} more than once")
+        (key, _), *_ = collections.Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"a table has the key {key!r} more than once")
     return table
 
 

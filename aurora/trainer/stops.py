@@ -7,6 +7,7 @@ ranks agree on it in the next step and save. After the last step the run ends as
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
@@ -24,7 +25,7 @@ class Stops:
         self.is_asked = False
         self.must_save = False  # what is asked for is noted, not done
         self.is_interrupted = False
-        self.process = 0
+        self.process, self.begin_s = 0, 0.0  # which called catch(), and when, of time.monotonic()
         self.before: dict[str, Any] = {}  # handlers, while ours are in their place
 
     def catch(self) -> None:
@@ -32,7 +33,7 @@ class Stops:
         if self.before:
             return
         self.is_asked = self.must_save = self.is_interrupted = False
-        self.process = os.getpid()
+        self.process, self.begin_s = os.getpid(), time.monotonic()
         for name in NAMES:
             before = signal.getsignal(getattr(signal, name))
             if before is not signal.SIG_IGN:

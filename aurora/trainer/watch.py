@@ -21,7 +21,7 @@ import torch.distributed as dist
 from aurora.errors import Exit
 from aurora.trainer.process import print_line, report_exit
 from aurora.trainer.ranks import SETUP_TIMEOUT_S, Ranks
-from aurora.trainer.rendezvous import connect_store
+from aurora.trainer.rendezvous import connect_store, limit_from
 from aurora.trainer.timeline import timeline
 
 # Places after which a rank may rightly stand still for long: it compiles, or writes a checkpoint.
@@ -100,7 +100,7 @@ class Watch:
     def started(self) -> Self:
         if self.ranks.world_size == 1:
             return self
-        self.store = connect_store(self.ranks.rank, SETUP_TIMEOUT_S)
+        self.store = connect_store(self.ranks.rank, limit_from(time.monotonic(), SETUP_TIMEOUT_S))
         self.machine, self.start = this_machine(), start_of(os.getpid())
         unseen = State(0, 0, 0, "start", 0, 0, "unknown host", "", "", False)
         for rank in range(self.ranks.world_size):

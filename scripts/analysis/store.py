@@ -42,15 +42,15 @@ def unpack(path: Path) -> bytes:
     return _line(with_sources(start, path)) + newline + rest if "source_hashes" in start else content
 
 
-def packed_files(contents: dict[Path, bytes], store: Path) -> dict[Path, bytes]:
-    """What to write for records of these contents: the packed records, and what the store lacks.
+def packed_files(records: dict[Path, Path], store: Path) -> dict[Path, bytes]:
+    """What to write to have these records there too, by their new paths: packed, and what the store lacks.
 
     Raises:
-        RecordError: the store holds another text under one of the hashes.
+        RecordError: the store holds another text under one of the hashes, or a record cannot be unpacked.
     """
     files = {}
-    for path, content in contents.items():
-        files[path], texts = pack(content)
+    for target, path in records.items():
+        files[target], texts = pack(unpack(path))
         for digest, text in texts.items():
             place = store / digest
             if not place.exists():

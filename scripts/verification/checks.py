@@ -10,6 +10,7 @@
 | train events at every step where the trainer writes one | what those checks need, left out | - |
 | lr of each train event against the schedule | steps, lr or schedule edited | a logged lr that is not used |
 | validations against the declared steps | early stop, extra or dropped ones | those that were never logged |
+| a resume before all else: the record was emptied, and is incomplete | a beginning that is left out | what it held |
 | validations that a resume undid | bad ones undone | by up to 0.02 nats on another stack, which is noted |
 | neurons: counts, shares and ranks within their bounds, at declared steps | impossible numbers | invented ones |
 | times rise, step times add up, all differ; timed + untimed = wall | edited times, times typed in | a patched clock |
@@ -64,7 +65,7 @@ NOTES = notes_on_edits, notes_on_fields, notes_on_order, notes_on_losses, notes_
 class Verification:
     """word: consistent, incomplete, or refuted with reasons; gaps or replayed if that is known; see scripts/verify.py.
 
-    is_whole: whether the record tells how the run ended.
+    is_whole: whether the record tells how the run began and ended.
     """
 
     path: Path
@@ -111,6 +112,9 @@ def verify_events(path: Path) -> tuple[Verification, Events | None]:
             break
     if found.is_edited:
         verdict.notes.append("model edited: not checked are parameter counts, the untrained loss and neurons' numbers")
+    if found.lost_steps:
+        verdict.is_whole = False
+        verdict.notes.append(f"incomplete: begins at step {found.lost_steps}, with a resume; what was before is lost")
     if not found.of("end"):
         verdict.is_whole = False
         verdict.notes.append("incomplete: no end event")

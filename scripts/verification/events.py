@@ -25,6 +25,12 @@ class Events:
         return [event for event in self.kept if event["event"] == kind]
 
     @property
+    def lost_steps(self) -> int:
+        """0, or to which step a resume followed that found the record emptied or gone, and began it anew."""
+        first = self.rest[0] if self.rest else {}
+        return first["step"] if first.get("event") == "resume" else 0
+
+    @property
     def config(self) -> dict[str, Any]:
         return self.start["config"]
 

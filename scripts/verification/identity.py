@@ -30,7 +30,10 @@ def check_identity(run: Events) -> Iterator[str]:
     if hashlib.sha256((stream + start["data"]["val_sha256"]).encode()).hexdigest() != start["data"]["stream_id"]:
         yield "the data's stream_id is not that of its shards and validation tokens"
     stamp = re.sub("[-:]", "", start["utc"][:19])
-    if not re.search(f"-{re.escape(start['optimizer'])}-s{start['seed']}-{stamp}-[0-9a-f]{{4}}$", start["run_id"]):
+    name = f"-{re.escape(start['optimizer'])}-s{start['seed']}-"
+    stated = re.search(name + r"(\d{8}T\d{6})-[0-9a-f]{4}$", start["run_id"])
+    # A record that was begun anew has the run_id of before.
+    if not stated or not (stated[1] <= stamp if run.lost_steps else stated[1] == stamp):
         yield f"run_id {start['run_id']} does not state optimizer, seed {start['seed']} and time {start['utc']}"
     bad = [name for name in start["sources"] if not is_inside(name)]
     if bad:

@@ -25,7 +25,7 @@ def check_order(run: Events) -> Iterator[str]:
     # Kernels of a GPU add in any order.
     tolerance = OTHER_STACK_TOLERANCE if len(stacks) > 1 or run.start["device"] != "cpu" else 0.0
     seen: dict[int, float] = {}
-    last, furthest = {"val": -1, "train": -1, "neurons": -1}, 0
+    last, furthest = {"val": -1, "train": -1, "neurons": -1}, run.lost_steps
     for event in run.rest:
         kind = event["event"]
         if event["step"] > run.config["train"]["steps"]:
@@ -71,7 +71,8 @@ def check_validations(run: Events) -> Iterator[str]:
     last = run.config["train"]["steps"] if ends and ends[-1]["status"] == "done" else max(steps, default=-1)
     if ends and ends[-1]["status"] == "done" and ends[-1]["step"] != last:
         yield f"done at step {ends[-1]['step']}, but the config plans {last} steps"
-    extra, missing = steps - declared, {step for step in declared if step <= last} - steps
+    first = run.lost_steps + 1 if run.lost_steps else 0
+    extra, missing = steps - declared, {step for step in declared if first <= step <= last} - steps
     if extra:
         yield f"validated at steps that the config does not declare: {sorted(extra)[:5]}"
     if missing:
@@ -92,7 +93,8 @@ def declared_logs(run: Events) -> set[int]:
     last = min(last, train["steps"])
     saves = range(0, train["steps"], train["checkpoint_every"]) if train["checkpoint_every"] else ()
     windows = itertools.pairwise(sorted(step for step in {0, last, *stops, *saves, *declared} if 0 <= step <= last))
-    return {step for low, high in windows for step in (*range(low, high, train["log_every"]), high)} - {0}
+    logged = {step for low, high in windows for step in (*range(low, high, train["log_every"]), high)}
+    return {step for step in logged if step > run.lost_steps}
 
 
 def check_logs(run: Events) -> Iterator[str]:
@@ -115,7 +117,7 @@ def check_times(run: Events) -> Iterator[str]:
         yield "optimizer_ms is not within step_ms"
     if not validations or not trains:
         return
-    previous, windows = 0, []
+    previous, windows = run.lost_steps, []
     for event in trains:
         windows.append((event["step"], (event["step"] - previous) * event["step_ms"] / 1000))
         previous = event["step"]
@@ -224,8 +226,9 @@ def check_end(run: Events) -> Iterator[str]:
         "steps_to_target": hit.step if hit else None,
         "time_to_target_s": hit.train_time_s if hit else None,
     }
+    is_lost = run.lost_steps > 0 and end["steps_to_target"] is not None and end["steps_to_target"] <= run.lost_steps
     for key, value in expected.items():
-        if end[key] != value:
+        if end[key] != value and not (last is None if key == "val_loss" else is_lost):
             yield f"end event: {key} is {end[key]}, by the validations {value}"
     if end["status"] == "done" and last and end["train_time_s"] != last.train_time_s:
         yield f"end event: train_time_s is {end['train_time_s']}, at the last validation {last.train_time_s}"
@@ -238,7 +241,8 @@ def check_end(run: Events) -> Iterator[str]:
         yield f"end event: wall_s is {end['wall_s']}, train_time_s and untimed add up to {spent_s}"
     # A process that was killed before it saved anything has the number of the one after it.
     resumed = sorted({event["segment"] for event in run.of("resume")})
-    if resumed != list(range(2, 2 + len(resumed))) or end["segments"] != 1 + len(resumed):
+    first = max(2, resumed[0]) if run.lost_steps else 2
+    if resumed != list(range(first, first + len(resumed))) or end["segments"] != first - 1 + len(resumed):
         yield f"end event: {end['segments']} segments, the resumed ones are {resumed}"
     if end.get("data_wait_s", 0) > spent_s:
         yield f"end event: data_wait_s {end['data_wait_s']} is more than all of the run took"

@@ -48,6 +48,9 @@ def replay(verdict: Verification, num_validations: int) -> Verification:
     """
     run = read_record(verdict.path)
     start, claimed = run.start, run.validations[:num_validations]
+    if claimed and claimed[0].step > 0:
+        verdict.notes.append("not replayed: the record does not tell how the run began")
+        return verdict
     with tempfile.TemporaryDirectory() as folder:
         sources, out = Path(folder) / "sources", Path(folder) / "out"
         try:
