@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from aurora.config import ROOT, Config, ModelConfig, make_parser, parse_config, with_default
+from aurora.config import ROOT, Config, ModelConfig, make_parser, parse_config, recorded, with_default
 from aurora.errors import HarnessError
 from aurora.fast.definitions import definitions_of, hashes
 from scripts.verification.events import Events
@@ -82,20 +82,21 @@ def run_name(path: Path) -> str:
 
 def wrong_config(found: dict[str, Any], wanted: Config, code: Code) -> Iterator[str]:
     """Where the config is not what the track and the command line give; a version may not know every setting yet."""
-    for name, part in vars(wanted).items():
+    for name, table in recorded(wanted).items():
+        part = getattr(wanted, name)
         if not dataclasses.is_dataclass(part):
             continue
         values = found.get(name)
         if not isinstance(values, dict):
             yield f"config.{name} is no table"
             continue
-        for key, value in vars(part).items():
+        for key, value in table.items():
             if key not in values and key in with_default(type(part)) and not code.declares(key):
                 continue
             if not is_same(values.get(key), value):
                 yield f"{name}.{key} is {values.get(key)}, by the embedded track and argv {value}"
-        for key in values.keys() - vars(part).keys():
-            yield f"{name}.{key} is {values[key]}, by the embedded track and argv there is none"
+        for key in values.keys() - table.keys():
+            yield f"{name}.{key} is {str(values[key])[:200]}, by the embedded track and argv there is none"
     for key in found.keys() - vars(wanted).keys():
         yield f"config.{key} is {str(found[key])[:60]}, by the embedded track and argv there is none"
     if not is_same(found["warmup_steps"], wanted.warmup_steps):
