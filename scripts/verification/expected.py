@@ -6,6 +6,7 @@ Executes nothing of it. The schema is that of aurora/config.py; shapes come from
 import ast
 import contextlib
 import dataclasses
+import functools
 import io
 import re
 from collections.abc import Iterator
@@ -160,14 +161,20 @@ def edits_in(sources: dict[str, str]) -> set[str]:
     how = "aurora/fast/definitions.py"
     if sources.get(how) != (ROOT / how).read_text(encoding="utf-8"):  # a version that may tell edits otherwise
         return set()
-    tree = parsed(sources["aurora/fast/mirror.py"]) or ast.Module([], [])
+    return set(_edits_in(sources["train_gpt.py"], sources["aurora/fast/mirror.py"]))
+
+
+@functools.lru_cache(maxsize=64)  # hundreds of records share their sources
+def _edits_in(trainer: str, mirror: str) -> frozenset[str]:
+    tree = parsed(mirror) or ast.Module([], [])
     tables = [
         ast.literal_eval(node.value)
         for node in tree.body
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "MIRRORED"
     ]
-    found, mirrored = hashes(definitions_of(sources["train_gpt.py"])), dict(*tables)
-    return {f"{name} is edited" for name in found.keys() | mirrored.keys() if found.get(name) != mirrored.get(name)}
+    found, mirrored = hashes(definitions_of(trainer)), dict(*tables)
+    names = (name for name in found.keys() | mirrored.keys() if found.get(name) != mirrored.get(name))
+    return frozenset(f"{name} is edited" for name in names)
 
 
 def wrong_way(event: dict[str, Any], config: Config) -> Iterator[str]:
