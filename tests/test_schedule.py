@@ -1,5 +1,6 @@
 """Schedules: their values against formulas of their own, in whole runs, over a resume, and those of public rows."""
 
+import copy
 import json
 import math
 import shutil
@@ -16,7 +17,7 @@ from aurora.schedule import check_spans, checked_pieces, value_at
 from aurora.trainer.checkpoint import list_checkpoints
 from scripts.verification.checks import verify_run
 from scripts.verification.replay import settings_of
-from tests.conftest import TINY_TRACK, events, losses, make_run, tiny_table, train_here
+from tests.conftest import TINY_TRACK, events, losses, make_run, often, tiny_table, train_here
 
 STEPS = 20
 
@@ -204,25 +205,25 @@ def test_a_resumed_run_goes_on_bit_for_bit(scheduled_run, scheduled_track, tmp_p
     assert verify_run(record).reasons == []
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "aurora"])
+@pytest.mark.parametrize("optimizer", ["adamw", often("aurora", False)])
 def test_other_optimizers_follow_their_schedules(scheduled_track, tmp_path, optimizer):
-    text = track(SCHEDULE, "" if optimizer == "adamw" else OWN, scheduled_track.parent, 12, optimizer)
+    text = track(SCHEDULE, "" if optimizer == "adamw" else OWN, scheduled_track.parent, 10, optimizer)
     path = tmp_path / "tiny.toml"
     path.write_text(text)
     assert train_here(path, tmp_path / "out", "--optimizer", optimizer) == 0
     (record,) = (tmp_path / "out").glob("*.jsonl")
     assert verify_run(record).reasons == []
     last = [event for event in events(tmp_path / "out") if event["event"] == "train"][-1]["scheduled"]
-    assert last["embed.lr"] == pytest.approx(oracle(11)["embed.lr"], rel=1e-12)
+    assert last["embed.lr"] == pytest.approx(oracle(9)["embed.lr"], rel=1e-12)
     assert ("matrix.momentum" in last) == (optimizer == "aurora")
 
 
 def test_a_flat_schedule_of_pieces_trains_as_the_short_form(tiny_track, tmp_path):
     """To the last bit, decay and momentum included: pieces that hold the table's values change nothing."""
     short, pieces = tmp_path / "short.toml", tmp_path / "pieces.toml"
-    short.write_text(track("cooldown_frac = 0.0\nfinal_lr_frac = 0.0", "", tiny_track.parent, 6))
+    short.write_text(track("cooldown_frac = 0.0\nfinal_lr_frac = 0.0", "", tiny_track.parent, 3))
     flat = "[{until = 1.0}]"
-    pieces.write_text(track(f"lr = {flat}\nweight_decay = {flat}\nmomentum = {flat}", "", tiny_track.parent, 6))
+    pieces.write_text(track(f"lr = {flat}\nweight_decay = {flat}\nmomentum = {flat}", "", tiny_track.parent, 3))
     found = []
     for path in (short, pieces):
         assert train_here(path, tmp_path / path.stem, "--optimizer", "muon") == 0
@@ -419,3 +420,173 @@ def test_public_rows_can_be_written(row):
         role, _, key = name.partition(".")
         found = values(config, role, peak_momentum=0.95)[key]
         np.testing.assert_allclose(found, [formula(step) for step in range(steps)], rtol=1e-11, atol=1e-15)
+
+
+# ---- what a record cannot claim ----
+
+
+@pytest.fixture
+def record(scheduled_run):
+    return copy.deepcopy(events(scheduled_run[0]))
+
+
+def at(step, key, factor):
+    """Another value of one setting in the event of one step."""
+
+    def change(record):
+        (event,) = [event for event in record if event["event"] == "train" and event["step"] == step]
+        table = event if key == "lr" else event["scheduled"]
+        table[key] = table[key] * factor
+
+    return change
+
+
+def in_all(change_scheduled):
+    return lambda record: [change_scheduled(event["scheduled"]) for event in record if event["event"] == "train"]
+
+
+def claimed(change_schedule):
+    """Another schedule in the config."""
+
+    def change(record):
+        change_schedule(record[0]["config"]["schedule"])
+
+    return change
+
+
+def track_changed(old, new):
+    """Another track, and the config that it gives."""
+
+    def change(record):
+        start = record[0]
+        start["sources"]["scheduled.toml"] = start["sources"]["scheduled.toml"].replace(old, new)
+        start["config"] = json.loads(json.dumps(recorded(config_of(record))))
+
+    return change
+
+
+def config_of(record):
+    return parse_config(record[0]["sources"]["scheduled.toml"], Path("scheduled.toml"), "muon")
+
+
+def as_if(old, new):
+    """Another schedule in the config, and the values that it gives in the events; the track is as it was."""
+
+    def change(record):
+        text = record[0]["sources"]["scheduled.toml"]
+        track_changed(old, new)(record)
+        config = config_of(record)
+        record[0]["sources"]["scheduled.toml"] = text
+        for event in (event for event in record if event["event"] == "train"):
+            for group in record[0]["param_groups"]:
+                for key, value in train_gpt.scheduled(event["step"] - 1, group, config).items():
+                    table, name = (event, key) if (group["role"], key) == ("matrix", "lr") else (event["scheduled"], "")
+                    table[name or f"{group['role']}.{key}"] = value
+
+    return change
+
+
+def swapped(one, other):
+    def swap(values):
+        values[one], values[other] = values[other], values[one]
+
+    return in_all(swap)
+
+
+def claimed_by_argv(record):
+    record[0]["argv"] += ["--set", "schedule.planned_steps=31"]
+
+
+def peak(role, key, value):
+    """Another value in the optimizer that a schedule began from, and what follows from it."""
+
+    def change(record):
+        (group,) = [group for group in record[0]["param_groups"] if group["role"] == role]
+        factor = value / group[key] if group[key] else 1.0
+        group[f"peak_{key}"] = value
+        in_all(lambda values: values.update({f"{role}.{key}": values[f"{role}.{key}"] * factor}))(record)
+
+    return change
+
+
+def no_peak(record):
+    del record[0]["param_groups"][0]["peak_momentum"]
+    in_all(lambda values: values.pop("matrix.momentum"))(record)
+
+
+def no_momentum_at_all(record):
+    no_peak(record)
+    del record[0]["config"]["schedule"]["momentum"]
+
+
+def early_stop_of_the_schedule(record):
+    record[0]["config"]["train"]["steps"] = 36
+
+
+def no_scheduled(record):
+    for event in record:
+        event.pop("scheduled", None)
+
+
+TAMPERED = {
+    "lr of a step": (at(7, "lr", 1.001), "step 7: lr 0.02002"),
+    "lr of the last step": (at(30, "lr", 0.5), "step 30: lr"),
+    "lr by a billionth": (at(20, "lr", 1 + 1e-9), "step 20: lr"),
+    "lr of all steps": (lambda r: [at(step, "lr", 2.0)(r) for step in range(1, 31)], "step 1: lr"),
+    "decay of a step": (at(9, "matrix.weight_decay", 1.1), "step 9: matrix.weight_decay"),
+    "momentum of a step": (at(25, "matrix.momentum", 1.01), "step 25: matrix.momentum"),
+    "the table's momentum": (in_all(lambda v: v.update({"matrix.momentum": 0.95})), "step 1: matrix.momentum 0.95"),
+    "lr of another role at a step": (at(3, "head.lr", 0.9), "step 3: head.lr"),
+    "lr of roles swapped": (swapped("embed.lr", "head.lr"), "step 1: embed.lr"),
+    "lr of all roles for one": (in_all(lambda v: v.update({"embed.lr": v["vector.lr"]})), "step 1: embed.lr"),
+    "decay of roles swapped": (swapped("matrix.weight_decay", "head.weight_decay"), "step 1: matrix.weight_decay 0.0"),
+    "nothing logged": (no_scheduled, "step 1: scheduled lacks embed.lr"),
+    "one not logged": (in_all(lambda v: v.pop("vector.weight_decay")), "scheduled lacks vector.weight_decay"),
+    "momentum of AdamW": (in_all(lambda v: v.update({"embed.momentum": 0.9})), "scheduled has embed.momentum"),
+    "lr twice": (in_all(lambda v: v.update({"matrix.lr": 0.02})), "scheduled has matrix.lr"),
+    "no table": (lambda r: r[2].update(scheduled=[1.0]), "scheduled is [1.0], not a dict of a number"),
+    "no number": (in_all(lambda v: v.update({"embed.lr": None})), "not a dict of a number from 0"),
+    "negative": (at(5, "matrix.momentum", -1), "train event: scheduled is {"),
+    "another plan": (claimed(lambda s: s.update(planned_steps=30)), "schedule.planned_steps is 30, by the embedded"),
+    "no plan": (claimed(lambda s: s.pop("planned_steps")), "schedule.planned_steps is None, by the embedded"),
+    "plan as a float": (claimed(lambda s: s.update(planned_steps=36.0)), "schedule.planned_steps is 36.0, by"),
+    "stop at the plan's end": (early_stop_of_the_schedule, "train.steps is 36, by the embedded track and argv 30"),
+    "a plan by argv alone": (claimed_by_argv, "schedule.planned_steps is 36, by the embedded track and argv 31"),
+    "a plan with its values": (as_if("planned_steps = 36", "planned_steps = 40"), "schedule.planned_steps is 40, by"),
+    "until": (claimed(lambda s: s["lr"][0].update(until=5)), "schedule.lr is [{'until': 5"),
+    "a step for a share": (claimed(lambda s: s["lr"][2].update(until=1)), "schedule.lr is ["),
+    "from": (claimed(lambda s: s["lr"][0].update({"from": 0.5})), "schedule.lr is ["),
+    "to": (claimed(lambda s: s["weight_decay"][0].update(to=0.0)), "schedule.weight_decay is ["),
+    "shape": (claimed(lambda s: s["lr"][2].pop("shape")), "schedule.lr is ["),
+    "shape with its values": (as_if('"cosine"', '"sqrt"'), "schedule.lr is ["),
+    "exponent": (claimed(lambda s: s["embed"]["lr"][1].update(exponent=2.0)), "schedule.embed is {"),
+    "a piece less": (claimed(lambda s: s["momentum"].pop(1)), "schedule.momentum is ["),
+    "a piece more": (claimed(lambda s: s["momentum"].append({"until": 1.0})), "schedule.momentum is ["),
+    "pieces in another order": (claimed(lambda s: s["lr"].reverse()), "schedule.lr is ["),
+    "no schedule of a role": (claimed(lambda s: s.pop("embed")), "schedule.embed is None, by"),
+    "schedule of another role": (claimed(lambda s: s.update(head=s.pop("embed"))), "schedule.head is {"),
+    "the short form, too": (claimed(lambda s: s.update(cooldown_frac=0.4)), "schedule.cooldown_frac is 0.4, by"),
+    "a warm-up, too": (lambda r: r[0]["config"].update(warmup_steps=4), "warmup_steps is 4, by the embedded track"),
+    "another track and config": (track_changed("until = 4,", "until = 5,"), "step 2: lr"),
+    "another track's momentum": (track_changed("from = 0.85", "from = 0.9"), "step 1: matrix.momentum"),
+    "another track's decay": (track_changed("to = 0.2", "to = 0.0"), "step 2: matrix.weight_decay"),
+    "momentum that it began from": (peak("matrix", "momentum", 0.9), "held peak_momentum 0.9 for matrix, by its code"),
+    "decay that it began from": (peak("matrix", "weight_decay", 0.1), "held peak_weight_decay 0.1 for matrix"),
+    "decay of AdamW": (peak("head", "weight_decay", 0.1), "held peak_weight_decay 0.1 for head"),
+    "no momentum to begin from": (no_peak, "group of matrix lacks peak_momentum, the schedule of its momentum has"),
+    "no momentum at all": (no_momentum_at_all, "schedule.momentum is None, by the embedded track"),
+    "a momentum of AdamW": (
+        lambda r: r[0]["param_groups"][1].update(peak_momentum=0.9),
+        "the parameter group of embed has peak_momentum, the schedule of its momentum has none",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TAMPERED)
+def test_a_tampered_schedule_is_refuted(name, record, tmp_path):
+    tamper, reason = TAMPERED[name]
+    tamper(record)
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(event) + "\n" for event in record))
+    reasons = verify_run(path).reasons
+    assert any(reason in found for found in reasons), reasons
