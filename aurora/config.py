@@ -13,7 +13,17 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from aurora.errors import Exit, HarnessError
-from aurora.schedule import PEAKS, ROLES, SHORT_FORM, Pieces, check_spans, checked_pieces, highest, needs_short_form
+from aurora.schedule import (
+    MOST_STEPS,
+    PEAKS,
+    ROLES,
+    SHORT_FORM,
+    Pieces,
+    check_spans,
+    checked_pieces,
+    highest,
+    needs_short_form,
+)
 from aurora.text import encoding_of, shown, suggest
 
 ROOT = Path(__file__).resolve().parents[1]  # the checkout; data paths of tracks begin here
@@ -457,7 +467,7 @@ def coerce(label: str, value: Any, expected: Any) -> Any:
 # Of whole numbers, the largest that a run can have, so that checks before it end in a second.
 LARGEST = {
     **{"num_layers": 256, "model_dim": 65536, "num_heads": 65536, "seq_len": 2**20, "mlp_expansion": 128},
-    "steps": 1_000_000,
+    "steps": MOST_STEPS,
 }
 LARGEST_WHOLE = 2**31 - 1  # of the others; no shard holds more tokens
 
@@ -476,7 +486,7 @@ def check_bounds(config: Config) -> None:
     whole_sequences = f"a multiple of model.seq_len = {model.seq_len}"
     short = {key: getattr(schedule, key) for key in SHORT_FORM}
     planned = train.steps if schedule.planned_steps is None else schedule.planned_steps
-    wanted_plan = f"at least train.steps = {train.steps}, where the run ends, and at most {LARGEST['steps']}"
+    wanted_plan = f"at least train.steps = {train.steps}, where the run ends, and at most {MOST_STEPS}"
     bounds = [
         ("model.vocab_size", model.vocab_size, model.vocab_size <= 65536, "at most 65536: tokens are uint16"),
         ("model.model_dim / num_heads", head_dim, head_dim % 4 == 0, "a multiple of 4: half a head turns, in pairs"),
@@ -492,7 +502,7 @@ def check_bounds(config: Config) -> None:
         ("eval.target", evaluation.target, evaluation.target > 0, "a positive loss"),
         ("eval.late_frac", evaluation.late_frac, 0 <= evaluation.late_frac <= 1, "in [0, 1]"),
         *((f"schedule.{key}", value, value is None or 0 <= value <= 1, "in [0, 1]") for key, value in short.items()),
-        ("schedule.planned_steps", planned, train.steps <= planned <= LARGEST["steps"], wanted_plan),
+        ("schedule.planned_steps", planned, train.steps <= planned <= MOST_STEPS, wanted_plan),
         (f"optimizer.{config.optimizer}.warmup_steps", config.warmup_steps, config.warmup_steps >= 0, "at least 0"),
     ]
     if model.head_dtype == "float8":

@@ -28,7 +28,7 @@ ROLES = ("matrix", "embed", "head", "vector")
 PEAKS = {"lr": "peak_lr", "weight_decay": "peak_weight_decay", "momentum": "peak_momentum"}
 SHORT_FORM = ("cooldown_frac", "final_lr_frac")
 SHAPES = ("linear", "cosine", "sqrt", "power")
-MOST_PIECES, LARGEST_EXPONENT = 64, 100.0
+MOST_PIECES, MOST_STEPS, LARGEST_EXPONENT = 64, 1_000_000, 100.0
 
 
 # ---- the values ----
@@ -140,8 +140,8 @@ def checked_piece(piece: dict[str, Any], key: str, label: str) -> dict[str, Any]
     if "until" not in piece:
         raise ValueError(f"{label} lacks until: a step, or a float that is a share of the planned steps")
     until, shape, found = piece["until"], piece.get("shape", "linear"), dict(piece)
-    if not (type(until) is int and until >= 1) and not (type(until) is float and 0 < until <= 1):
-        wanted = "a whole number of steps from 1, or a float in (0, 1]: a share of the planned steps"
+    if not (type(until) is int and 1 <= until <= MOST_STEPS) and not (type(until) is float and 0 < until <= 1):
+        wanted = f"a whole number of steps from 1 to {MOST_STEPS}, or a float in (0, 1]: a share of the planned"
         raise ValueError(f"{label}: until must be {wanted}, got {shown(until)}")
     wanted = "in [0, 1)" if key == "momentum" else "in [0, 1]: a share of the value in the optimizer's table"
     for name in ("from", "to"):
