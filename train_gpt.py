@@ -3,7 +3,9 @@
     python train_gpt.py --optimizer aurora                              laptop: configs/quick.toml, about a minute
     torchrun --standalone --nproc_per_node=8 train_gpt.py --config configs/gpt2_small.toml --optimizer muon
     python train_gpt.py --config configs/gpt2_small.toml --dry-run      what a run would train, read and need
+    python train_gpt.py --set 'optimizer.aurora.schedule={lr=[{until=0.5}, {until=1.0, to=0.0, shape="sqrt"}]}'
 
+A schedule of lr, weight decay or momentum, as in the last line, belongs into the track; configs/README.md explains it.
 Top to bottom: the model, the schedule, one step, validation, the loop, the run. Ranks, clock, record, checkpoints and
 fast forward passes are imported from aurora/. Shapes: B batch, T time, D model, C MLP width, H heads, K head dim,
 V vocabulary. Losses are nats per token. Exit codes: 0 done, 2 usage or config, 3 data, 4 checkpoint, 5 non-finite
@@ -14,6 +16,7 @@ import argparse
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I and PYTHONSAFEPATH leave it out
@@ -35,6 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aurora.fast.float8 import Float8Linear
+from aurora.schedule import settings_at
 from aurora.trainer import (
     Clock,
     Journal,
@@ -185,12 +189,12 @@ class GPT(nn.Module):
 # Schedule
 
 
-def lr_scale(step: int, config: Config) -> float:
-    """lr of this step (from 0) as a share of its peak: linear warm-up, flat, linear cooldown."""
-    remaining, cooldown = 1 - step / config.train.steps, config.schedule.cooldown_frac
-    floor = config.schedule.final_lr_frac
-    scale = 1.0 if remaining >= cooldown else floor + (1 - floor) * remaining / cooldown
-    return scale * min(1.0, (step + 1) / max(1, config.warmup_steps))
+def scheduled(step: int, group: dict[str, Any], config: Config) -> dict[str, float]:
+    """The lr of a parameter group in this step (from 0), and its weight decay and momentum if the track schedules them.
+
+    aurora/schedule.py has the formulas: of linear warm-up, flat, linear cooldown, and of a track's own pieces.
+    """
+    return settings_at(step, group, vars(config.schedule), config.train.steps, config.warmup_steps)
 
 
 def validation_steps(config: Config) -> set[int]:
@@ -231,7 +235,7 @@ def train_step(run: Run, model: Model, step: int) -> Tensor:
     run.timeline.mark("update", step)
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * lr_scale(step, run.config)
+            group |= scheduled(step, group, run.config)
         optimizer.step()
     run.model.zero_grad()
     run.timeline.mark("updated", step)
@@ -280,7 +284,7 @@ def train_steps(run: Run, model: Model, journal: Journal) -> None:
 
 def train(args: argparse.Namespace, ranks: Ranks, clock: Clock) -> None:
     """One run, from config to the record's end event. Raises HarnessError."""
-    checked = check_run(args, ranks, GPT, lr_scale)
+    checked = check_run(args, ranks, GPT, scheduled)
     if args.dry_run:
         return
     with open_run(args, checked, ranks, clock, GPT) as run:  # data, weights, folder lock, checkpoint

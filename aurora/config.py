@@ -3,7 +3,6 @@
 import argparse
 import copy
 import dataclasses
-import difflib
 import functools
 import importlib.util
 import sys
@@ -14,7 +13,18 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from aurora.errors import Exit, HarnessError
-from aurora.text import encoding_of
+from aurora.schedule import (
+    MOST_STEPS,
+    PEAKS,
+    ROLES,
+    SHORT_FORM,
+    Pieces,
+    check_spans,
+    checked_pieces,
+    highest,
+    needs_short_form,
+)
+from aurora.text import encoding_of, shown, suggest
 
 ROOT = Path(__file__).resolve().parents[1]  # the checkout; data paths of tracks begin here
 
@@ -136,8 +146,8 @@ class TrainConfig:
     """The training steps.
 
     Attributes:
-        steps: Length of the schedule, at most 1,000,000. The optimizer's own steps come before it, --set train.steps
-            before both [steps].
+        steps: Length of the run and, unless schedule.planned_steps says otherwise, of its schedule, at most 1,000,000.
+            The optimizer's own steps come before it, --set train.steps before both [steps].
         batch_tokens: Size of one step's batch over all ranks and micro-steps; a multiple of seq_len [tokens].
         micro_batch: Most sequences in one forward pass of one rank. auto: as many as fit into memory [sequences].
         compile: Whether the model is compiled: on, off, or auto, which compiles on CUDA only.
@@ -178,17 +188,39 @@ class EvalConfig:
     telemetry: bool = True
 
 
+RoleSchedule = dict[str, Pieces]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """The learning rates' schedule: linear warm-up, constant, linear cooldown.
+    """What changes from step to step: learning rates, and if you like weight decay and momentum.
+
+    A table [optimizer.NAME.schedule] has the same keys but the first two. What it gives comes before this table's.
 
     Attributes:
-        cooldown_frac: Share of the run, at its end, over which learning rates fall linearly.
+        cooldown_frac: The short form of lr: share of the planned steps, at their end, over which learning rates fall
+            linearly. Needed, with final_lr_frac, unless lr has pieces for every role.
         final_lr_frac: Learning rate at the end, as a share of its peak.
+        planned_steps: Length of the schedule, at least train.steps, where the run ends; by default train.steps [steps].
+        lr: Learning rates, as shares of those in the optimizer's table.
+        weight_decay: Weight decay, as a share of that in the optimizer's table.
+        momentum: Momentum, the value itself, of the groups that have one; AdamW's betas stay as they are.
+        matrix: lr, weight_decay and momentum of the matrices, instead of those of all roles.
+        embed: Likewise, of the token embedding.
+        head: Likewise, of the output head's matrix.
+        vector: Likewise, of biases and norm gains.
     """
 
-    cooldown_frac: float
-    final_lr_frac: float
+    cooldown_frac: float | None = None
+    final_lr_frac: float | None = None
+    planned_steps: int | None = None
+    lr: Pieces | None = None
+    weight_decay: Pieces | None = None
+    momentum: Pieces | None = None
+    matrix: RoleSchedule | None = None
+    embed: RoleSchedule | None = None
+    head: RoleSchedule | None = None
+    vector: RoleSchedule | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +229,7 @@ class Config:
 
     Attributes:
         optimizer: Name of the rule, whose table is [optimizer.NAME].
-        warmup_steps: Linear warm-up of the learning rates, from the optimizer's table [steps].
+        warmup_steps: Linear warm-up of the learning rates in the short form, from the optimizer's table [steps].
         hparams: The rest of that table; see aurora.optim.registry.hparam_types().
     """
 
@@ -275,11 +307,93 @@ def parse_config(track: str, path: Path, optimizer: str, overrides: Iterable[str
     parts: dict[str, Any] = {
         name: cls(**typed_table(tables[name], get_type_hints(cls), name, with_default(cls)))
         for name, cls in sections.items()
+        if cls is not ScheduleConfig
     }
+    parts["schedule"] = parse_schedule(tables["schedule"], hparams.pop("schedule", {}), optimizer)
     warmup_steps = coerce(f"optimizer.{optimizer}.warmup_steps", hparams.pop("warmup_steps", 0), int)
     config = Config(**parts, optimizer=optimizer, warmup_steps=warmup_steps, hparams=hparams)
     check_bounds(config)
+    check_schedules(config)
     return config
+
+
+def recorded(config: Config) -> dict[str, Any]:
+    """The config as a record has it: of the schedule, what is declared."""
+    tables = dataclasses.asdict(config)
+    return tables | {"schedule": {key: value for key, value in tables["schedule"].items() if value is not None}}
+
+
+def parse_schedule(track: Any, own: Any, optimizer: str) -> ScheduleConfig:
+    """The schedule of an optimizer, from the tables [schedule] and [optimizer.NAME.schedule], which comes first."""
+    own_label = f"optimizer.{optimizer}.schedule"
+    known = list(get_type_hints(ScheduleConfig))
+    track, own = checked_schedule(track, known, "schedule"), checked_schedule(own, known[2:], own_label)
+    short = [key for key in SHORT_FORM if key in track]
+    if short and not needs_short_form(track):
+        message = (
+            f"schedule has both lr and {' and '.join(short)}: drop {' and '.join(short)}, or move lr to {own_label}"
+        )
+        raise HarnessError(Exit.CONFIG, message)
+    merged = track | {key: value for key, value in own.items() if key not in ROLES}
+    for role in ROLES:
+        # What an optimizer has for all roles comes before what the track has for one.
+        kept = {key: value for key, value in track.get(role, {}).items() if key not in own}
+        merged[role] = kept | own.get(role, {})
+    if not needs_short_form(merged):
+        merged = {key: value for key, value in merged.items() if key not in SHORT_FORM}
+    elif missing := [repr(key) for key in SHORT_FORM if key not in merged]:
+        message = f"schedule lacks the key{'s' * (len(missing) > 1)} {', '.join(missing)}, or lr for every role"
+        raise HarnessError(Exit.CONFIG, message)
+    return ScheduleConfig(**{key: value for key, value in merged.items() if value != {}})
+
+
+def checked_schedule(table: Any, known: list[str], label: str) -> dict[str, Any]:
+    """A table of schedules with every value as its type."""
+    check_keys(table, known, label, optional=known)
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        name = f"{label}.{key}"
+        if key in ROLES:
+            check_keys(value, PEAKS, name, optional=PEAKS)
+            found[key] = {part: pieces_at(f"{name}.{part}", part, pieces) for part, pieces in value.items()}
+        else:
+            found[key] = (
+                pieces_at(name, key, value)
+                if key in PEAKS
+                else coerce(name, value, int if key == "planned_steps" else float)
+            )
+    return found
+
+
+def pieces_at(label: str, key: str, value: Any) -> Pieces:
+    try:
+        return checked_pieces(value, key, label)
+    except ValueError as error:
+        raise HarnessError(Exit.CONFIG, str(error)) from error
+
+
+def check_schedules(config: Config) -> None:
+    """Raise HarnessError for pieces that do not follow each other, or a lr that they never let get to its peak."""
+    schedule, steps = vars(config.schedule), config.train.steps
+    planned = config.schedule.planned_steps or steps
+    warmup = f"optimizer.{config.optimizer}.warmup_steps"
+    if config.warmup_steps and not needs_short_form(schedule):
+        message = f"{warmup} = {config.warmup_steps} is for the short form: drop it, and begin lr with a rising piece"
+        raise HarnessError(Exit.CONFIG, message)
+    for place in (None, *ROLES):
+        table = schedule if place is None else schedule[place] or {}
+        for key in PEAKS:
+            pieces, label = table.get(key), ".".join(filter(None, ("schedule", place, key)))
+            label = f"{config.optimizer}'s {label}"
+            if not pieces:
+                continue
+            try:
+                check_spans(pieces, planned, label)
+            except ValueError as error:
+                raise HarnessError(Exit.CONFIG, str(error)) from error
+            if key == "lr" and (share := highest(pieces, planned, steps)) < 1:
+                message = f"{label} goes up to {share:.3g} of the optimizer's lr in the run's {steps} steps"
+                raise HarnessError(Exit.CONFIG, f"{message}; let it get to 1, and lower the optimizer's lr instead")
 
 
 def pop_steps(table: dict[str, Any], overrides: Iterable[str]) -> Any:
@@ -350,27 +464,10 @@ def coerce(label: str, value: Any, expected: Any) -> Any:
     raise HarnessError(Exit.CONFIG, f"{label} must be {names.get(expected, 'two numbers')}, got {shown(value)}")
 
 
-def shown(value: Any) -> str:
-    """A value in an error message, of at most a line."""
-    if isinstance(value, int) and abs(value) >= 10**40:
-        return "a number of more than 40 digits"
-    try:
-        text = repr(value)
-    except ValueError:  # a list with a number of more digits than Python writes
-        return f"a {type(value).__name__} of huge numbers"
-    return text if len(text) <= 100 else f"{text[:80]}..."
-
-
-def suggest(word: str, known: Iterable[str]) -> str:
-    """The text ", did you mean 'x'?" for the closest known word, or an empty string."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f", did you mean {close[0]!r}?" if close else ""
-
-
 # Of whole numbers, the largest that a run can have, so that checks before it end in a second.
 LARGEST = {
     **{"num_layers": 256, "model_dim": 65536, "num_heads": 65536, "seq_len": 2**20, "mlp_expansion": 128},
-    "steps": 1_000_000,
+    "steps": MOST_STEPS,
     **dict.fromkeys(("balance_steps", "ascent_steps", "cg_steps"), 10_000),  # each in every step of the run
 }
 LARGEST_WHOLE = 2**31 - 1  # of the others; no shard holds more tokens
@@ -389,6 +486,9 @@ def check_bounds(config: Config) -> None:
     model, train, evaluation, schedule = config.model, config.train, config.eval, config.schedule
     head_dim = model.model_dim / model.num_heads
     whole_sequences, table = f"a multiple of model.seq_len = {model.seq_len}", f"optimizer.{config.optimizer}"
+    short = {key: getattr(schedule, key) for key in SHORT_FORM}
+    planned = train.steps if schedule.planned_steps is None else schedule.planned_steps
+    wanted_plan = f"at least train.steps = {train.steps}, where the run ends, and at most {MOST_STEPS}"
     bounds = [
         ("model.vocab_size", model.vocab_size, model.vocab_size <= 65536, "at most 65536: tokens are uint16"),
         ("model.model_dim / num_heads", head_dim, head_dim % 4 == 0, "a multiple of 4: half a head turns, in pairs"),
@@ -403,8 +503,8 @@ def check_bounds(config: Config) -> None:
         ("eval.tokens", evaluation.tokens, evaluation.tokens % model.seq_len == 0, whole_sequences),
         ("eval.target", evaluation.target, evaluation.target > 0, "a positive loss"),
         ("eval.late_frac", evaluation.late_frac, 0 <= evaluation.late_frac <= 1, "in [0, 1]"),
-        ("schedule.cooldown_frac", schedule.cooldown_frac, 0 <= schedule.cooldown_frac <= 1, "in [0, 1]"),
-        ("schedule.final_lr_frac", schedule.final_lr_frac, 0 <= schedule.final_lr_frac <= 1, "in [0, 1]"),
+        *((f"schedule.{key}", value, value is None or 0 <= value <= 1, "in [0, 1]") for key, value in short.items()),
+        ("schedule.planned_steps", planned, train.steps <= planned <= MOST_STEPS, wanted_plan),
         (f"{table}.warmup_steps", config.warmup_steps, config.warmup_steps >= 0, "at least 0"),
         (
             f"{table}.warmup_steps",

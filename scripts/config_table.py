@@ -16,10 +16,11 @@ from typing import Any, get_type_hints
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from aurora.config import Config
+from aurora.config import Config, RoleSchedule
 from aurora.console import run_script
 from aurora.optim import find_rule, hparam_types
 from aurora.optim.registry import AuxHparams
+from aurora.schedule import MOST_PIECES, Pieces
 from scripts.analysis.text import markdown_table
 
 PAGE = ROOT / "configs" / "README.md"
@@ -31,6 +32,10 @@ TYPES = {
     bool: "boolean",
     int | str: 'integer or "auto"',
     tuple[float, float]: "two floats",
+    float | None: "float",
+    int | None: "integer",
+    Pieces | None: "list of pieces",
+    RoleSchedule | None: "table",
 }
 INTRODUCTION = """<!-- Written by scripts/config_table.py from the code's docstrings; edit those. -->
 
@@ -48,6 +53,44 @@ key: `--set train.steps=100`, `--set optimizer.muon.lr=0.03`. This page comes fr
 - [gpt2_350m.toml](gpt2_350m.toml), [gpt2_1b.toml](gpt2_1b.toml): 348M and 1.08B parameters with SwiGLU, about the sizes
   of which Aurora's authors report
 - [tuning/](tuning/quick.toml): what `compare.py tune` searches on the track of the same name
+"""
+PIECE_KEYS = [
+    ("`until`", "required", "Where the piece ends: a whole number is a step, a float a share of the planned steps."),
+    ("`from`", "what held before", "The value where the piece begins. Steps count from 0."),
+    ("`to`", "what held before", "The value where the piece ends, from which the next one goes on."),
+    ("`shape`", '`"linear"`', "linear, cosine, sqrt (1 - sqrt) or power."),
+    ("`exponent`", "required with power", "Of power: the change that is left is (1 - progress)^exponent."),
+]
+PIECES = f"""### Pieces
+
+A schedule of lr, weight decay or momentum is a list of 1 to {MOST_PIECES} pieces, each a table:
+
+{markdown_table(["key", "default", "meaning"], PIECE_KEYS)}
+
+"What held before" is the `to` of the piece before. The first piece's is 1, for momentum the value in the optimizer's
+table. Behind the last piece its `to` holds. Values of lr and weight_decay are shares of the optimizer's table, in
+[0, 1], and lr must get to 1. The formulas: [aurora/schedule.py](../aurora/schedule.py).
+
+```toml
+[train]
+steps = 3250                 # where the run ends
+
+[schedule]
+planned_steps = 3300         # the schedule's length: its last 50 steps are not run
+lr = [{{until = 100, from = 0.0}}, {{until = 0.6}}, {{until = 1.0, to = 0.0, shape = "cosine"}}]
+weight_decay = [{{until = 1.0, to = 0.1, shape = "power", exponent = 1.2}}]
+
+[schedule.embed]             # a role of its own: embed, head, vector or matrix
+lr = [{{until = 0.8}}, {{until = 1.0, to = 0.0, shape = "sqrt"}}]
+
+[optimizer.muon.schedule]    # what one optimizer has instead; AdamW has no momentum to schedule
+momentum = [{{until = 300, from = 0.85}}, {{until = 3100}}, {{until = 1.0, to = 0.85}}]
+```
+
+On the command line an optimizer's schedule is one value:
+`--set 'optimizer.muon.schedule={{lr = [{{until = 1.0, to = 0.0}}]}}'`. A schedule that no parameter group can follow is
+an error. `--dry-run` says what is scheduled. The record has it, with the values of each logged step under `scheduled`,
+and `verify.py` computes them anew.
 """
 
 
@@ -128,9 +171,12 @@ def sections() -> Iterator[str]:
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
             summary = inspect.cleandoc(hint.__doc__ or "").partition("\n")[0]
             yield f"## [{name}]\n\n{summary}\n\n{table(keys_of(hint))}\n"
+            if name == "schedule":
+                yield PIECES
     own = [
-        Key("steps", int, None, "Length of this optimizer's schedule, instead of train.steps [steps]."),
+        Key("steps", int, None, "Length of this optimizer's run, instead of train.steps [steps]."),
         Key("warmup_steps", int, 0, described(Config)["warmup_steps"]),
+        Key("schedule", RoleSchedule | None, None, "What this optimizer has instead of [schedule]'s pieces and plan."),
     ]
     yield (
         "## [optimizer.NAME]\n\nThese keys are in every optimizer's table. The rule updates the weight matrices of the "

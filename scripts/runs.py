@@ -34,7 +34,7 @@ def check_settings(argvs: Iterable[Sequence[str]], nproc: int) -> None:
     from aurora.trainer.setup import check_config
 
     for config in configs:
-        check_config(config, nproc, train_gpt.GPT, train_gpt.lr_scale)
+        check_config(config, nproc, train_gpt.GPT, train_gpt.scheduled)
 
 
 def track_name(text: str) -> str:

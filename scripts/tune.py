@@ -11,7 +11,6 @@ written to --out. Optimizers that are not searched this time keep their lines th
 """
 
 import argparse
-import dataclasses
 import json
 import math
 import shlex
@@ -22,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
 
-from aurora.config import load_config
+from aurora.config import load_config, recorded
 from aurora.errors import Exit, HarnessError
 from aurora.trainer.record import ROOT, Run
 from scripts.analysis.text import markdown_table
@@ -160,7 +159,7 @@ class Tuner:
     def find(self, argv: list[str]) -> Run | None:
         """The newest run with these arguments, this config and the current code that finished or diverged."""
         config = load_config(ROOT / self.args.config, argv[3], argv[argv.index("--set") + 1 :: 2])
-        wanted = as_read(dataclasses.asdict(config))
+        wanted = as_read(recorded(config))
         for run in reversed(self.workers.records()):
             is_same = has_arguments(run, argv) and as_read(run.start["config"]) == wanted
             if is_over(run) and is_same and is_current(run):

@@ -117,15 +117,15 @@ def test_bad_value_exits_2_with_one_line_before_anything_is_written(tiny_track, 
 def test_schedules_of_any_length_are_checked_by_a_few_looks(tiny_track):
     looks = []
 
-    def lr_scale(step, config):
+    def scheduled(step, group, config):
         looks.append(step)
-        return train_gpt.lr_scale(step, config)
+        return train_gpt.scheduled(step, group, config)
 
     for fitting, too_long, cooldown_frac in ((1, 2, 1.0), (500_001, 500_010, 0.5)):
         config = load_config(tiny_track, "muon", ["train.steps=1000000", f"schedule.cooldown_frac={cooldown_frac}"])
-        check_schedule(dataclasses.replace(config, warmup_steps=fitting), lr_scale)
+        check_schedule(dataclasses.replace(config, warmup_steps=fitting), scheduled)
         with pytest.raises(HarnessError, match="leave no step for it"):
-            check_schedule(dataclasses.replace(config, warmup_steps=too_long), lr_scale)
+            check_schedule(dataclasses.replace(config, warmup_steps=too_long), scheduled)
     assert len(looks) < 50_000
 
 
@@ -205,12 +205,13 @@ def test_an_optimizers_own_steps_hold_unless_the_command_line_says_otherwise(tin
 def test_lr_schedule_is_flat_then_linear_with_the_optimizers_own_warm_up(tiny_track):
     overrides = ["train.steps=100", "schedule.cooldown_frac=0.4", "optimizer.muon.warmup_steps=4"]
     config = load_config(tiny_track, "muon", overrides)
-    scales = [train_gpt.lr_scale(step, config) for step in range(100)]
+    group = {"role": "matrix", "peak_lr": 1.0}
+    scales = [train_gpt.scheduled(step, group, config)["lr"] for step in range(100)]
     assert scales[:4] == [0.25, 0.5, 0.75, 1.0]
     assert set(scales[4:60]) == {1.0}
     assert scales[80] == pytest.approx(0.5) and scales[99] == pytest.approx(0.025)
     config = load_config(tiny_track, "muon", ["train.steps=100", "schedule.final_lr_frac=0.1"])
-    assert train_gpt.lr_scale(99, config) == pytest.approx(0.1 + 0.9 * 0.01 / 0.4)
+    assert train_gpt.scheduled(99, group, config)["lr"] == pytest.approx(0.1 + 0.9 * 0.01 / 0.4)
 
 
 def test_dry_run_of_gpt2_small_counts_parameters_tokens_and_shards(tmp_path, capsys):

@@ -39,12 +39,53 @@ def mutated(text: str, r: random.Random) -> bytes:
     return r.choice([b""] * 20 + [b"\xef\xbb\xbf", b"\xff\xfe"]) + content
 
 
-@pytest.mark.parametrize("count", [120, often((5000,), False)])
-def test_every_broken_config_is_answered_in_a_line_and_in_time(tiny_track, tmp_path, capsys, count):
+def piece(r: random.Random) -> str:
+    """A piece of a schedule, mostly one that a track may have."""
+    share = [*["0.0", "0.3", "1.0", "1", "0"] * 3, r.choice(VALUES)]
+    until = ["0.2", "0.6", "1.0", "3", "7", "12"]
+    words = [f"until = {r.choice([*until * 4, r.choice(VALUES)])}"] * (r.random() < 0.95)
+    words += [f"{key} = {r.choice(share)}" for key in ("from", "to") if r.random() < 0.4]
+    if r.random() < 0.4:
+        shape = r.choice([*['"cosine"', '"sqrt"', '"linear"'] * 4, '"power"\x00', r.choice(VALUES)])
+        words.append(f"shape = {shape.replace(chr(0), f', exponent = {r.choice([*share, 2, 1.5])}')}")
+    words += [f"{r.choice(['untill', 'exponent', 'x'])} = {r.choice(VALUES)}"] * (r.random() < 0.03)
+    return f"{{{', '.join(words)}}}"
+
+
+def pieces(r: random.Random) -> str:
+    if r.random() < 0.05:
+        return r.choice(VALUES)
+    return f"[{', '.join(piece(r) for _ in range(r.choice([1, 1, 1, 2, 2, 3, 70 if r.random() < 0.1 else 1])))}]"
+
+
+def schedules(r: random.Random) -> str:
+    """Lines of a table of schedules."""
+    keys = ["lr", "weight_decay", "momentum", r.choice(["embed", "head", "matrix", "vector", "lrs"])]
+    own = [key for key in keys if r.random() < 0.3]
+    lines = [f"{key} = {pieces(r) if key in keys[:3] else f'{{{r.choice(keys)} = {pieces(r)}}}'}" for key in own]
+    return "\n".join(
+        lines + [f"planned_steps = {r.choice(['30', '40', '400', r.choice(VALUES)])}"] * (r.random() < 0.2)
+    )
+
+
+def with_schedules(text: str, r: random.Random) -> bytes:
+    """A track with odd schedules, of its own and of each optimizer."""
+    head, _, tail = text.partition("cooldown_frac")
+    short = f"cooldown_frac{tail.partition('[')[0]}" if r.random() < 0.6 else ""
+    body = f"{head}{schedules(r)}\n{short}\n[{tail.partition('[')[2]}\n"
+    own = [f"[optimizer.{name}.schedule]\n{schedules(r)}\n" for name in OPTIMIZERS if r.random() < 0.5]
+    return (body + "".join(own)).encode()
+
+
+@pytest.mark.parametrize(
+    "change, count",
+    [(mutated, 120), (with_schedules, 80), often((mutated, 5000), False), often((with_schedules, 5000), False)],
+)
+def test_every_broken_config_is_answered_in_a_line_and_in_time(tiny_track, tmp_path, capsys, change, count):
     r, path, answered = random.Random(count), tmp_path / "mutated.toml", set()
     tracks = [tiny_track.read_text(), (ROOT / "configs" / "quick.toml").read_text()]
     for number in range(count):
-        content = mutated(r.choice(tracks), r)
+        content = change(r.choice(tracks), r)
         path.write_bytes(content)
         begin_s = time.monotonic()
         try:

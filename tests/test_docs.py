@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import aurora
-from aurora.config import load_config
+from aurora.config import load_config, parse_config
 from aurora.trainer.optimizers import checked_hparams
 from scripts import config_table
 from scripts.analysis.tuning import read_space
@@ -57,6 +57,7 @@ def tracks(tmp_path_factory):
 
     def make(document):
         tables = list(dict.fromkeys([*blocks("README.md", "toml"), *blocks(document, "toml")]))
+        tables = [table for table in tables if not table.startswith("[train]")]  # in the place of the track's own
         track, space = folder / "quick.toml", folder / "space.toml"
         for path, source, is_own in ((track, "configs/quick.toml", True), (space, "configs/tuning/quick.toml", False)):
             own = [table for table in tables if table.startswith("[optimizer.") == is_own]
@@ -207,6 +208,15 @@ def test_search_space_of_the_scripts_page_fits_the_readmes_table(tracks):
     track, space = tracks("scripts/README.md")
     keys = {key for knob in space.knobs["signum"] for key in knob.keys}
     assert keys <= load_config(track, "signum").hparams.keys()
+
+
+def test_schedule_of_the_configs_page_is_one_that_a_run_takes():
+    (block,) = blocks("configs/README.md", "toml")
+    track = read("configs/gpt2_small.toml")
+    text = re.sub(r"^\[schedule\]\n(.+\n)+", block.partition("\n\n")[2] + "\n", track, flags=re.MULTILINE)
+    config = parse_config(text, Path("example.toml"), "muon")
+    assert config.train.steps == tomllib.loads(block)["train"]["steps"] and config.schedule.planned_steps == 3300
+    assert config.schedule.embed and config.schedule.momentum and config.schedule.cooldown_frac is None
 
 
 def sentences(text: str) -> list[str]:

@@ -262,9 +262,9 @@ def test_a_reformatted_and_recommented_model_is_not_edited(unedited, dtype, tiny
 
 
 def test_code_around_the_model_may_change(tiny_track, tmp_path):
-    old = "return scale * min(1.0, (step + 1) / max(1, config.warmup_steps))"
+    old = "vars(config.schedule), config.train.steps, config.warmup_steps)"
     assert SOURCE.count(old) == 1
-    module = load(tmp_path, "other_schedule", SOURCE.replace(old, "return scale"))
+    module = load(tmp_path, "other_schedule", SOURCE.replace(old, old.replace("config.warmup_steps", "0")))
     assert mirror.edits(module.GPT(train_gpt_config(tiny_track))) == []
 
 

@@ -19,6 +19,7 @@ from aurora.errors import Exit, HarnessError
 from aurora.trainer.process import first_line
 from aurora.trainer.ranks import digest, is_peer_failure
 from aurora.trainer.record import Progress, RecordError, Validation, read_record
+from aurora.trainer.scheduled import is_scheduled, limit_of
 from aurora.trainer.state import Run
 from aurora.trainer.timeline import timeline
 
@@ -271,7 +272,7 @@ def check_settings(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> 
     """Raise ValueError for hyper-parameters that are not those of the config."""
     for index, (our, their) in enumerate(zip(ours, theirs, strict=True)):
         for key in our.keys() | their.keys():
-            if key == "lr" and type(their.get("lr")) is float and 0 <= their["lr"] <= our["peak_lr"]:
+            if is_scheduled(key, our) and type(their.get(key)) is float and 0 <= their[key] <= limit_of(key, our):
                 continue  # set anew at each step
             if key == "polar_dtype" and their.get(key) in DTYPES:
                 continue  # what "auto" meant where the run began

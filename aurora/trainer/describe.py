@@ -1,6 +1,5 @@
 """What a run says of itself: the first and the last line of its record, and the report of a dry run."""
 
-import dataclasses
 import datetime
 import re
 import secrets
@@ -13,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 import aurora
-from aurora.config import Config
+from aurora.config import Config, recorded
 from aurora.optim.registry import modules_of_other_rules
 from aurora.tokens.loader import PUBLIC_SHARD_TOKENS, RunData, find_shards, steps_in_shard
 from aurora.tokens.shards import ShardError, open_shard
@@ -30,6 +29,7 @@ from aurora.trainer.record import (
     read_sources,
     task_hash,
 )
+from aurora.trainer.scheduled import schedule_lines
 from aurora.trainer.state import Run
 
 
@@ -54,8 +54,8 @@ def run_event(run: Run, config_path: Path, track: str, seed: int, data: RunData)
         "run_id": f"{name}-{config.optimizer}-s{seed}-{utc:%Y%m%dT%H%M%S}-{secrets.token_hex(2)}",
         "utc": utc.isoformat(timespec="seconds"),
         "argv": public_argv(sys.argv),
-        "config": dataclasses.asdict(config),
-        "task_hash": task_hash(dataclasses.asdict(config), described_data["stream_id"]),
+        "config": recorded(config),
+        "task_hash": task_hash(recorded(config), described_data["stream_id"]),
         "optimizer": config.optimizer,
         "hparams": config.hparams | {"warmup_steps": config.warmup_steps},
         "param_groups": describe_groups(run.optimizers),
@@ -189,6 +189,7 @@ def dry_run_report(
         "",
         f"tokens: {train.steps:,} steps x {train.batch_tokens:,} = {train.steps * train.batch_tokens:,} for training, "
         f"{config.eval.tokens:,} for validation",
+        *schedule_lines(optimizers, config),
         f"shards: {describe_shards(config)}",
         f"step: {world_size} ranks x {micro_steps} micro-steps x {micro_batch} sequences "
         f"x {config.model.seq_len} tokens",

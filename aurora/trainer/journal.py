@@ -15,6 +15,7 @@ from aurora.trainer.guard import check_validation
 from aurora.trainer.momentum import Dump, record_momentum
 from aurora.trainer.neurons import Neurons
 from aurora.trainer.record import RecordWriter, Validation
+from aurora.trainer.scheduled import scheduled_values
 from aurora.trainer.state import Run
 from aurora.trainer.step_log import StepLog
 from aurora.trainer.stops import stops
@@ -107,5 +108,8 @@ class Journal:
 
     def after_step(self, step: int, loss: torch.Tensor) -> None:
         """Note the step (from 0) and its loss on this rank. Waits for nothing."""
-        self.step_log.add(step + 1, loss, self.run.rule.param_groups[0]["lr"])
+        settings: dict[str, Any] = {"lr": self.run.rule.param_groups[0]["lr"]}
+        if values := scheduled_values(self.run.optimizers, self.run.config):
+            settings["scheduled"] = values
+        self.step_log.add(step + 1, loss, settings)
         self.console.tick(step + 1, sum(later > step for later in self.validation_steps))

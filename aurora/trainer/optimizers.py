@@ -9,6 +9,7 @@ import aurora
 from aurora.config import Config, check_hparams, typed_table
 from aurora.errors import Exit, HarnessError
 from aurora.trainer.ranks import Ranks
+from aurora.trainer.scheduled import keep_peaks
 
 
 def checked_hparams(config: Config) -> dict[str, Any]:
@@ -28,9 +29,11 @@ def build_optimizers(config: Config, params: list[aurora.Param]) -> list[torch.o
     """The rule first, see aurora.build(); its matrices are shared out over all ranks."""
     process_group = dist.group.WORLD if dist.is_initialized() else None
     try:
-        return aurora.build(config.optimizer, params, config.hparams, process_group)
+        optimizers = aurora.build(config.optimizer, params, config.hparams, process_group)
     except ValueError as error:
         raise HarnessError(Exit.CONFIG, f"optimizer.{config.optimizer}: {str(error)[:300]}") from error
+    keep_peaks(optimizers, config)
+    return optimizers
 
 
 def fix_polar_dtype(optimizers: list[torch.optim.Optimizer], ranks: Ranks) -> None:

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 from aurora.config import ROOT
 from aurora.errors import Exit, HarnessError
+from aurora.schedule import SHORT_FORM
 from aurora.text import encoding_of
 from aurora.trainer.public import is_public, plain_line
 
@@ -227,7 +228,9 @@ class Run:
     def setting(self) -> dict[str, Any]:
         """Hyper-parameters and schedule, its length included: what tells runs of one optimizer apart."""
         config = self.start["config"]
-        return self.start.get("hparams", {}) | config.get("schedule", {}) | {"steps": config["train"]["steps"]}
+        schedule = config.get("schedule") or {}  # whose lr is another than the hyper-parameter
+        schedule = {key if key in SHORT_FORM else f"schedule.{key}": value for key, value in schedule.items()}
+        return self.start.get("hparams", {}) | schedule | {"steps": config["train"]["steps"]}
 
     def condense(self) -> None:
         """Leave out most of the record, which tables do not show: neurons, and of the train events all but the last."""

@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -13,6 +13,7 @@ from aurora.config import ROOT, Config, ModelConfig, parse_config, read_track
 from aurora.errors import Exit, HarnessError
 from aurora.fast import hopper
 from aurora.fast.float8 import check_float8
+from aurora.schedule import ROLES, pieces_of
 from aurora.tokens.loader import RunData, TokenLoader, open_run_data
 from aurora.tokens.shards import ShardError
 from aurora.trainer.batch import BatchPlan, plan_batch, stage
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from train_gpt import GPT
 
 MakeModel = Callable[[ModelConfig], "GPT"]
-LrScale = Callable[[int, Config], float]
+Scheduled = Callable[[int, dict[str, Any], Config], dict[str, float]]  # of train_gpt.py
 
 
 class Checked(NamedTuple):
@@ -41,7 +42,7 @@ class Checked(NamedTuple):
     track: str = ""  # the text that was parsed
 
 
-def check_run(args: argparse.Namespace, ranks: Ranks, make_model: MakeModel, lr_scale: LrScale) -> Checked:
+def check_run(args: argparse.Namespace, ranks: Ranks, make_model: MakeModel, scheduled: Scheduled) -> Checked:
     """Check the command line and its config before anything is read or written; prints a dry run's report. Collective.
 
     Raises:
@@ -53,7 +54,7 @@ def check_run(args: argparse.Namespace, ranks: Ranks, make_model: MakeModel, lr_
             raise HarnessError(Exit.CONFIG, f"--seed must be in [0, 2^63), got {args.seed}")
         track = read_track(args.config)
         config = parse_config(track, args.config, args.optimizer, args.overrides)
-        config, plan, params, optimizers = check_config(config, ranks.world_size, make_model, lr_scale)
+        config, plan, params, optimizers = check_config(config, ranks.world_size, make_model, scheduled)
         for override in args.overrides:
             if override.startswith("optimizer.") and not override.startswith(f"optimizer.{args.optimizer}."):
                 ranks.say(f"--set {override} changes nothing for {args.optimizer}")
@@ -68,22 +69,25 @@ def check_run(args: argparse.Namespace, ranks: Ranks, make_model: MakeModel, lr_
 
 
 def check_config(
-    config: Config, world_size: int, make_model: MakeModel, lr_scale: LrScale
+    config: Config, world_size: int, make_model: MakeModel, scheduled: Scheduled
 ) -> tuple[Config, BatchPlan, list[aurora.Param], list[torch.optim.Optimizer]]:
     """The config with all hyper-parameters, its batch, parameters and optimizers without memory. Or HarnessError."""
     config = dataclasses.replace(config, hparams=checked_hparams(config))
-    check_schedule(config, lr_scale)
+    check_schedule(config, scheduled)
     plan = plan_batch(config, world_size)
     with torch.device("meta"):
         params = make_model(config.model).roles()
     return config, plan, params, build_optimizers(config, params)
 
 
-def check_schedule(config: Config, lr_scale: LrScale) -> None:
-    """Raise HarnessError for a learning rate that never gets to its peak."""
-    steps = config.train.steps
+def check_schedule(config: Config, scheduled: Scheduled) -> None:
+    """Raise HarnessError for a learning rate of the short form that never gets to its peak."""
+    roles = [role for role in ROLES if not pieces_of(vars(config.schedule), role, "lr")]
+    if not roles:
+        return
+    steps, group = config.train.steps, {"role": roles[0], "peak_lr": 1.0}
     looks = {*range(0, steps, 1 + steps // 10_000), config.warmup_steps - 1, config.warmup_steps}  # where it may peak
-    scales = [lr_scale(step, config) for step in looks if 0 <= step < steps]
+    scales = [scheduled(step, group, config)["lr"] for step in looks if 0 <= step < steps]
     if not all(0 <= scale <= 1 for scale in scales) or max(scales) < 1:
         raise HarnessError(
             Exit.CONFIG,

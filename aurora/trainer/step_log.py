@@ -14,11 +14,11 @@ TIMED_PLACES = ("fetch", "sum", "updated")  # begin of a step, begin of the opti
 
 
 class StepLog:
-    """Loss, lr and durations of the steps since the last flush, left on the device until then."""
+    """Loss, settings and durations of the steps since the last flush, left on the device until then."""
 
     def __init__(self, every: int, ranks: Ranks):
         self.every, self.ranks = every, ranks
-        self.steps: list[tuple[int, Tensor, float, list[Any]]] = []
+        self.steps: list[tuple[int, Tensor, dict[str, Any], list[Any]]] = []
         self.marks: list[Any] = []
 
     def at(self, name: str, step: int) -> None:
@@ -26,9 +26,9 @@ class StepLog:
         if name in TIMED_PLACES:
             self.marks.append(time_mark(self.ranks.device))
 
-    def add(self, step: int, loss: Tensor, lr: float) -> None:
-        """After a step (counted from 1) of that loss, on this rank, and lr."""
-        self.steps.append((step, loss, lr, self.marks))
+    def add(self, step: int, loss: Tensor, settings: dict[str, Any]) -> None:
+        """After a step (counted from 1) of that loss, on this rank, with these settings, which its event shall hold."""
+        self.steps.append((step, loss, settings, self.marks))
         self.marks = []
 
     def flush(self) -> list[dict[str, Any]]:
@@ -40,14 +40,14 @@ class StepLog:
         for first in range(0, len(self.steps), self.every):
             window = slice(first, first + self.every)
             marks = [marks for _, _, _, marks in self.steps[window]]
-            last_step, _, lr, _ = self.steps[window][-1]
+            last_step, _, settings, _ = self.steps[window][-1]
             if not all(map(math.isfinite, losses[window])):
                 continue
             events.append({
                 "event": "train",
                 "step": last_step,
                 "train_loss": statistics.mean(losses[window]),
-                "lr": lr,
+                **settings,
                 "step_ms": statistics.mean(elapsed_ms(begin, end) for begin, _, end in marks),
                 "optimizer_ms": statistics.mean(elapsed_ms(begin, end) for _, begin, end in marks),
             })  # fmt: skip

@@ -122,7 +122,8 @@ def mirror() -> None:
     print("ready", flush=True)
     for line in sys.stdin.buffer:
         event = json.loads(line)
-        numbers = {key: value for key, value in event.items() if isinstance(value, int | float) and key != "step"}
+        values = event | event.get("scheduled", {})
+        numbers = {key: value for key, value in values.items() if isinstance(value, int | float) and key != "step"}
         metrics = {f"{event['event']}/{key}": value for key, value in numbers.items()}
         signal.alarm(CALL_LIMIT_S)
         run.log(metrics | {"step": event["step"]})

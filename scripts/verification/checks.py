@@ -8,7 +8,7 @@
 | parameter groups against hyper-parameters and constructors | settings that were not the run's | all changed alike |
 | edits of the model against the embedded train_gpt.py | hidden edits | patches in memory |
 | train events at every step where the trainer writes one | what those checks need, left out | - |
-| lr of each train event against the schedule | steps, lr or schedule edited | a logged lr that is not used |
+| lr, decay and momentum of each train event against the schedule | steps, values or schedule edited | values not used |
 | validations against the declared steps | early stop, extra or dropped ones | those that were never logged |
 | a resume before all else: the record was emptied, and is incomplete | a beginning that is left out | what it held |
 | validations that a resume undid | bad ones undone | by up to 0.02 nats on another stack, which is noted |
@@ -43,8 +43,8 @@ from scripts.verification.numbers import (
     check_end,
     check_logs,
     check_losses,
-    check_lr,
     check_order,
+    check_scheduled,
     check_times,
     check_validations,
     notes_on_losses,
@@ -56,7 +56,7 @@ from scripts.verification.together import Trace, findings, trace_of
 CHECKS = (
     # The others compute with the config, and stop where it is not the run's.
     *(check_fields, check_identity, check_groups, check_config, check_order, check_validations, check_logs),
-    *(check_times, check_lr, check_losses, check_neurons, check_end),
+    *(check_times, check_scheduled, check_losses, check_neurons, check_end),
 )
 NOTES = notes_on_edits, notes_on_fields, notes_on_order, notes_on_losses, notes_on_machine, notes_on_commit
 

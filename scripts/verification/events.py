@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from aurora.schedule import PEAKS, SHORT_FORM
 from aurora.trainer.record import FIELD_TYPES, NUMBER, is_sane, without_undone
 
 # Nats between val losses of one step on two stacks, such as other ranks or threads, which add in another order:
@@ -64,7 +65,6 @@ NUMBERS = {
     "config.train": ("steps", "batch_tokens"),
     "config.model": ("vocab_size", "num_layers", "model_dim", "mlp_expansion", "seq_len"),
     "config.eval": ("tokens", "every", "late_every", "late_frac", "target"),
-    "config.schedule": ("cooldown_frac", "final_lr_frac"),
     "config": ("warmup_steps",),
     "params_by_role": ("matrix", "head"),
     "hparams": ("lr",),
@@ -80,11 +80,18 @@ def wrong_numbers(start: dict[str, Any]) -> list[str]:
             table = table.get(key) if isinstance(table, dict) else None
         tables[name] = table if isinstance(table, dict) else {}
     groups = start.get("param_groups")
-    rates = (
-        [group.get("peak_lr") for group in groups if isinstance(group, dict)] if isinstance(groups, list) else [None]
-    )
+    groups = [group for group in groups if isinstance(group, dict)] if isinstance(groups, list) else [{}]
     values = {f"{name}.{key}": tables[name].get(key) for name, keys in NUMBERS.items() for key in keys}
-    values |= {f"param_groups[{i}].peak_lr": rate for i, rate in enumerate(rates)}
+    # What only some schedules have.
+    schedule = start["config"].get("schedule") if isinstance(start.get("config"), dict) else None
+    schedule = schedule if isinstance(schedule, dict) else dict.fromkeys(SHORT_FORM)
+    values |= {f"config.schedule.{key}": schedule[key] for key in (*SHORT_FORM, "planned_steps") if key in schedule}
+    values |= {
+        f"param_groups[{i}].{peak}": group.get(peak)
+        for i, group in enumerate(groups)
+        for peak in PEAKS.values()
+        if peak in group or peak == "peak_lr"
+    }
     return [
         f"{name} is no number: {str(value)[:40]}"
         for name, value in values.items()

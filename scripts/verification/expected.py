@@ -6,13 +6,14 @@ Executes nothing of it. The schema is that of aurora/config.py; shapes come from
 import ast
 import contextlib
 import dataclasses
+import functools
 import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from aurora.config import ROOT, Config, ModelConfig, make_parser, parse_config, with_default
+from aurora.config import ROOT, Config, ModelConfig, make_parser, parse_config, recorded, with_default
 from aurora.errors import HarnessError
 from aurora.fast.definitions import definitions_of, hashes
 from scripts.verification.events import Events
@@ -82,20 +83,21 @@ def run_name(path: Path) -> str:
 
 def wrong_config(found: dict[str, Any], wanted: Config, code: Code) -> Iterator[str]:
     """Where the config is not what the track and the command line give; a version may not know every setting yet."""
-    for name, part in vars(wanted).items():
+    for name, table in recorded(wanted).items():
+        part = getattr(wanted, name)
         if not dataclasses.is_dataclass(part):
             continue
         values = found.get(name)
         if not isinstance(values, dict):
             yield f"config.{name} is no table"
             continue
-        for key, value in vars(part).items():
+        for key, value in table.items():
             if key not in values and key in with_default(type(part)) and not code.declares(key):
                 continue
             if not is_same(values.get(key), value):
                 yield f"{name}.{key} is {values.get(key)}, by the embedded track and argv {value}"
-        for key in values.keys() - vars(part).keys():
-            yield f"{name}.{key} is {values[key]}, by the embedded track and argv there is none"
+        for key in values.keys() - table.keys():
+            yield f"{name}.{key} is {str(values[key])[:200]}, by the embedded track and argv there is none"
     for key in found.keys() - vars(wanted).keys():
         yield f"config.{key} is {str(found[key])[:60]}, by the embedded track and argv there is none"
     if not is_same(found["warmup_steps"], wanted.warmup_steps):
@@ -159,14 +161,20 @@ def edits_in(sources: dict[str, str]) -> set[str]:
     how = "aurora/fast/definitions.py"
     if sources.get(how) != (ROOT / how).read_text(encoding="utf-8"):  # a version that may tell edits otherwise
         return set()
-    tree = parsed(sources["aurora/fast/mirror.py"]) or ast.Module([], [])
+    return set(_edits_in(sources["train_gpt.py"], sources["aurora/fast/mirror.py"]))
+
+
+@functools.lru_cache(maxsize=64)  # hundreds of records share their sources
+def _edits_in(trainer: str, mirror: str) -> frozenset[str]:
+    tree = parsed(mirror) or ast.Module([], [])
     tables = [
         ast.literal_eval(node.value)
         for node in tree.body
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "MIRRORED"
     ]
-    found, mirrored = hashes(definitions_of(sources["train_gpt.py"])), dict(*tables)
-    return {f"{name} is edited" for name in found.keys() | mirrored.keys() if found.get(name) != mirrored.get(name)}
+    found, mirrored = hashes(definitions_of(trainer)), dict(*tables)
+    names = (name for name in found.keys() | mirrored.keys() if found.get(name) != mirrored.get(name))
+    return frozenset(f"{name} is edited" for name in names)
 
 
 def wrong_way(event: dict[str, Any], config: Config) -> Iterator[str]:

@@ -8,6 +8,7 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
+from aurora.schedule import PEAKS, pieces_of
 from scripts.verification.events import Events
 from scripts.verification.same import is_same
 from scripts.verification.schema import Code
@@ -34,10 +35,12 @@ def check_groups(run: Events) -> Iterator[str]:
     for group in groups:
         role = group["role"]
         yield from wrong_settings(group, role, hparams)
+        yield from wrong_peaks(group, role, run.config["schedule"])
         constants = constants_of(group, role, start)
         for key, value in constants.items():
-            if key in group and hparam_name(key, role) not in hparams and not is_same(group[key], value):
-                yield f"the optimizer held {key} {str(group[key])[:60]} for {role}, by its code {str(value)[:60]}"
+            for name in (key, PEAKS.get(key)):
+                if name in group and hparam_name(key, role) not in hparams and not is_same(group[name], value):
+                    yield f"the optimizer held {name} {str(group[name])[:60]} for {role}, by its code {str(value)[:60]}"
         if start["optimizer"] in BUILT_IN:
             for key in sorted(constants.keys() - group.keys()):
                 yield f"the parameter group of {role} lacks {key}"
@@ -58,6 +61,15 @@ def wrong_settings(group: dict[str, Any], role: str, hparams: dict[str, Any]) ->
     lacking = {"lr", "peak_lr"} if role == "matrix" else {"lr", "peak_lr", "betas", "eps", "weight_decay"}
     for key in sorted(lacking - group.keys()):
         yield f"the parameter group of {role} lacks {key}"
+
+
+def wrong_peaks(group: dict[str, Any], role: str, schedule: dict[str, Any]) -> Iterator[str]:
+    """Values that a schedule starts from, where there is none, and the other way round."""
+    for key, peak in PEAKS.items():
+        has_pieces = key in group and bool(pieces_of(schedule, role, key))
+        if key != "lr" and has_pieces != (peak in group):
+            has, its = ("lacks", "has pieces") if has_pieces else ("has", "has none")
+            yield f"the parameter group of {role} {has} {peak}, the schedule of its {key} {its}"
 
 
 def hparam_name(key: str, role: str) -> str:

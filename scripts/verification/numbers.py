@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from aurora.schedule import pieces_of, settings_at
 from aurora.trainer.record import Validation, first_at_target
 from scripts.verification.events import OTHER_STACK_TOLERANCE, Events, stack_of
 
@@ -140,19 +141,31 @@ def peak_flops(segment: dict[str, Any]) -> float:
     return PEAK_FLOPS[segment["device"]] * segment["world_size"] * cores
 
 
-def check_lr(run: Events) -> Iterator[str]:
-    config, schedule = run.config, run.config["schedule"]
-    # The trainer logs the lr of its rule's first group, which is that of the matrices.
-    groups = run.start["param_groups"]
-    peak = next((group for group in groups if group["role"] == "matrix"), groups[0])["peak_lr"]
+def check_scheduled(run: Events) -> Iterator[str]:
+    """What each train event says of lr and of all that has pieces, against the schedule."""
+    config, groups = run.config, run.start["param_groups"]
+    # Of the lrs the trainer logs that of its rule's first group, the matrices, by itself.
+    first = next((group for group in groups if group["role"] == "matrix"), groups[0])
+    terms = config["schedule"], config["train"]["steps"], config["warmup_steps"]
     for event in run.of("train"):
-        remaining = 1 - (event["step"] - 1) / config["train"]["steps"]
-        cooldown, floor = schedule["cooldown_frac"], schedule["final_lr_frac"]
-        scale = 1.0 if remaining >= cooldown else floor + (1 - floor) * remaining / cooldown
-        scale *= min(1.0, event["step"] / max(1, config["warmup_steps"]))
-        if not math.isclose(event["lr"], peak * scale, rel_tol=1e-12):
-            yield f"step {event['step']}: lr {event['lr']} is not the schedule's"
+        settings = {group["role"]: settings_at(event["step"] - 1, group, *terms) for group in groups}
+        lr = settings[first["role"]].pop("lr")
+        wanted = {
+            f"{role}.{key}": value
+            for role, values in settings.items()
+            for key, value in values.items()
+            if pieces_of(config["schedule"], role, key)
+        }
+        found = event.get("scheduled", {})
+        if unlike := sorted(found.keys() ^ wanted.keys()):
+            has = "has" if unlike[0] in found else "lacks"
+            yield f"step {event['step']}: scheduled {has} {unlike[0]}, unlike the schedule"
             return
+        pairs = {"lr": (event["lr"], lr)} | {key: (found[key], value) for key, value in wanted.items()}
+        for key, (value, scheduled) in pairs.items():
+            if not math.isclose(value, scheduled, rel_tol=1e-12, abs_tol=1e-15):
+                yield f"step {event['step']}: {key} {value} is not the schedule's"
+                return
 
 
 def check_losses(run: Events) -> Iterator[str]:

@@ -10,7 +10,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
+from aurora.schedule import SHORT_FORM
 from aurora.trainer.record import ROOT, RecordError, read_folder, read_record
 from scripts.verification.checks import Verification
 from scripts.verification.events import OTHER_STACK_TOLERANCE
@@ -37,8 +39,21 @@ def settings_of(start: dict) -> list[str]:
     tables = {table: values for table, values in config.items() if isinstance(values, dict) and table != "hparams"}
     tables["data"] = {k: str(ROOT / v) if k in ("train", "val") else v for k, v in tables["data"].items()}
     tables[f"optimizer.{name}"] = config["hparams"] | {"warmup_steps": config["warmup_steps"]}
+    # Pieces come from the optimizer's own table, which stands above what the track has for all.
+    pieces = {key: value for key, value in tables["schedule"].items() if key not in SHORT_FORM}
+    tables["schedule"] = {key: value for key, value in tables["schedule"].items() if key in SHORT_FORM}
+    tables[f"optimizer.{name}"] |= {"schedule": pieces} if pieces else {}
     pairs = [(table, key, value) for table, values in tables.items() for key, value in values.items()]
-    return [word for table, key, value in pairs for word in ("--set", f"{table}.{key}={json.dumps(value)}")]
+    return [word for table, key, value in pairs for word in ("--set", f"{table}.{key}={as_toml(value)}")]
+
+
+def as_toml(value: Any) -> str:
+    """A value of a config in one line of TOML."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key} = {as_toml(part)}' for key, part in value.items())}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(as_toml, value))}]"
+    return json.dumps(value)
 
 
 def replay(verdict: Verification, num_validations: int) -> Verification:

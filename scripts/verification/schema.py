@@ -124,6 +124,7 @@ FIELDS: dict[str, dict[str, Field]] = {
         "step": whole(1),
         "train_loss": number(0, 1e6),
         "lr": number(),
+        "scheduled": all_of(number(), dict),
         "step_ms": number(),
         "optimizer_ms": number(),
     },
@@ -160,8 +161,8 @@ MATRIX = {
 LAYER = {"dead": whole(), "still_dead": optional(whole()), "silent": whole()}
 SHARD = {"file": text(), "num_tokens": whole(1), "max_token": whole(0, 2**16 - 1), "sha256": SHA256}
 OPEN = ("config", "hparams", "params_by_role", "sources", "env.variables")  # tables of which others decide the keys
-# Fields that not every event of a kind has: of an edited model, or a rule without momentum.
-SELDOM = {"dead", "silent", "starved", "starved_momentum"}
+# Fields that not every event of a kind has: of an edited model, a rule without momentum, or schedules of pieces.
+SELDOM = {"dead", "silent", "starved", "starved_momentum", "scheduled"}
 
 
 def check_fields(run: Events) -> Iterator[str]:
