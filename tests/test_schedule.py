@@ -15,6 +15,7 @@ from aurora.config import parse_config, recorded
 from aurora.errors import Exit, HarnessError
 from aurora.schedule import check_spans, checked_pieces, value_at
 from aurora.trainer.checkpoint import list_checkpoints
+from scripts import verify
 from scripts.verification.checks import verify_run
 from scripts.verification.replay import settings_of
 from tests.conftest import TINY_TRACK, events, losses, make_run, often, tiny_table, train_here
@@ -254,6 +255,22 @@ def test_a_dry_run_says_what_is_scheduled(scheduled_track, tmp_path, capsys):
         "schedule of momentum (matrix): 0.85 to 0.95 (linear) until step 10, 0.95 until step 20, 0.95 to 0.8 (linear) "
         "until step 36",
     ]
+
+
+def test_what_an_optimizers_own_schedule_supersedes_is_said(tiny_track, tmp_path, capsys):
+    own = "optimizer.muon.schedule={lr = [{until = 1.0}]}"
+    arguments = ["--optimizer", "muon", "--dry-run", "--set", "schedule.cooldown_frac=0.5"]
+    assert train_here(tiny_track, tmp_path, *arguments) == 0
+    assert "changes nothing" not in capsys.readouterr().out
+    assert train_here(tiny_track, tmp_path, *arguments, "--set", own) == 0
+    assert "--set schedule.cooldown_frac=0.5 changes nothing for muon\n" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_scheduled_run_replays(scheduled_run, capsys):
+    (path,) = scheduled_run[0].glob("*.jsonl")
+    assert verify.main([str(path), "--replay", "--validations", "99"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "1 replayed"
 
 
 # ---- what is refused ----

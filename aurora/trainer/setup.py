@@ -56,7 +56,10 @@ def check_run(args: argparse.Namespace, ranks: Ranks, make_model: MakeModel, sch
         config = parse_config(track, args.config, args.optimizer, args.overrides)
         config, plan, params, optimizers = check_config(config, ranks.world_size, make_model, scheduled)
         for override in args.overrides:
-            if override.startswith("optimizer.") and not override.startswith(f"optimizer.{args.optimizer}."):
+            is_of_another = override.startswith("optimizer.") and not override.startswith(
+                f"optimizer.{args.optimizer}."
+            )
+            if is_of_another or is_superseded(override, track, args):
                 ranks.say(f"--set {override} changes nothing for {args.optimizer}")
         if config.model.head_dtype == "float8":
             check_float8(ranks.device)
@@ -66,6 +69,18 @@ def check_run(args: argparse.Namespace, ranks: Ranks, make_model: MakeModel, sch
         return Checked(config, plan, dump, track)
 
     return ranks.all_or_none(check)
+
+
+def is_superseded(override: str, track: str, args: argparse.Namespace) -> bool:
+    """Whether it is of [schedule], and the optimizer's own schedule stands in its place."""
+    if not override.startswith("schedule."):
+        return False
+    others = [other for other in args.overrides if other != override]
+    try:
+        without = parse_config(track, args.config, args.optimizer, others)
+    except HarnessError:  # it is needed
+        return False
+    return without == parse_config(track, args.config, args.optimizer, args.overrides)
 
 
 def check_config(
