@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt
 from aurora.config import load_config
-from aurora.optim import base
+from aurora.optim import stacks
 from aurora.trainer.gradients import GradientSum
 from aurora.trainer.optimizers import build_optimizers
 from scripts.benchmarks.optim import temporary_bytes
@@ -35,7 +35,7 @@ STACKED = [((64, 64), 48), ((256, 64), 12), ((64, 256), 12), ((512, 16), 32), ((
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "riemannian_aurora"])
 def test_a_step_takes_at_most_two_and_a_half_of_the_largest_stack(rule, dtype, monkeypatch):
     """Of many matrices of one shape, and of the parts of stacked experts and fused layers."""
-    monkeypatch.setattr(base, "CPU_STACK_BYTES", 2**18)
+    monkeypatch.setattr(stacks, "CPU_STACK_BYTES", 2**18)
     for shape, count in STACKED:
         params = [torch.nn.Parameter(torch.randn(shape)) for _ in range(count)]
         experts = torch.nn.Parameter(torch.randn(4, *shape))
@@ -46,7 +46,7 @@ def test_a_step_takes_at_most_two_and_a_half_of_the_largest_stack(rule, dtype, m
                     p.grad = torch.randn_like(p)
             optimizer = make(rule, groups, polar_dtype=dtype)
             optimizer.step()
-            assert 0.5 < temporary_bytes(optimizer.step, "cpu") / base.CPU_STACK_BYTES < 2.5, (shape, len(groups))
+            assert 0.5 < temporary_bytes(optimizer.step, "cpu") / stacks.CPU_STACK_BYTES < 2.5, (shape, len(groups))
 
 
 class SyncCounter(TorchDispatchMode):
