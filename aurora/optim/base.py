@@ -6,6 +6,8 @@ A rule is a subclass that overrides direction(), and new_state() if it remembers
     X  = (1 - momentum) G + momentum B                       with nesterov, else B
     W <- (1 - lr weight_decay) W - lr scale direction(X)     scale = sqrt(max(1, M/N)) with aspect_scale, else 1
 
+hyperball, cautious_decay and update_floor modify the last line, for any rule: see update.py.
+
 polar(X) has spectral norm 1, so lr is in units of spectral norm per step for the polar rules.
 
 Groups with algorithm = "adamw" are updated by torch's AdamW: one optimizer for a whole model.
@@ -14,7 +16,6 @@ Groups with algorithm = "adamw" are updated by torch's AdamW: one optimizer for 
 import abc
 import collections
 import copy
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .adamw_group import ADAMW_DEFAULTS, adamw_step, check_adamw_group
-from .inputs import check_inputs, inputs_of, new_step, stacked_inputs
+from .inputs import check_inputs, inputs_of, new_step, stacked_inputs, stacked_weights
 from .loading import (
     check_arguments,
     check_foreign_settings,
@@ -55,6 +56,7 @@ from .stacks import (
     update_momentum,
     without_autocast,
 )
+from .update import check_ball, is_modified, lr_factor, modified_step, take_off
 
 ADJUST_LR_FNS = ("spectral", "original", "match_rms_adamw")
 
@@ -83,6 +85,9 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
             both on a CPU, else float32.
         adjust_lr_fn: What lr is multiplied by: spectral: as aspect_scale says; original: sqrt(max(1, M/N)), Keller
             Jordan's; match_rms_adamw: 0.2 sqrt(max(M, N)), Moonshot's, which suits AdamW's lr and weight_decay.
+        hyperball: Whether every matrix keeps its Frobenius norm; a step's is then lr times that, before it is undone.
+        cautious_decay: Whether only those weights decay that the update moves towards zero.
+        update_floor: Least Frobenius norm of an update, before lr, relative to that of its weights; 0 for none.
         process_group: whose ranks share the work; without one nothing is sharded.
         rule_hparams: for subclasses: the hyper-parameters that the rule adds.
 
@@ -111,6 +116,9 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
         polar_schedule: str = "polar_express5",
         polar_dtype: str = "auto",
         adjust_lr_fn: str = "spectral",
+        hyperball: bool = False,
+        cautious_decay: bool = False,
+        update_floor: float = 0.0,
         process_group: Any = None,
         rule_hparams: dict[str, Any] | None = None,
         **unknown: Any,
@@ -132,6 +140,9 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
             polar_schedule=polar_schedule,
             polar_dtype=polar_dtype,
             adjust_lr_fn=adjust_lr_fn,
+            hyperball=hyperball,
+            cautious_decay=cautious_decay,
+            update_floor=update_floor,
             algorithm=type(self).__name__,
             **(rule_hparams or {}),
         )
@@ -174,6 +185,9 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
         check_hparam(
             group["adjust_lr_fn"] in ADJUST_LR_FNS, "adjust_lr_fn", f"one of {', '.join(ADJUST_LR_FNS)}", group
         )
+        check_hparam(group["update_floor"] >= 0, "update_floor", "at least 0", group)
+        ratio_is_free = not (group["hyperball"] and group["update_floor"])
+        check_hparam(ratio_is_free, "update_floor", "0 with hyperball, which makes that ratio 1", group)
         rule = type(self).__name__
         check_hparam(group["algorithm"] == rule, "algorithm", f'"adamw" or "{rule}"', group)
 
@@ -220,12 +234,12 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
             if group["algorithm"] == "adamw":
                 adamw_step([p for p in group["params"] if p.grad is not None], self.state, group)
                 continue
-            params = [p for p in group["params"] if p.numel()]
+            params, share = [p for p in group["params"] if p.numel()], self._share(STACK_SHARE, group)
             # Equal sizes together, whatever the shape: each rank owns about as many of them.
             for same_size in group_by(params, lambda p: (p.numel(), p.dtype, p.device)):
                 own = [p for p in same_size if p.grad is not None and self.owner_of(p) == self._rank]
                 for same_shape in group_by(own, lambda p: (p.shape, self._steps_taken(p))):
-                    for stack in split_for_memory(same_shape, same_shape[0].numel(), same_shape[0].is_cpu, STACK_SHARE):
+                    for stack in split_for_memory(same_shape, same_shape[0].numel(), same_shape[0].is_cpu, share):
                         # The states are found here: torch.compile may take _update() for a step of its own, and would
                         # then remember whose they were in the first call.
                         self._update(stack, [self.state[p] for p in stack], group)
@@ -241,6 +255,10 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
             work.wait()
             flag.copy_(count > 0)
         return loss
+
+    def _share(self, share: float, group: dict[str, Any]) -> float:
+        """Of the largest stack, where inputs and modifiers need room as well."""
+        return share / (1 + 0.35 * len(self._inputs - {"step"})) * (0.6 if is_modified(group) else 1)
 
     def _steps_taken(self, p: Tensor) -> int:
         """By which matrices that are in one stack must agree, for a rule that asks for step; else 0."""
@@ -258,24 +276,21 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
         buffers = [state["momentum_buffer"] for state in states]
         update_momentum(stack, buffers, group)
         lr = group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
-        step_size = lr
+        step_size, decay = lr, lr * group["weight_decay"] if group["weight_decay"] else 0.0
         with without_autocast(stack[0].device):
             if is_one_matrix(group):
                 inputs = stacked_inputs(self._inputs, stack, group, states)
                 O_K = self._checked(self.direction(lookahead(stack, buffers, group), states, group, **inputs))
-                step_size = lr * lr_factor(stack[0].size(0), stack[0].size(1), group)
+                if is_modified(group):
+                    O_K = modified_step(O_K, stacked_weights(stack, group), lr, group)
+                else:
+                    step_size = lr * lr_factor(stack[0].size(0), stack[0].size(1), group)
             else:
-                O_K = self._directions_of_parts(stack, states, group)
+                O_K = self._steps_of_parts(stack, states, lr, group)
         if "step" in self._inputs:
             for state in states:
                 state["step"] += 1
-        updates = list(O_K.to(torch.promote_types(O_K.dtype, stack[0].dtype)).unbind())
-        if group["weight_decay"]:
-            torch._foreach_mul_(stack, 1 - lr * group["weight_decay"])
-        if isinstance(step_size, Tensor):  # which alpha may not be
-            dtype = torch.promote_types(torch.float32, stack[0].dtype)
-            updates, step_size = [update.to(dtype) * step_size for update in updates], 1
-        torch._foreach_sub_(stack, updates, alpha=step_size)  # of one dtype it is one launch on CUDA
+        take_off(stack, O_K, *((1.0, 0.0) if is_modified(group) else (step_size, decay)))
 
     def _checked(self, O_KMN: Tensor) -> Tensor:
         """A direction as it is, with the flag set where it is not finite."""
@@ -283,8 +298,11 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
         self._non_finite[O_KMN.device].logical_or_(is_bad)  # in place: before torch 2.13 no compiled step may set one
         return O_KMN
 
-    def _directions_of_parts(self, stack: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]) -> Tensor:
-        """(K, *shape): direction() times lr_factor() of parameters of one shape that hold several matrices each."""
+    def _steps_of_parts(
+        self, stack: list[Tensor], states: list[dict[str, Any]], lr: float | Tensor, group: dict[str, Any]
+    ) -> Tensor:
+        """(K, *shape): direction() times lr_factor(), or modified_step(), of parameters of one shape that hold several
+        matrices each."""
         shapes = matrix_shapes(stack[0].shape, group)
         X_K = lookahead(stack, [state["momentum_buffer"] for state in states], group).contiguous()
         parts = [part for X in X_K for part in to_matrices(X, group)]  # views of it, overwritten one after the other
@@ -293,12 +311,16 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
         ]
         for shape in dict.fromkeys(shapes):
             indices = [i for i in range(len(parts)) if shapes[i % len(shapes)] == shape]
-            for chunk in split_for_memory(indices, shape[0] * shape[1], X_K.is_cpu, PARTS_SHARE):
+            for chunk in split_for_memory(indices, shape[0] * shape[1], X_K.is_cpu, self._share(PARTS_SHARE, group)):
                 X_KMN, chunk_states = torch.stack([parts[i] for i in chunk]), [part_states[i] for i in chunk]
                 inputs = stacked_inputs(self._inputs, stack, group, states, chunk)
                 O_KMN = self._checked(self.direction(X_KMN, chunk_states, group, **inputs))
+                if is_modified(group):
+                    O_KMN, factor = modified_step(O_KMN, stacked_weights(stack, group, chunk), lr, group), 1.0
+                else:
+                    factor = lr_factor(*shape, group)
                 for i, O_MN in zip(chunk, O_KMN.unbind(), strict=True):
-                    parts[i].copy_(O_MN).mul_(lr_factor(*shape, group))
+                    parts[i].copy_(O_MN).mul_(factor)
         return X_K
 
     def _new_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
@@ -372,6 +394,7 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
                 group["adjust_lr_fn"] = group["adjust_lr_fn"] or "original"  # what torch.optim.Muon means by None
                 for name, p in zip(names_of(group), group["params"], strict=True):
                     check_shape(name, p, group)
+                    check_ball(name, p, group)
                 self.check_hparams(group)
         except BaseException:
             del self.param_groups[num_groups:]
@@ -527,13 +550,6 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
             flag.zero_()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
-
-
-def lr_factor(rows: int, columns: int, group: dict[str, Any]) -> float:
-    """What lr is multiplied by for matrices (rows, columns)."""
-    if group["adjust_lr_fn"] == "match_rms_adamw":
-        return 0.2 * math.sqrt(max(rows, columns))
-    return math.sqrt(max(1.0, rows / columns)) if group["aspect_scale"] or group["adjust_lr_fn"] == "original" else 1.0
 
 
 def check_hparam(is_valid: bool, key: str, wanted: str, group: dict[str, Any]) -> None:

@@ -49,5 +49,10 @@ def stacked_inputs(
     return {**found, "step": states[0]["step"]} if "step" in inputs else found
 
 
+def stacked_weights(stack: list[Tensor], group: dict[str, Any], chosen: Sequence[int] | None = None) -> Tensor:
+    """(K, M, N) float32."""
+    return stacked_inputs(frozenset({"W_KMN"}), stack, group, [], chosen)["W_KMN"]
+
+
 def new_step() -> Tensor:
     return torch.zeros((), dtype=torch.float32, device="cpu")
