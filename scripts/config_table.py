@@ -23,7 +23,10 @@ from aurora.optim.registry import AuxHparams
 from scripts.analysis.text import markdown_table
 
 PAGE = ROOT / "configs" / "README.md"
-RULES = ("adamw", "muon", "normuon", "unormuon", "aurora", "riemannian_aurora")
+RULES = (
+    "adamw", "muon", "normuon", "unormuon", "aurora", "riemannian_aurora",
+    "adam", "soap", "muon2", "pmuon", "dynmuon", "psgd", "shampoo",
+)  # fmt: skip
 TYPES = {
     int: "integer",
     float: "float",

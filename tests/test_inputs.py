@@ -175,35 +175,3 @@ def test_unknown_inputs_are_named_and_rules_without_pay_nothing():
     muon = aurora.Muon(params, lr=0.1)
     train(muon, params, range(1))
     assert all(set(muon.state[p]) == {"momentum_buffer"} for p in params)
-
-
-SHARDED = """
-import torch.distributed as dist
-from aurora.trainer.ranks import join_ranks
-from tests import test_inputs
-join_ranks(timeout_s=60)
-for rule in test_inputs.RULES:
-    params = test_inputs.new_params()
-    optimizer = test_inputs.make(rule, params, process_group=dist.group.WORLD)
-    test_inputs.train(optimizer, params)
-    test_inputs.assert_oracle(rule, params)
-    assert 0 < len(optimizer.state) < len(params)
-    optimizer.consolidate_state_dict()
-    alone = test_inputs.new_params()
-    whole = test_inputs.make(rule, alone)
-    test_inputs.train(whole, alone)
-    ours, theirs = optimizer.state_dict()["state"], whole.state_dict()["state"]
-    for index, state in theirs.items():
-        assert ours[index].keys() == state.keys()
-        for key, value in state.items():
-            torch.testing.assert_close(ours[index][key], value, atol=1e-4, rtol=1e-4)
-    whole.load_state_dict(optimizer.state_dict())
-print("passed", flush=True)
-dist.barrier()
-os._exit(0)
-"""
-
-
-def test_two_ranks_take_the_steps_of_one(launch):
-    outcome = launch(world_size=2, patch=SHARDED, timeout_s=60)
-    assert outcome.out == ["passed\n"] * 2, outcome.err

@@ -158,32 +158,3 @@ def test_compiled_steps_follow_schedules_of_lr_and_momentum(kind, as_tensor):
         for p, q in zip(params, copies, strict=True):
             torch.testing.assert_close(p, q, atol=1e-5, rtol=0)
     assert counts[-1] == counts[1 if as_tensor else 3], counts
-
-
-SHARDED = """
-import torch.distributed as dist
-from aurora.trainer.ranks import join_ranks
-from tests.test_modifiers import MODIFIERS, RULES, SHAPES, starts
-from tests.test_rules import make
-join_ranks(timeout_s=60)
-for rule in RULES:
-    for options in (MODIFIERS["hyperball, cautious"], MODIFIERS["floor, cautious"]):
-        both = [[torch.nn.Parameter(starts(shape, 1.0)) for shape in SHAPES.values()] for _ in range(2)]
-        groups = dist.group.WORLD, None
-        optimizers = [make(rule, params, process_group=group, **options) for params, group in zip(both, groups)]
-        for number in range(4):
-            for params, optimizer in zip(both, optimizers):
-                for p in params:
-                    p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(number))
-                optimizer.step()
-        for p, q in zip(*both):
-            torch.testing.assert_close(p, q, atol=1e-5, rtol=0)
-print("passed", flush=True)
-dist.barrier()
-os._exit(0)
-"""
-
-
-def test_sharded_steps_are_those_of_one_process(launch):
-    outcome = launch(world_size=2, patch=SHARDED, timeout_s=60)
-    assert outcome.out == ["passed\n"] * 2, outcome.err
