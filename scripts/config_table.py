@@ -24,7 +24,10 @@ from aurora.schedule import MOST_PIECES, Pieces
 from scripts.analysis.text import markdown_table
 
 PAGE = ROOT / "configs" / "README.md"
-RULES = ("adamw", "muon", "normuon", "unormuon", "aurora", "riemannian_aurora")
+RULES = (
+    "adamw", "muon", "normuon", "unormuon", "aurora", "riemannian_aurora",
+    "adam", "soap", "muon2", "pmuon", "dynmuon", "psgd", "shampoo",
+)  # fmt: skip
 TYPES = {
     int: "integer",
     float: "float",

@@ -48,6 +48,7 @@ def often(case, chosen: bool):
 
 
 OPTIMIZERS = ["adamw", "muon", "normuon", "unormuon", "aurora", "riemannian_aurora"]
+BOARD_RULES = ["adam", "soap", "muon2", "pmuon", "dynmuon", "psgd", "shampoo"]
 
 TINY_TRACK = """
 [model]

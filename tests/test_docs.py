@@ -20,7 +20,7 @@ from aurora.config import load_config, parse_config
 from aurora.trainer.optimizers import checked_hparams
 from scripts import config_table
 from scripts.analysis.tuning import read_space
-from tests.conftest import OPTIMIZERS, ROOT
+from tests.conftest import BOARD_RULES, OPTIMIZERS, ROOT
 
 FOLDERS = (".", "aurora/fast", "aurora/optim", "aurora/trainer", "configs", "data", "scripts")
 DOCUMENTS = [f"{folder}/README.md".removeprefix("./") for folder in FOLDERS]
@@ -105,7 +105,7 @@ def check_settings(args: argparse.Namespace, track: Path, space) -> None:
         grid = [f"{key.replace('optimizer.', f'optimizer.{name}.')}={value}" for key, value in grids]
         path = track if Path(config).name == "quick.toml" else ROOT / config
         loaded = load_config(path, name, [*getattr(args, "overrides", []), *grid])
-        if name in OPTIMIZERS:
+        if name in (*OPTIMIZERS, *BOARD_RULES):
             checked_hparams(loaded)
 
 
@@ -237,5 +237,5 @@ def test_readme_is_short():
 
 
 def test_page_of_config_keys_is_what_the_code_gives():
-    assert tuple(OPTIMIZERS) == config_table.RULES
+    assert (*OPTIMIZERS, *BOARD_RULES) == config_table.RULES
     assert config_table.main(["--check"]) == 0

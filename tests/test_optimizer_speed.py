@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt
 from aurora.config import load_config
-from aurora.optim import base
+from aurora.optim import stacks
 from aurora.trainer.gradients import GradientSum
 from aurora.trainer.optimizers import build_optimizers
 from scripts.benchmarks.optim import temporary_bytes
@@ -31,11 +31,15 @@ def new_params(device="cpu"):
 STACKED = [((64, 64), 48), ((256, 64), 12), ((64, 256), 12), ((512, 16), 32), ((128, 64), 24)]
 
 
+MODIFIED = dict(hyperball=True, cautious_decay=True, weight_decay=0.1)
+COSTS = [(rule, {}) for rule in RULES if rule != "riemannian_aurora"] + [("muon", MODIFIED)]
+
+
 @pytest.mark.parametrize("dtype", ["float32", often("bfloat16", False)])
-@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "riemannian_aurora"])
-def test_a_step_takes_at_most_two_and_a_half_of_the_largest_stack(rule, dtype, monkeypatch):
+@pytest.mark.parametrize("rule, hparams", COSTS)
+def test_a_step_takes_at_most_two_and_a_half_of_the_largest_stack(rule, hparams, dtype, monkeypatch):
     """Of many matrices of one shape, and of the parts of stacked experts and fused layers."""
-    monkeypatch.setattr(base, "CPU_STACK_BYTES", 2**18)
+    monkeypatch.setattr(stacks, "CPU_STACK_BYTES", 2**18)
     for shape, count in STACKED:
         params = [torch.nn.Parameter(torch.randn(shape)) for _ in range(count)]
         experts = torch.nn.Parameter(torch.randn(4, *shape))
@@ -44,9 +48,9 @@ def test_a_step_takes_at_most_two_and_a_half_of_the_largest_stack(rule, dtype, m
             for group in groups:
                 for p in group["params"]:
                     p.grad = torch.randn_like(p)
-            optimizer = make(rule, groups, polar_dtype=dtype)
+            optimizer = make(rule, groups, polar_dtype=dtype, **hparams)
             optimizer.step()
-            assert 0.5 < temporary_bytes(optimizer.step, "cpu") / base.CPU_STACK_BYTES < 2.5, (shape, len(groups))
+            assert 0.5 < temporary_bytes(optimizer.step, "cpu") / stacks.CPU_STACK_BYTES < 2.5, (shape, len(groups))
 
 
 class SyncCounter(TorchDispatchMode):

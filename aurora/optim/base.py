@@ -6,6 +6,8 @@ A rule is a subclass that overrides direction(), and new_state() if it remembers
     X  = (1 - momentum) G + momentum B                       with nesterov, else B
     W <- (1 - lr weight_decay) W - lr scale direction(X)     scale = sqrt(max(1, M/N)) with aspect_scale, else 1
 
+hyperball, cautious_decay and update_floor modify the last line, for any rule: see update.py.
+
 polar(X) has spectral norm 1, so lr is in units of spectral norm per step for the polar rules.
 
 Groups with algorithm = "adamw" are updated by torch's AdamW: one optimizer for a whole model.
@@ -13,9 +15,7 @@ Groups with algorithm = "adamw" are updated by torch's AdamW: one optimizer for 
 
 import abc
 import collections
-import contextlib
 import copy
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -24,10 +24,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .adamw_group import ADAMW_DEFAULTS, adamw_step, check_adamw_group
+from .inputs import check_inputs, inputs_of, new_step, stacked_inputs, stacked_weights
 from .loading import (
-    FOREIGN_ARGUMENTS,
-    FOREIGN_SETTINGS,
-    HARMLESS_ARGUMENTS,
+    check_arguments,
     check_foreign_settings,
     checked_state,
     copied_to,
@@ -37,7 +36,7 @@ from .loading import (
     names_of,
 )
 from .polar import COMPUTE_DTYPES, SCHEDULES, compute_dtype, polar
-from .shapes import check_shape, is_one_matrix, matrix_shapes, to_matrices
+from .shapes import check_shape, is_one_matrix, joined_rows, matrix_shapes, split_rows, to_matrices
 from .sharding import (
     assign_owners,
     complete,
@@ -47,12 +46,17 @@ from .sharding import (
     sum_to_all,
     sum_to_owners,
 )
-
-# The largest stack of float32 matrices, unless one alone is larger. More gains nothing, and a CPU's caches hold less.
-STACK_BYTES, CPU_STACK_BYTES = 2**28, 2**23
-# A stack and what is made of it are up to 4.1 times its size. These shares keep a step below 2.5 STACK_BYTES; that of
-# parts is smaller, since the parameter that they are parts of is there, too.
-STACK_SHARE, PARTS_SHARE = 0.6, 0.3
+from .stacks import (
+    PARTS_SHARE,
+    STACK_SHARE,
+    gradients_of,
+    group_by,
+    lookahead,
+    split_for_memory,
+    update_momentum,
+    without_autocast,
+)
+from .update import check_ball, is_modified, lr_factor, modified_step, take_off
 
 ADJUST_LR_FNS = ("spectral", "original", "match_rms_adamw")
 
@@ -81,6 +85,9 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
             both on a CPU, else float32.
         adjust_lr_fn: What lr is multiplied by: spectral: as aspect_scale says; original: sqrt(max(1, M/N)), Keller
             Jordan's; match_rms_adamw: 0.2 sqrt(max(M, N)), Moonshot's, which suits AdamW's lr and weight_decay.
+        hyperball: Whether every matrix keeps its Frobenius norm; a step's is then lr times that, before it is undone.
+        cautious_decay: Whether only those weights decay that the update moves towards zero.
+        update_floor: Least Frobenius norm of an update, before lr, relative to that of its weights; 0 for none.
         process_group: whose ranks share the work; without one nothing is sharded.
         rule_hparams: for subclasses: the hyper-parameters that the rule adds.
 
@@ -92,6 +99,11 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
     """
 
     optional_state: tuple[str, ...] = ()  # keys of a rule's state that some settings do without
+    _inputs: frozenset[str] = frozenset()  # what direction() asks for beside the momentum
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        cls._inputs = inputs_of(cls.direction)
 
     def __init__(
         self,
@@ -104,15 +116,15 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
         polar_schedule: str = "polar_express5",
         polar_dtype: str = "auto",
         adjust_lr_fn: str = "spectral",
+        hyperball: bool = False,
+        cautious_decay: bool = False,
+        update_floor: float = 0.0,
         process_group: Any = None,
         rule_hparams: dict[str, Any] | None = None,
         **unknown: Any,
     ):
-        for name, value in unknown.items():
-            if name in HARMLESS_ARGUMENTS and value == FOREIGN_SETTINGS[name]:
-                continue
-            remedy = f"; use {FOREIGN_ARGUMENTS[name]}" if name in FOREIGN_ARGUMENTS else ""
-            raise TypeError(f"{type(self).__name__} has no argument {name!r}{remedy}")
+        check_arguments(type(self).__name__, unknown)
+        check_inputs(type(self).__name__, self._inputs)
         self.process_group = process_group
         self.owners: dict[Tensor, int] = {}  # of all matrices; 0 without process_group
         self._rank = dist.get_rank(process_group) if process_group else 0
@@ -128,6 +140,9 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
             polar_schedule=polar_schedule,
             polar_dtype=polar_dtype,
             adjust_lr_fn=adjust_lr_fn,
+            hyperball=hyperball,
+            cautious_decay=cautious_decay,
+            update_floor=update_floor,
             algorithm=type(self).__name__,
             **(rule_hparams or {}),
         )
@@ -136,20 +151,25 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
     # ---- what a rule overrides ----
 
     @abc.abstractmethod
-    def direction(self, X_KMN: Tensor, states: list[dict[str, Any]], group: dict[str, Any]) -> Tensor:
+    def direction(
+        self, X_KMN: Tensor, states: list[dict[str, Any]], group: dict[str, Any], *args: Any, **inputs: Any
+    ) -> Tensor:
         """The update direction of a stack of same-shape matrices, before scale and lr.
 
         Args:
             X_KMN: (K, M, N) float32 momentum; its memory is the rule's, to work in.
             states: the state of each of the K matrices, in stack order, to be changed in place; see new_state().
             group: the hyper-parameters.
+            inputs: a rule that names keyword-only arguments G_KMN, W_KMN or step gets them; see inputs.py. The * and
+                ** of this signature are for type checkers: they let it.
 
         Returns:
             (K, M, N), float32 or the dtype of the polar factor.
         """
 
     def new_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        """The state of a matrix before its first step. A rule that keeps more extends this."""
+        """The state of a matrix before its first step: tensors of at least one dimension. A rule that keeps more
+        extends this."""
         # float32 whatever the weights are: in bfloat16 an average over 20 steps loses most of its increments.
         return {"momentum_buffer": torch.zeros_like(p, dtype=torch.float32)}
 
@@ -165,6 +185,9 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
         check_hparam(
             group["adjust_lr_fn"] in ADJUST_LR_FNS, "adjust_lr_fn", f"one of {', '.join(ADJUST_LR_FNS)}", group
         )
+        check_hparam(group["update_floor"] >= 0, "update_floor", "at least 0", group)
+        ratio_is_free = not (group["hyperball"] and group["update_floor"])
+        check_hparam(ratio_is_free, "update_floor", "0 with hyperball, which makes that ratio 1", group)
         rule = type(self).__name__
         check_hparam(group["algorithm"] == rule, "algorithm", f'"adamw" or "{rule}"', group)
 
@@ -211,12 +234,12 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
             if group["algorithm"] == "adamw":
                 adamw_step([p for p in group["params"] if p.grad is not None], self.state, group)
                 continue
-            params = [p for p in group["params"] if p.numel()]
+            params, share = [p for p in group["params"] if p.numel()], self._share(STACK_SHARE, group)
             # Equal sizes together, whatever the shape: each rank owns about as many of them.
             for same_size in group_by(params, lambda p: (p.numel(), p.dtype, p.device)):
                 own = [p for p in same_size if p.grad is not None and self.owner_of(p) == self._rank]
-                for same_shape in group_by(own, lambda p: p.shape):
-                    for stack in split_for_memory(same_shape, same_shape[0].numel(), same_shape[0].is_cpu, STACK_SHARE):
+                for same_shape in group_by(own, lambda p: (p.shape, self._steps_taken(p))):
+                    for stack in split_for_memory(same_shape, same_shape[0].numel(), same_shape[0].is_cpu, share):
                         # The states are found here: torch.compile may take _update() for a step of its own, and would
                         # then remember whose they were in the first call.
                         self._update(stack, [self.state[p] for p in stack], group)
@@ -233,6 +256,14 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
             flag.copy_(count > 0)
         return loss
 
+    def _share(self, share: float, group: dict[str, Any]) -> float:
+        """Of the largest stack, where inputs and modifiers need room as well."""
+        return share / (1 + 0.35 * len(self._inputs - {"step"})) * (0.6 if is_modified(group) else 1)
+
+    def _steps_taken(self, p: Tensor) -> int:
+        """By which matrices that are in one stack must agree, for a rule that asks for step; else 0."""
+        return int(self.state[p].get("step", 0)) if "step" in self._inputs else 0
+
     def _update(self, stack: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]) -> None:
         """Update parameters of one shape, all with gradients."""
         for p, state in zip(stack, states, strict=True):
@@ -243,24 +274,23 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
             if not state:
                 state.update(self._new_state(p, group))
         buffers = [state["momentum_buffer"] for state in states]
-        torch._foreach_lerp_(
-            buffers, [grad.float() for grad in gradients_of(stack)], _weights(1 - group["momentum"], stack)
-        )
+        update_momentum(stack, buffers, group)
         lr = group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
-        step_size = lr
+        step_size, decay = lr, lr * group["weight_decay"] if group["weight_decay"] else 0.0
         with without_autocast(stack[0].device):
             if is_one_matrix(group):
-                O_K = self._checked(self.direction(_lookahead(stack, buffers, group), states, group))
-                step_size = lr * lr_factor(stack[0].size(0), stack[0].size(1), group)
+                inputs = stacked_inputs(self._inputs, stack, group, states)
+                O_K = self._checked(self.direction(lookahead(stack, buffers, group), states, group, **inputs))
+                if is_modified(group):
+                    O_K = modified_step(O_K, stacked_weights(stack, group), lr, group)
+                else:
+                    step_size = lr * lr_factor(stack[0].size(0), stack[0].size(1), group)
             else:
-                O_K = self._directions_of_parts(stack, states, group)
-        updates = list(O_K.to(torch.promote_types(O_K.dtype, stack[0].dtype)).unbind())
-        if group["weight_decay"]:
-            torch._foreach_mul_(stack, 1 - lr * group["weight_decay"])
-        if isinstance(step_size, Tensor):  # which alpha may not be
-            dtype = torch.promote_types(torch.float32, stack[0].dtype)
-            updates, step_size = [update.to(dtype) * step_size for update in updates], 1
-        torch._foreach_sub_(stack, updates, alpha=step_size)  # of one dtype it is one launch on CUDA
+                O_K = self._steps_of_parts(stack, states, lr, group)
+        if "step" in self._inputs:
+            for state in states:
+                state["step"] += 1
+        take_off(stack, O_K, *((1.0, 0.0) if is_modified(group) else (step_size, decay)))
 
     def _checked(self, O_KMN: Tensor) -> Tensor:
         """A direction as it is, with the flag set where it is not finite."""
@@ -268,31 +298,40 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
         self._non_finite[O_KMN.device].logical_or_(is_bad)  # in place: before torch 2.13 no compiled step may set one
         return O_KMN
 
-    def _directions_of_parts(self, stack: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]) -> Tensor:
-        """(K, *shape): direction() times lr_factor() of parameters of one shape that hold several matrices each."""
+    def _steps_of_parts(
+        self, stack: list[Tensor], states: list[dict[str, Any]], lr: float | Tensor, group: dict[str, Any]
+    ) -> Tensor:
+        """(K, *shape): direction() times lr_factor(), or modified_step(), of parameters of one shape that hold several
+        matrices each."""
         shapes = matrix_shapes(stack[0].shape, group)
-        X_K = _lookahead(stack, [state["momentum_buffer"] for state in states], group).contiguous()
+        X_K = lookahead(stack, [state["momentum_buffer"] for state in states], group).contiguous()
         parts = [part for X in X_K for part in to_matrices(X, group)]  # views of it, overwritten one after the other
         part_states = [
             part for p, state in zip(stack, states, strict=True) for part in self._split_state(p, state, group)
         ]
         for shape in dict.fromkeys(shapes):
             indices = [i for i in range(len(parts)) if shapes[i % len(shapes)] == shape]
-            for chunk in split_for_memory(indices, shape[0] * shape[1], X_K.is_cpu, PARTS_SHARE):
+            for chunk in split_for_memory(indices, shape[0] * shape[1], X_K.is_cpu, self._share(PARTS_SHARE, group)):
                 X_KMN, chunk_states = torch.stack([parts[i] for i in chunk]), [part_states[i] for i in chunk]
-                O_KMN = self._checked(self.direction(X_KMN, chunk_states, group))
+                inputs = stacked_inputs(self._inputs, stack, group, states, chunk)
+                O_KMN = self._checked(self.direction(X_KMN, chunk_states, group, **inputs))
+                if is_modified(group):
+                    O_KMN, factor = modified_step(O_KMN, stacked_weights(stack, group, chunk), lr, group), 1.0
+                else:
+                    factor = lr_factor(*shape, group)
                 for i, O_MN in zip(chunk, O_KMN.unbind(), strict=True):
-                    parts[i].copy_(O_MN).mul_(lr_factor(*shape, group))
+                    parts[i].copy_(O_MN).mul_(factor)
         return X_K
 
     def _new_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """new_state() of all matrices of a parameter: momentum as the weights lie, row states one below the other."""
+        steps = {"step": new_step()} if "step" in self._inputs else {}
         if is_one_matrix(group):
-            return self.new_state(p, group)
+            return {**self.new_state(p, group), **steps}
         parts = [self.new_state(p.new_empty(shape), group) for shape in matrix_shapes(p.shape, group)]
         keys = dict.fromkeys(key for part in parts for key in part if key != "momentum_buffer")
-        rows = {key: torch.cat([part[key] for part in parts if key in part]) for key in keys}
-        return {"momentum_buffer": torch.zeros_like(p, dtype=torch.float32), **rows}
+        rows = {key: joined_rows([part[key] for part in parts if key in part]) for key in keys}
+        return {"momentum_buffer": torch.zeros_like(p, dtype=torch.float32), **rows, **steps}
 
     def _split_state(self, p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> list[dict[str, Any]]:
         """The row states of each matrix of a parameter, as views."""
@@ -308,7 +347,7 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
         parts: list[dict[str, Any]] = [{} for _ in shapes]
         for key in wanted - {"momentum_buffer"}:
             holders = [i for i, shape in enumerate(shapes) if key in own[shape]]  # square matrices may need none
-            rows = state[key].split([len(own[shapes[i]][key]) for i in holders])
+            rows = split_rows(state[key], [own[shapes[i]][key] for i in holders])
             for i, of_part in zip(holders, rows, strict=True):
                 parts[i][key] = of_part
         return parts
@@ -318,7 +357,7 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
 
         Between step() and the next zero_grad() it gives what the step has used.
         """
-        return _lookahead(stack, [self.state[p]["momentum_buffer"] for p in stack], group)
+        return lookahead(stack, [self.state[p]["momentum_buffer"] for p in stack], group)
 
     # ---- sharding over ranks ----
 
@@ -355,6 +394,7 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
                 group["adjust_lr_fn"] = group["adjust_lr_fn"] or "original"  # what torch.optim.Muon means by None
                 for name, p in zip(names_of(group), group["params"], strict=True):
                     check_shape(name, p, group)
+                    check_ball(name, p, group)
                 self.check_hparams(group)
         except BaseException:
             del self.param_groups[num_groups:]
@@ -501,59 +541,15 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
                 new_state = None if is_adamw else self._new_state(torch.empty_like(p, device="meta"), group)
                 saved = checked_state(name, p, saved, group, new_state, self.optional_state)
                 if is_adamw or self.owner_of(p) == self._rank:
-                    state[p] = {key: copied_to(device_of_state(key, p), value) for key, value in saved.items()}
+                    state[p] = {
+                        key: copied_to(device_of_state(key, p, is_adamw), value) for key, value in saved.items()
+                    }
         self.__setstate__({"state": state, "param_groups": groups})
         self._whole_state = None
         for flag in self._non_finite.values():
             flag.zero_()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
-
-
-def lr_factor(rows: int, columns: int, group: dict[str, Any]) -> float:
-    """What lr is multiplied by for matrices (rows, columns)."""
-    if group["adjust_lr_fn"] == "match_rms_adamw":
-        return 0.2 * math.sqrt(max(rows, columns))
-    return math.sqrt(max(1.0, rows / columns)) if group["aspect_scale"] or group["adjust_lr_fn"] == "original" else 1.0
-
-
-def gradients_of(params: Iterable[Tensor]) -> list[Tensor]:
-    """The gradients of the parameters that have one."""
-    return [p.grad for p in params if p.grad is not None]
-
-
-def _lookahead(stack: list[Tensor], buffers: list[Tensor], group: dict[str, Any]) -> Tensor:
-    if not group["nesterov"]:
-        return torch.stack(buffers)
-    X_K = torch.stack([grad.float() for grad in gradients_of(stack)])
-    torch._foreach_lerp_(list(X_K.unbind()), buffers, _weights(group["momentum"], stack))
-    return X_K
-
-
-def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Matmuls in the dtype that they are given, also where a step is taken within torch.autocast."""
-    if not torch.amp.is_autocast_available(device.type):
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, enabled=False)
-
-
-def _weights(weight: float | Tensor, stack: list[Tensor]) -> float | list[Tensor]:
-    """The weight as foreach_lerp takes it for this stack."""
-    return [weight] * len(stack) if isinstance(weight, Tensor) else weight
-
-
-def group_by(params: Iterable[Tensor], key: Callable[[Tensor], Any]) -> list[list[Tensor]]:
-    """The parameters in groups of equal key, both in order of appearance."""
-    groups: dict[Any, list[Tensor]] = {}
-    for p in params:
-        groups.setdefault(key(p), []).append(p)
-    return list(groups.values())
-
-
-def split_for_memory(members: list[Any], num_elements: int, is_cpu: bool, share: float) -> list[list[Any]]:
-    """Members of a stack, with num_elements each, in parts of at most this share of the largest stack."""
-    size = max(1, int(share * (CPU_STACK_BYTES if is_cpu else STACK_BYTES)) // (4 * num_elements))
-    return [members[first : first + size] for first in range(0, len(members), size)]
 
 
 def check_hparam(is_valid: bool, key: str, wanted: str, group: dict[str, Any]) -> None:

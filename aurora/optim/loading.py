@@ -29,6 +29,15 @@ FOREIGN_SETTINGS = {
 HARMLESS_ARGUMENTS = ("maximize", "amsgrad", "decoupled_weight_decay")
 
 
+def check_arguments(rule: str, unknown: dict[str, Any]) -> None:
+    """Raise TypeError for an argument that a rule's constructor has not, and that would mean something elsewhere."""
+    for name, value in unknown.items():
+        if name in HARMLESS_ARGUMENTS and value == FOREIGN_SETTINGS[name]:
+            continue
+        remedy = f"; use {FOREIGN_ARGUMENTS[name]}" if name in FOREIGN_ARGUMENTS else ""
+        raise TypeError(f"{rule} has no argument {name!r}{remedy}")
+
+
 def check_foreign_settings(group: dict[str, Any]) -> None:
     """Raise ValueError for a setting of other optimizers that would be ignored, and would mean something there."""
     for key in group.keys() & FOREIGN_SETTINGS.keys():
@@ -114,9 +123,9 @@ def checked_state(
     return kept
 
 
-def device_of_state(key: str, p: Tensor) -> torch.device:
-    """As torch's AdamW has it: the count of steps is on the CPU unless the step is fused on a GPU."""
-    return torch.device("cpu") if key == "step" and not p.is_cuda else p.device
+def device_of_state(key: str, p: Tensor, is_adamw: bool) -> torch.device:
+    """The count of steps is on the CPU, but for that of AdamW where it is fused on a GPU, as torch has it."""
+    return torch.device("cpu") if key == "step" and not (is_adamw and p.is_cuda) else p.device
 
 
 def copied_to(device: torch.device, value: Any) -> Any:

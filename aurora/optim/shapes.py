@@ -71,3 +71,16 @@ def matrix_shapes(shape: torch.Size, group: dict[str, Any]) -> list[tuple[int, i
     rows, columns = (columns, rows) if group.get("layout") == "in_out" else (rows, columns)
     experts = shape[0] if group.get("view") == "experts" else 1
     return [(part, columns) for _ in range(experts) for part in (group.get("split") or [rows])]
+
+
+def joined_rows(parts: list[Tensor]) -> Tensor:
+    """State of several matrices in one tensor: one below the other, flat where their rows have different lengths."""
+    is_even = len({part.shape[1:] for part in parts}) == 1
+    return torch.cat(parts if is_even else [part.flatten() for part in parts])
+
+
+def split_rows(joined: Tensor, parts: list[Tensor]) -> list[Tensor]:
+    """Views of what joined_rows() makes of tensors with the shapes of these."""
+    is_even = len({part.shape[1:] for part in parts}) == 1
+    views = joined.split([len(part) if is_even else part.numel() for part in parts])
+    return [view.view(part.shape) for view, part in zip(views, parts, strict=True)]

@@ -146,8 +146,8 @@ def gather_states(
     gathered: dict[Tensor, dict[str, Tensor]] = {}
     for index, (p, owner) in enumerate(zip(params, owners, strict=True)):
         for key, (shape, dtype) in layouts[owner].get(index, {}).items():
-            # A broadcast sends memory, whatever its order.
-            own = states[p][key].contiguous() if owner == rank else None
+            # A broadcast sends memory, whatever its order, and on the device of the ranks' weights.
+            own = states[p][key].to(p.device).contiguous() if owner == rank else None
             value = torch.empty(shape, dtype=dtype, device=p.device) if own is None else own
             dist.broadcast(value, group_src=owner, group=group)
             if to in (None, rank):
