@@ -107,5 +107,5 @@ class Journal:
 
     def after_step(self, step: int, loss: torch.Tensor) -> None:
         """Note the step (from 0) and its loss on this rank. Waits for nothing."""
-        self.step_log.add(step + 1, loss, self.run.rule.param_groups[0]["lr"])
+        self.step_log.add(step + 1, loss, float(self.run.rule.param_groups[0]["lr"]))
         self.console.tick(step + 1, sum(later > step for later in self.validation_steps))

@@ -69,6 +69,8 @@ class RecordWriter:
         return b"\n" not in content
 
 
+# The folder of a record's sources for files that are not of the project: an optimizer's of another package.
+EXTERNAL = "external"
 # A run executes nothing below these; what is imported from there belongs to a test or a benchmark around it.
 NOT_OF_A_RUN = ("data", "scripts", "tests")
 
@@ -226,7 +228,9 @@ class Run:
     def setting(self) -> dict[str, Any]:
         """Hyper-parameters and schedule, its length included: what tells runs of one optimizer apart."""
         config = self.start["config"]
-        return self.start.get("hparams", {}) | config.get("schedule", {}) | {"steps": config["train"]["steps"]}
+        rule = config.get("rule", self.start["optimizer"])
+        others = {} if rule == self.start["optimizer"] else {"rule": rule, "parameters": config.get("parameters")}
+        return others | self.start.get("hparams", {}) | config.get("schedule", {}) | {"steps": config["train"]["steps"]}
 
     def condense(self) -> None:
         """Leave out most of the record, which tables do not show: neurons, and of the train events all but the last."""
