@@ -228,8 +228,8 @@ class Run:
     def setting(self) -> dict[str, Any]:
         """Hyper-parameters and schedule, its length included: what tells runs of one optimizer apart."""
         config = self.start["config"]
-        rule = config.get("rule", self.start["optimizer"])
-        others = {} if rule == self.start["optimizer"] else {"rule": rule, "parameters": config.get("parameters")}
+        rule, is_named = config.get("rule"), config.get("rule") in (None, self.start.get("optimizer"))
+        others = {} if is_named else {"rule": rule, "parameters": config["parameters"]}
         return others | self.start.get("hparams", {}) | config.get("schedule", {}) | {"steps": config["train"]["steps"]}
 
     def condense(self) -> None:

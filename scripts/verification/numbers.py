@@ -7,6 +7,7 @@ from typing import Any
 
 from aurora.trainer.record import Validation, first_at_target
 from scripts.verification.events import OTHER_STACK_TOLERANCE, Events, stack_of
+from scripts.verification.external import LR_TOLERANCE, is_external
 
 # FLOP/s that no device of its kind reaches: above a B200's dense bfloat16, and a core with matrix units.
 PEAK_FLOPS = {"cuda": 3e15, "mps": 1e14, "cpu": 2e12}
@@ -143,12 +144,13 @@ def check_lr(run: Events) -> Iterator[str]:
     # The trainer logs the lr of its rule's first group, which is that of the matrices.
     groups = run.start["param_groups"]
     peak = next((group for group in groups if group["role"] == "matrix"), groups[0])["peak_lr"]
+    tolerance = LR_TOLERANCE if is_external(run.start) else 1e-12
     for event in run.of("train"):
         remaining = 1 - (event["step"] - 1) / config["train"]["steps"]
         cooldown, floor = schedule["cooldown_frac"], schedule["final_lr_frac"]
         scale = 1.0 if remaining >= cooldown else floor + (1 - floor) * remaining / cooldown
         scale *= min(1.0, event["step"] / max(1, config["warmup_steps"]))
-        if not math.isclose(event["lr"], peak * scale, rel_tol=1e-12):
+        if not math.isclose(event["lr"], peak * scale, rel_tol=tolerance):
             yield f"step {event['step']}: lr {event['lr']} is not the schedule's"
             return
 
