@@ -235,7 +235,7 @@ def train_step(run: Run, model: Model, step: int) -> Tensor:
     run.timeline.mark("update", step)
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
-            group |= scheduled(step, group, run.config)
+            run.give(group, scheduled(step, group, run.config))
         optimizer.step()
     run.model.zero_grad()
     run.timeline.mark("updated", step)
@@ -246,7 +246,8 @@ def train_step(run: Run, model: Model, step: int) -> Tensor:
 def validate(run: Run, model: Model) -> float:
     """Mean loss over the fixed validation tokens, in sequences that do not overlap. Collective; changes nothing."""
     run.model.eval()
-    losses = [model(inputs, targets) for inputs, targets in run.validation_batches()]
+    with run.judged_weights():
+        losses = [model(inputs, targets) for inputs, targets in run.validation_batches()]
     run.model.train()
     return run.ranks.sum(torch.stack(losses).cpu().double().sum()) / run.config.eval.tokens
 

@@ -5,7 +5,6 @@ import copy
 import dataclasses
 import functools
 import importlib.util
-import sys
 import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from aurora.errors import Exit, HarnessError
+from aurora.hints import Misfit, fit, words
 from aurora.schedule import (
     MOST_STEPS,
     PEAKS,
@@ -37,7 +37,11 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--config", type=track_path, default=ROOT / "configs" / "quick.toml", help="track (configs/quick.toml)"
     )
-    parser.add_argument("--optimizer", default="aurora", help="name of an [optimizer.NAME] table of the track (aurora)")
+    parser.add_argument(
+        "--optimizer",
+        default="aurora",
+        help="name of an [optimizer.NAME] table of the track (aurora), or any other: module:Class, as torch.optim:SGD",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights (0)")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the record <run_id>.jsonl (runs)")
     parser.add_argument(
@@ -228,7 +232,10 @@ class Config:
     """All settings of a run.
 
     Attributes:
-        optimizer: Name of the rule, whose table is [optimizer.NAME].
+        optimizer: Name of the optimizer, whose table is [optimizer.NAME].
+        rule: Where its class is: the name of a file in aurora/optim, by default that of the table, or module:Class.
+        parameters: What it updates: matrices, while AdamW updates the rest, which is the default; or all, with one lr,
+            if it is an optimizer of others.
         warmup_steps: Linear warm-up of the learning rates in the short form, from the optimizer's table [steps].
         hparams: The rest of that table; see aurora.optim.registry.hparam_types().
     """
@@ -239,8 +246,25 @@ class Config:
     eval: EvalConfig
     schedule: ScheduleConfig
     optimizer: str
+    rule: str
+    parameters: str
     warmup_steps: int
     hparams: dict[str, Any]
+
+
+MATRICES, ALL = "matrices", "all"
+# AdamW's settings for what is no matrix, which every table has.
+AUX_KEYS = ("embed_lr", "head_lr", "vector_lr", "aux_betas", "aux_eps", "aux_weight_decay")
+
+
+def is_path(optimizer: str) -> bool:
+    """Whether this names an optimizer by where to import it, as in torch.optim:SGD."""
+    return ":" in optimizer
+
+
+def name_of(optimizer: str) -> str:
+    """The name of the table of what --optimizer names."""
+    return optimizer.rpartition(":")[2]
 
 
 def load_config(path: Path, optimizer: str, overrides: Iterable[str] = ()) -> Config:
@@ -272,7 +296,12 @@ def parsed_toml(text: str) -> dict[str, Any]:
 
 
 def parse_config(track: str, path: Path, optimizer: str, overrides: Iterable[str] = ()) -> Config:
-    """Parse a track, apply "a.b=v" overrides, check every table but the optimizers' own keys. path: for messages.
+    """Parse a track, apply "a.b=v" overrides, check every table but the optimizers' own keys.
+
+    Args:
+        path: for messages.
+        optimizer: the name of a table, or module:Class. That needs no table: it has what [optimizer.adamw] says of
+            AdamW's part, and its constructor's defaults.
 
     Raises:
         HarnessError: CONFIG, naming file, key, value and what would be right.
@@ -282,6 +311,9 @@ def parse_config(track: str, path: Path, optimizer: str, overrides: Iterable[str
     except (ValueError, RecursionError) as error:  # ValueError: no TOML, too many digits
         raise HarnessError(Exit.CONFIG, f"config {path} is not valid TOML: {str(error)[:200]}") from error
     overrides = list(overrides)
+    name = name_of(optimizer)
+    if is_path(optimizer) and isinstance(tables.setdefault("optimizer", {}), dict):
+        tables["optimizer"].setdefault(name, {"rule": optimizer})
     for override in overrides:
         apply_override(tables, override)
 
@@ -295,23 +327,30 @@ def parse_config(track: str, path: Path, optimizer: str, overrides: Iterable[str
             f"{path.name}: optimizer must hold tables, as in [optimizer.muon]; a value of one is optimizer.muon.lr",
         )
     check_keys(tables, sections, path.name)
-    if optimizer not in optimizer_tables:
+    if name not in optimizer_tables:
+        known = ", ".join(optimizer_tables) or "none"
         raise HarnessError(
             Exit.CONFIG,
-            f"unknown optimizer {optimizer!r}{suggest(optimizer, optimizer_tables)}; "
-            f"{path.name} has {', '.join(optimizer_tables) or 'none'}",
+            f"unknown optimizer {name!r}{suggest(name, optimizer_tables)}; {path.name} has {known}; "
+            f"one of another package is module:Class, as in {path_like(name)}",
         )
-    hparams = dict(optimizer_tables[optimizer])
+    hparams = dict(optimizer_tables[name])
     if (steps := pop_steps(hparams, overrides)) is not None and isinstance(tables["train"], dict):
-        tables["train"] = tables["train"] | {"steps": coerce(f"optimizer.{optimizer}.steps", steps, int)}
+        tables["train"] = tables["train"] | {"steps": coerce(f"optimizer.{name}.steps", steps, int)}
     parts: dict[str, Any] = {
-        name: cls(**typed_table(tables[name], get_type_hints(cls), name, with_default(cls)))
-        for name, cls in sections.items()
+        section: cls(**typed_table(tables[section], get_type_hints(cls), section, with_default(cls)))
+        for section, cls in sections.items()
         if cls is not ScheduleConfig
     }
-    parts["schedule"] = parse_schedule(tables["schedule"], hparams.pop("schedule", {}), optimizer)
-    warmup_steps = coerce(f"optimizer.{optimizer}.warmup_steps", hparams.pop("warmup_steps", 0), int)
-    config = Config(**parts, optimizer=optimizer, warmup_steps=warmup_steps, hparams=hparams)
+    parts["schedule"] = parse_schedule(tables["schedule"], hparams.pop("schedule", {}), name)
+    warmup_steps = coerce(f"optimizer.{name}.warmup_steps", hparams.pop("warmup_steps", 0), int)
+    rule, parameters = pop_rule(hparams, name, optimizer, path)
+    if is_path(rule) and parameters == MATRICES:
+        adamw = optimizer_tables.get("adamw", {})
+        hparams = {key: adamw[key] for key in AUX_KEYS if key in adamw} | hparams
+    config = Config(
+        **parts, optimizer=name, rule=rule, parameters=parameters, warmup_steps=warmup_steps, hparams=hparams
+    )
     check_bounds(config)
     check_schedules(config)
     return config
@@ -396,6 +435,29 @@ def check_schedules(config: Config) -> None:
                 raise HarnessError(Exit.CONFIG, f"{message}; let it get to 1, and lower the optimizer's lr instead")
 
 
+def path_like(name: str) -> str:
+    """A way to write module:Class that is near to a name that has no colon."""
+    module, _, cls = name.rpartition(".")
+    return f"{module}:{cls}" if module and cls else "torch.optim:SGD"
+
+
+def pop_rule(table: dict[str, Any], name: str, optimizer: str, path: Path) -> tuple[str, str]:
+    """Take out of an optimizer's table where its class is, and what it updates. optimizer: what --optimizer says."""
+    rule = coerce(f"optimizer.{name}.rule", table.pop("rule", name), str)
+    if is_path(optimizer) and rule != optimizer:
+        raise HarnessError(
+            Exit.CONFIG,
+            f"--optimizer {optimizer}, but {path.name} has a table [optimizer.{name}] of the rule {rule}: "
+            f'give {optimizer} a table of another name, with rule = "{optimizer}"',
+        )
+    parameters = coerce(f"optimizer.{name}.parameters", table.pop("parameters", MATRICES), str)
+    check_bound(f"optimizer.{name}.parameters", parameters, parameters in (MATRICES, ALL), f"{MATRICES} or {ALL}")
+    if parameters == ALL and (aux := [key for key in AUX_KEYS if key in table]):
+        message = f'optimizer.{name}.{aux[0]} means nothing with parameters = "all": all of them share lr; leave it out'
+        raise HarnessError(Exit.CONFIG, message)
+    return rule, parameters
+
+
 def pop_steps(table: dict[str, Any], overrides: Iterable[str]) -> Any:
     """Take an optimizer's own schedule length out of its table. None without one, or if --set train.steps decides."""
     steps = table.pop("steps", None)
@@ -446,22 +508,16 @@ def check_keys(table: Any, known: Iterable[str], label: str, optional: Iterable[
 
 def coerce(label: str, value: Any, expected: Any) -> Any:
     """value as the expected type: whole numbers pass as floats, lists as tuples."""
-    if expected is float:
-        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
-            return float(value)
-    elif expected == tuple[float, float]:
-        if isinstance(value, list | tuple) and len(value) == 2:
-            return tuple(coerce(label, item, float) for item in value)
-    elif type(value) is expected or (expected == int | str and (value == "auto" or type(value) is int)):
-        return value
-    names = {
-        int: "a whole number",
-        int | str: 'a whole number or "auto"',
-        float: "a finite number",
-        str: "a string",
-        bool: "true or false",
-    }
-    raise HarnessError(Exit.CONFIG, f"{label} must be {names.get(expected, 'two numbers')}, got {shown(value)}")
+    if expected == int | str:
+        if value == "auto" or type(value) is int:
+            return value
+        wanted = 'a whole number or "auto"'
+    else:
+        try:
+            return fit(value, expected)
+        except Misfit:
+            wanted = words(expected)
+    raise HarnessError(Exit.CONFIG, f"{label} must be {wanted}, got {shown(value)}")
 
 
 # Of whole numbers, the largest that a run can have, so that checks before it end in a second.

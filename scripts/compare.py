@@ -1,6 +1,8 @@
 """Run several optimizers and seeds on one track, and compare them with tests.
 
     python scripts/compare.py                                       the laptop track, one seed for each optimizer
+    python scripts/compare.py torch.optim:SGD muon --seeds 0 1 2    any optimizer, by module:Class, against another
+    python scripts/compare.py my_file:MyOpt muon --tune 16          first 16 trials for each that is not tuned yet
     python scripts/compare.py --seeds 0 1 2 3 4 --out runs/quick
     python scripts/compare.py --grid optimizer.lr=0.01,0.02,0.04    every value, for every optimizer
     python scripts/compare.py --config configs/gpt2_small.toml --nproc 8 --seeds 0 1 2 3
@@ -30,6 +32,7 @@ from typing import NamedTuple, TextIO
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from aurora.config import name_of
 from aurora.console import run_script
 from aurora.errors import HarnessError
 from aurora.trainer.record import Run, read_folder
@@ -52,7 +55,19 @@ DEFAULT_OPTIMIZERS = ["adamw", "muon", "unormuon", "aurora"]
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=track_name, default="configs/quick.toml", help="track (TOML)")
-    parser.add_argument("--optimizers", nargs="+", default=DEFAULT_OPTIMIZERS, metavar="NAME", help="default: all four")
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="OPTIMIZER",
+        help="names of the track's tables, or module:Class; default: adamw muon unormuon aurora",
+    )
+    parser.add_argument("--optimizers", nargs="+", metavar="OPTIMIZER", help="the same as an option")
+    parser.add_argument(
+        "--tune",
+        type=int,
+        metavar="N",
+        help="first tune, with N trials each, the optimizers whose table is not marked as tuned, or that have none",
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="default: 0")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder of the records and the report")
     parser.add_argument(
@@ -83,6 +98,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.jobs < 1 or (args.jobs > 1 and args.nproc > 1):
         parser.error("--jobs must be at least 1, and 1 with --nproc above 1")
+    if args.names and args.optimizers:
+        parser.error("name the optimizers once: before all options, or with --optimizers")
+    args.optimizers = args.names or args.optimizers or DEFAULT_OPTIMIZERS
+    if args.tune is not None and (args.tune < 1 or args.report):
+        parser.error("--tune must be at least 1, and is not for --report")
+    if args.tune and args.nproc > 1:
+        parser.error("--tune makes its trials in one process each; without --nproc, or tune first: compare.py tune")
+    args.tuned = {}  # "a.b=v" of each optimizer that is tuned here
     if args.nproc < 1:
         parser.error(f"--nproc must be at least 1, got {args.nproc}")
     for option in ("optimizers", "seeds"):
@@ -117,9 +140,11 @@ def plan_runs(args: argparse.Namespace) -> list[Planned]:
     plan = []
     for seed, setting, optimizer in itertools.product(args.seeds, itertools.product(*args.grid), args.optimizers):
         argv = ["--config", args.config, "--optimizer", optimizer, "--seed", str(seed)]
-        own = [(key.replace("optimizer.", f"optimizer.{optimizer}.") if key.count(".") == 1 else key, value)
+        table = f"optimizer.{name_of(optimizer)}."
+        own = [(key.replace("optimizer.", table) if key.count(".") == 1 else key, value)
                for key, value in setting]  # fmt: skip
-        for override in [*args.overrides, *(f"{key}={value}" for key, value in own)]:
+        tuned = args.tuned.get(optimizer, [])
+        for override in [*args.overrides, *tuned, *(f"{key}={value}" for key, value in own)]:
             argv += ["--set", override]
         title = ", ".join([optimizer, *(f"{key} {value}" for key, value in setting), f"seed {seed}"])
         plan.append(Planned(title, argv))
@@ -221,6 +246,12 @@ def main() -> int:
     if args.report:
         return report_folders(args)
     progress = sys.stderr if args.json else sys.stdout
+    if args.tune:
+        from scripts.tune import tune_first
+
+        args.tuned, code = tune_first(args, progress)
+        if code:
+            return code
     plan = plan_runs(args)
     try:
         recorded = by_arguments(read_folder(args.out, condensed=True)[0])

@@ -178,12 +178,15 @@ def sections() -> Iterator[str]:
                 yield PIECES
     own = [
         Key("steps", int, None, "Length of this optimizer's run, instead of train.steps [steps]."),
+        *(Key(key, str, None, described(Config)[key]) for key in ("rule", "parameters")),
         Key("warmup_steps", int, 0, described(Config)["warmup_steps"]),
         Key("schedule", RoleSchedule | None, None, "What this optimizer has instead of [schedule]'s pieces and plan."),
     ]
     yield (
-        "## [optimizer.NAME]\n\nThese keys are in every optimizer's table. The rule updates the weight matrices of the "
-        "blocks. AdamW updates the\nother parameters with these settings.\n\n"
+        "## [optimizer.NAME]\n\nThese keys are in every optimizer's table. The rule updates the weight matrices "
+        "of the blocks. AdamW updates the\nother parameters with these settings. Where `rule` is `module:Class`, "
+        "they come from `[optimizer.adamw]` unless\nthey are given, lr is the constructor's default unless given, "
+        "and all other keys are the constructor's arguments.\n\n"
         f"{table(own + keys_of(AuxHparams))}\n"
     )
     matrix = keys_of_rule("muon")

@@ -14,12 +14,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from aurora.config import load_config, track_path
+from aurora.config import is_path, load_config, track_path
 from aurora.errors import Exit
 from aurora.trainer.public import public_argv
-from aurora.trainer.record import ROOT, RecordError, Run, read_record, record_paths
+from aurora.trainer.record import EXTERNAL, ROOT, RecordError, Run, read_record, record_paths
 
 PREEMPTED = Exit.PREEMPTED
+FOLDER_VARIABLE = "SPEEDRUN_FOLDER"  # of aurora/optim/external.py, which needs torch
 PRIVATE = ".run-"  # how names of the folders begin in which runs train
 
 
@@ -31,10 +32,14 @@ def check_settings(argvs: Iterable[Sequence[str]], nproc: int) -> None:
         return
 
     import train_gpt  # and with it torch, which takes seconds
+    from aurora.trainer.optimizers import probe_rule
     from aurora.trainer.setup import check_config
 
+    cpu = train_gpt.torch.device("cpu")
     for config in configs:
-        check_config(config, nproc, train_gpt.GPT, train_gpt.scheduled)
+        config, _, params, _ = check_config(config, nproc, train_gpt.GPT, train_gpt.scheduled)
+        if is_path(config.rule) and not train_gpt.torch.cuda.is_available():  # on a GPU the runs do this themselves
+            probe_rule(config, params, cpu)
 
 
 def track_name(text: str) -> str:
@@ -63,7 +68,9 @@ class Workers:
     """
 
     def __init__(self, jobs: int, out: Path):
-        self.out, self.environment, self.lock = out, None, threading.RLock()
+        self.out, self.lock = out, threading.RLock()
+        # Runs start in the folder of the project; an optimizer may be in this one.
+        self.environment = {FOLDER_VARIABLE: os.getcwd()} | os.environ
         self.known: dict[Path, tuple[tuple[int, ...], Run | None]] = {}  # by their files' versions
         self.children: set[subprocess.Popen] = set()
         self.is_ended = threading.Event()
@@ -74,7 +81,7 @@ class Workers:
         can_pin = hasattr(os, "sched_setaffinity")  # Linux
         cores = sorted(os.sched_getaffinity(0)) if can_pin else list(range(os.cpu_count() or 1))
         threads = max(1, len(cores) // jobs)
-        self.environment = os.environ | {"OMP_NUM_THREADS": str(threads), "SPEEDRUN_JOBS": str(jobs)}
+        self.environment |= {"OMP_NUM_THREADS": str(threads), "SPEEDRUN_JOBS": str(jobs)}
         for place in range(jobs):
             own = cores[place * threads : (place + 1) * threads]  # none where there are more jobs than cores
             self.free.put(own if can_pin else [])
@@ -164,7 +171,7 @@ class Workers:
         child = subprocess.Popen(
             command,
             cwd=ROOT,
-            env=(self.environment or os.environ) | {"PYTHONIOENCODING": "utf-8"},
+            env=self.environment | {"PYTHONIOENCODING": "utf-8"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             encoding="utf-8",
@@ -261,12 +268,21 @@ def is_current(run: Run, config_path: Path | None = None) -> bool:
     A record embeds what its run had imported. A file that is new here therefore changes nothing.
     """
     sources = run.start["sources"]
-    paths = {name: ROOT / name if name.endswith(".py") else config_path for name in sources}
+    paths = {name: source_path(name) if name.endswith(".py") else config_path for name in sources}
     try:
         same = (sources[name] == text_now(path) for name, path in paths.items() if path)
         return "train_gpt.py" in sources and all(same)
     except (OSError, ValueError):  # the file does not exist here, or is no text
         return False
+
+
+def source_path(name: str) -> Path:
+    """Where a source of a record is here: in the project, or on the path on which other packages are found."""
+    if not name.startswith(f"{EXTERNAL}/"):
+        return ROOT / name
+    name = name.removeprefix(f"{EXTERNAL}/")
+    folders = (*sys.path, os.environ.get(FOLDER_VARIABLE, "."), ".")
+    return next((Path(folder, name) for folder in folders if Path(folder, name).is_file()), Path(name))
 
 
 def has_arguments(run: Run, argv: list[str]) -> bool:

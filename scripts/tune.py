@@ -3,11 +3,13 @@
     python scripts/compare.py tune --trials 20 --jobs 2 --out runs/quick_tuning
     python scripts/compare.py tune --trials 20 --jobs 2 --out runs/quick_tuning --write
     python scripts/compare.py tune --set model.mlp=swiglu --out runs/quick_swiglu_tuning
+    python scripts/compare.py tune --optimizers torch.optim:SGD my_file:MyOpt --out runs/mine_tuning
 
-The search is that of scripts/analysis/tuning.py, in the space that --space declares. Each trial is an ordinary run with
-a record in --out. A trial that diverged counts, with an infinite loss. The same command goes on where it was stopped: a
-trial whose arguments, config and code have a record is not run again. ledger.json (one trial a line) and tuning.md are
-written to --out. Optimizers that are not searched this time keep their lines there.
+The search is that of scripts/analysis/tuning.py, in the space that --space declares. An optimizer of which that says
+nothing has its lr and AdamW's searched, on grids of factor 2 around what it would have untuned. Each trial is an
+ordinary run with a record in --out. A trial that diverged counts, with an infinite loss. The same command goes on where
+it was stopped: a trial whose arguments, config and code have a record is not run again. ledger.json (one trial a line)
+and tuning.md are written to --out. Optimizers that are not searched this time keep their lines there.
 """
 
 import argparse
@@ -21,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
 
-from aurora.config import load_config, recorded
+from aurora.config import is_path, load_config, name_of, recorded
 from aurora.errors import Exit, HarnessError
 from aurora.trainer.record import ROOT, Run
 from scripts.analysis.text import markdown_table
@@ -30,14 +32,18 @@ from scripts.analysis.tuning import (
     Space,
     Trial,
     best_of,
+    default_knobs,
     is_finite,
     neighbours_tried,
     read_space,
+    tuned_trials,
     write_setting,
 )
 from scripts.runs import PREEMPTED, Workers, check_settings, has_arguments, is_current, take_folder, track_name
 
 LEDGER, PAGE = "ledger.json", "tuning.md"
+# Where no file declares a space: a seed that no comparison uses, and only the loss at the end, which alone counts.
+DEFAULT_SEED, DEFAULT_OVERRIDES = 100, ("eval.every=1000000", "eval.late_every=1000000")
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -46,7 +52,12 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--config", type=track_name, default="configs/quick.toml", help="track (TOML)")
     parser.add_argument("--space", type=Path, help="search space (default: configs/tuning/<name of the track>.toml)")
-    parser.add_argument("--optimizers", nargs="+", metavar="NAME", help="default: all of the search space")
+    parser.add_argument(
+        "--optimizers",
+        nargs="+",
+        metavar="OPTIMIZER",
+        help="as of compare.py; default: all of the search space",
+    )
     parser.add_argument("--trials", type=int, default=20, metavar="N", help="trials of each optimizer (20)")
     parser.add_argument(
         "--jobs", type=int, default=1, metavar="N", help="optimizers at a time, each with 1/N of the cores"
@@ -118,6 +129,7 @@ class Tuner:
     def search(self, optimizer: str) -> Search:
         """All trials of one optimizer. Raises Stopped."""
         knobs = self.space.knobs[optimizer]
+        searched = "; ".join(map(str, knobs))
 
         def evaluate(number: int, knob: str, setting: dict[str, Any], why: str) -> float:
             argv = self.argv(optimizer, setting)
@@ -131,7 +143,7 @@ class Tuner:
             self.ledger.add({
                 "optimizer": optimizer, "trial": number, "knob": knob, "value": setting[knob], "setting": setting,
                 "why": why, "status": run.end_event["status"], "val_loss": loss if is_finite(loss) else None,
-                "record": run.path.name,
+                "record": run.path.name, "space": searched,
             })  # fmt: skip
             return loss
 
@@ -143,7 +155,7 @@ class Tuner:
         """Of train_gpt.py, without --out."""
         argv = ["--config", self.args.config, "--optimizer", optimizer, "--seed", str(self.space.seed)]
         values = keys_of(self.space, optimizer, setting)
-        own = [f"optimizer.{optimizer}.{key}={json.dumps(value)}" for key, value in values.items()]
+        own = as_overrides(optimizer, values)
         return argv + [word for override in (*self.space.overrides, *self.args.overrides, *own)
                        for word in ("--set", override)]  # fmt: skip
 
@@ -171,6 +183,11 @@ class Tuner:
         self.progress.flush()
 
 
+def as_overrides(optimizer: str, values: dict[str, Any]) -> list[str]:
+    """ "a.b=v" for values of an optimizer's table."""
+    return [f"optimizer.{name_of(optimizer)}.{key}={json.dumps(value)}" for key, value in values.items()]
+
+
 def is_over(run: Run) -> bool:
     return run.end is not None and run.end["status"] in ("done", "diverged")
 
@@ -188,8 +205,10 @@ def keys_of(space: Space, optimizer: str, setting: dict[str, Any]) -> dict[str, 
 def report(ledger: Ledger, space: Space, args: argparse.Namespace) -> str:
     """What was chosen and why, and every trial, in Markdown."""
     chosen, rows = [], []
-    for optimizer in [name for name in space.knobs if ledger.trials(name)]:
-        trials, first = ledger.trials(optimizer), space.knobs[optimizer][0].name
+    searched = {entry["optimizer"]: True for entry in ledger.entries}
+    for optimizer in [*filter(searched.get, space.knobs), *(name for name in searched if name not in space.knobs)]:
+        trials = ledger.trials(optimizer)
+        first = next(iter(trials[0].setting))  # the knob that is tuned first
         best = best_of(trials)
         around = [
             f"{t.setting[first]:g}: {as_loss(t.val_loss)}" if t else "not tried"
@@ -240,23 +259,43 @@ def write_track(path: Path, space: Space, searches: dict[str, Search], out: Path
         temporary.unlink(missing_ok=True)
 
 
-def main(argv: Sequence[str]) -> int:
-    args = parse_args(argv)
-    searches: dict[str, Search] = {}
-    try:
-        if not args.space.is_file():
-            track = f"configs/tuning/ has none for {args.config}"
-            raise HarnessError(
-                Exit.CONFIG, f"there is no search space {args.space}: {track}; write one, or name one with --space"
-            )
+def declared_space(args: argparse.Namespace) -> Space:
+    """The space of --space, with the default knobs of those --optimizers of which it says nothing. HarnessError."""
+    if args.space.is_file():
         space = read_space(args.space)
-        optimizers = args.optimizers or list(space.knobs)
-        if unknown := [name for name in optimizers if name not in space.knobs]:
-            print(f"error: {args.space} has no knobs for {', '.join(unknown)}", file=sys.stderr)
-            return 2
-        folder = take_folder(args.out)
+    elif args.optimizers:
+        space = Space(DEFAULT_SEED, list(DEFAULT_OVERRIDES), {})
+    else:
+        track = f"configs/tuning/ has none for {args.config}"
+        message = f"there is no search space {args.space}: {track}; write one, or name --optimizers"
+        raise HarnessError(Exit.CONFIG, message)
+    own = {}
+    for optimizer in args.optimizers or space.knobs:
+        knobs = space.knobs.get(name_of(optimizer))
+        if knobs is None:
+            config = load_config(ROOT / args.config, optimizer, [*space.overrides, *args.overrides])
+            from aurora.trainer.optimizers import checked_hparams  # and with it torch
+
+            knobs = default_knobs(checked_hparams(config))
+        own[optimizer] = knobs
+    return space._replace(knobs=own)
+
+
+def search_all(args: argparse.Namespace, progress: TextIO) -> tuple[dict[str, Search], Space]:
+    """The trials of all optimizers, and where they were made. Writes the ledger and the page.
+
+    Raises:
+        HarnessError: usage, or a folder that is not ours.
+        Stopped: a trial neither finished nor diverged.
+    """
+    space = declared_space(args)
+    optimizers = list(space.knobs)
+    if args.write and (apart := [name for name in optimizers if is_path(name)]):
+        message = f"--write: {apart[0]} has no table in {args.config} to write to; add one with rule = {apart[0]!r}"
+        raise HarnessError(Exit.CONFIG, message)
+    with take_folder(args.out):
         ledger = Ledger(args.out / LEDGER, optimizers)
-        tuner = Tuner(args, space, ledger, sys.stdout)
+        tuner = Tuner(args, space, ledger, progress)
         starts = ({knob.name: knob.start for knob in space.knobs[optimizer]} for optimizer in optimizers)
         check_settings((tuner.argv(*start) for start in zip(optimizers, starts, strict=True)), nproc=1)
         with ThreadPoolExecutor(args.jobs) as pool:
@@ -269,20 +308,58 @@ def main(argv: Sequence[str]) -> int:
             except KeyboardInterrupt:  # the runs got it too
                 tuner.is_stopped.set()
                 raise Stopped(PREEMPTED) from None
+        (args.out / PAGE).write_text(report(ledger, space, args), encoding="utf-8")
+    return searches, space
+
+
+def tune_first(args: argparse.Namespace, progress: TextIO) -> tuple[dict[str, list[str]], int]:
+    """For compare.py --tune: "a.b=v" of each optimizer that was not tuned before, from args.tune trials; exit code."""
+    trials = tuned_trials((ROOT / args.config).read_text(encoding="utf-8"))
+    untuned = [optimizer for optimizer in args.optimizers if is_path(optimizer) or optimizer not in trials]
+    for optimizer in args.optimizers:
+        if optimizer not in untuned and trials[optimizer] != args.tune:
+            progress.write(f"{optimizer} is tuned, with {trials[optimizer]} trials; those below get {args.tune}\n")
+    if not untuned:
+        progress.write("all of them are tuned already\n")
+        return {}, 0
+    words = ["--config", args.config, "--trials", str(args.tune), "--jobs", str(args.jobs), "--optimizers", *untuned]
+    words += ["--out", f"{args.out}_tuning", *(word for value in args.overrides for word in ("--set", value))]
+    try:
+        searches, space = search_all(parse_args(words), progress)
+    except (HarnessError, OSError, ValueError, Stopped) as error:
+        return {}, told(error)
+    chosen = {}
+    for optimizer, search in searches.items():
+        if not is_finite(search.best.val_loss):
+            print(
+                f"error: every trial of {optimizer} diverged; name a lower optimizer.NAME.lr by --set", file=sys.stderr
+            )
+            return {}, 1
+        chosen[optimizer] = as_overrides(optimizer, keys_of(space, optimizer, search.best.setting))
+        progress.write(f"{optimizer}: {' '.join(chosen[optimizer])}\n")
+    return chosen, 0
+
+
+def told(error: Exception) -> int:
+    """Say why the search ended; the exit code."""
+    if isinstance(error, Stopped):
+        words = "stopped" if error.args[0] == PREEMPTED else f"error: a trial ended with exit code {error.args[0]}"
+        print(f"{words}; the same command goes on with the trials that are left", file=sys.stderr)
+        return int(error.args[0])
+    print(f"error: {error}", file=sys.stderr)
+    return int(error.reason) if isinstance(error, HarnessError) else 2
+
+
+def main(argv: Sequence[str]) -> int:
+    args = parse_args(argv)
+    try:
+        searches, space = search_all(args, sys.stdout)
         if args.write:
             if lost := [optimizer for optimizer, search in searches.items() if not is_finite(search.best.val_loss)]:
                 print(f"error: every trial of {', '.join(lost)} diverged; nothing is written", file=sys.stderr)
                 return 1
             write_track(ROOT / args.config, space, searches, args.out)
-    except (HarnessError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return int(error.reason) if isinstance(error, HarnessError) else 2
-    except Stopped as stopped:
-        words = "stopped" if stopped.args[0] == PREEMPTED else f"error: a trial ended with exit code {stopped.args[0]}"
-        print(f"{words}; the same command goes on with the trials that are left", file=sys.stderr)
-        return int(stopped.args[0])
-    with folder:
-        text = report(ledger, space, args)
-        (args.out / PAGE).write_text(text, encoding="utf-8")
-    print("\n" + text)
+    except (HarnessError, OSError, ValueError, Stopped) as error:
+        return told(error)
+    print("\n" + (args.out / PAGE).read_text(encoding="utf-8"))
     return 0

@@ -5,6 +5,7 @@ import importlib
 import re
 import shutil
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -54,13 +55,13 @@ def test_hparam_types_name_what_the_constructor_takes(name):
     assert ("balance_steps" in types) == (name == "aurora")
 
 
-def test_a_constructor_must_state_types(copied):
+def test_an_argument_without_a_type_has_that_of_its_default(copied):
     package, folder = copied
     (folder / "untyped.py").write_text(
-        "from .muon import Muon\nclass Untyped(Muon):\n    def __init__(self, params, lr, beta=0.9): pass\n"
+        "from .muon import Muon\nclass Untyped(Muon):\n    def __init__(self, params, lr, beta=0.9, k=(1,)): pass\n"
     )
-    with pytest.raises(ValueError, match="Untyped.__init__ must say which type lr has"):
-        package.hparam_types("untyped")
+    types = package.hparam_types("untyped")
+    assert types["lr"] is Any and types["beta"] == int | float and types["k"] == tuple[Any, ...]
 
 
 def test_a_rule_that_is_any_other_optimizer_gets_an_adamw_beside_it(copied):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .normuon import NorMuon
     from .params import Param, Role, check_exact_cover
     from .polar import SCHEDULES, PolarSchedule, compute_dtype
-    from .registry import REQUIRED_HPARAMS, build, find_rule, hparam_types
+    from .registry import REQUIRED_HPARAMS, build, find_rule, hparam_defaults, hparam_types, is_ours
     from .riemannian_aurora import RiemannianAurora
     from .telemetry import NeuronTelemetry
     from .unormuon import UNorMuon
@@ -36,7 +36,7 @@ __version__ = "0.2.0"
 __all__ = [
     "AdamW", "Aurora", "MatrixOptimizer", "Muon", "NeuronTelemetry", "NorMuon", "Param", "ParamGroups",
     "PolarSchedule", "REQUIRED_HPARAMS", "RiemannianAurora", "Role", "SCHEDULES", "UNorMuon", "VARIANTS", "build",
-    "check_exact_cover", "compute_dtype", "find_rule", "hparam_types", "param_groups",
+    "check_exact_cover", "compute_dtype", "find_rule", "hparam_defaults", "hparam_types", "is_ours", "param_groups",
 ]  # fmt: skip
 _NAMES = {
     "adamw": ["AdamW"],
@@ -47,7 +47,7 @@ _NAMES = {
     "normuon": ["NorMuon"],
     "params": ["Param", "Role", "check_exact_cover"],
     "polar": ["PolarSchedule", "SCHEDULES", "compute_dtype"],
-    "registry": ["REQUIRED_HPARAMS", "build", "find_rule", "hparam_types"],
+    "registry": ["REQUIRED_HPARAMS", "build", "find_rule", "hparam_defaults", "hparam_types", "is_ours"],
     "riemannian_aurora": ["RiemannianAurora"],
     "telemetry": ["NeuronTelemetry"],
     "unormuon": ["UNorMuon"],

@@ -1,6 +1,7 @@
 """From the name of a rule to its class, and to the optimizers of a run: the rule, with AdamW for all but the matrices.
 
-A rule is one file of this folder that defines one optimizer. It is imported when it is named, not before.
+A rule is one file of this folder that defines one optimizer, or module:Class, an optimizer of another package. It is
+imported when it is named, not before.
 """
 
 import ast
@@ -20,13 +21,17 @@ import torch
 from .params import ROLES, Param, check_exact_cover
 
 
-def find_rule(name: str) -> type[torch.optim.Optimizer]:
-    """The optimizer class that NAME.py of this folder defines.
+def find_rule(name: str) -> Any:
+    """The optimizer class that NAME.py of this folder defines, or what module:Class names: a class, or a function.
 
     Raises:
         ValueError: there is no such file, or it does not define exactly one torch.optim.Optimizer. Abstract classes,
-            as MatrixOptimizer is one, do not count.
+            as MatrixOptimizer is one, do not count. Or module:Class cannot be imported.
     """
+    if ":" in name:
+        from .external import find
+
+        return find(name)
     file = f"{__package__.replace('.', '/')}/{name}.py"
     names = [module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)])]
     if name not in names:
@@ -87,12 +92,15 @@ class AuxHparams:
     aux_weight_decay: float
 
 
-NO_HPARAMS = ("self", "params", "process_group", "rule_hparams")  # of constructors
 REQUIRED_HPARAMS = (*(field.name for field in fields(AuxHparams)), "lr")
 
 
 def build(
-    name: str, params: Sequence[Param], hparams: dict[str, Any], process_group: Any = None
+    name: str,
+    params: Sequence[Param],
+    hparams: dict[str, Any],
+    process_group: Any = None,
+    parameters: str = "matrices",
 ) -> list[torch.optim.Optimizer]:
     """The optimizers of a run: the named rule over the matrices, and AdamW over embed, head and vector.
 
@@ -101,18 +109,28 @@ def build(
         params: every trainable parameter of the model, once, with its role.
         hparams: the fields of AuxHparams, all of them, and arguments of the rule's constructor; see hparam_types().
         process_group: whose ranks share the matrices, by a rule that can; see MatrixOptimizer.
+        parameters: matrices, or all: then the rule, neither a MatrixOptimizer nor AdamW, updates all parameters in one
+            group of the role "all", and hparams are its arguments alone.
 
     Returns:
         [rule], its first group the matrices; AdamW's groups are in it, too. Of a rule that is neither a MatrixOptimizer
         nor AdamW: [rule, AdamW]. Each group carries its role under "role" and its lr at full scale under "peak_lr".
 
     Raises:
-        ValueError: no such rule, a value out of range, or a parameter not covered exactly once.
+        ValueError: no such rule, one that cannot be built, a value out of range, or a parameter not covered once.
         KeyError, TypeError: a hyper-parameter that is missing or unknown.
     """
     from .base import MatrixOptimizer
 
     rule, rule_hparams = find_rule(name), dict(hparams)
+    if parameters == "all":
+        if is_ours(rule):
+            raise ValueError('parameters = "all" is for optimizers of others; this one has AdamW update the rest')
+        from .external import make
+
+        optimizers = [make(rule, [param.tensor for param in params], rule_hparams, "all")]
+        check_exact_cover(params, optimizers)
+        return optimizers
     aux = AuxHparams(**{field.name: rule_hparams.pop(field.name) for field in fields(AuxHparams)})
     by_role: dict[str, list[tuple[str, torch.nn.Parameter]]] = {role: [] for role in ROLES}
     for param in params:
@@ -130,42 +148,53 @@ def build(
     groups: list[dict[str, Any]] = [dict(params=by_role["matrix"], role="matrix")] if by_role["matrix"] else []
     adamw = dict(weight_decay=aux.aux_weight_decay, betas=aux.aux_betas, eps=aux.aux_eps)
     others = [dict(params=by_role[role], role=role, lr=lr, **adamw) for role, lr in aux_lr.items() if by_role[role]]
-    optimizers: list[torch.optim.Optimizer]
-    if issubclass(rule, MatrixOptimizer):
+    if is_ours(rule) and issubclass(rule, MatrixOptimizer):
         others = [dict(algorithm="adamw", **group) for group in others]
         optimizers = [rule(groups + others, process_group=process_group, **rule_hparams)]
     else:
         from .adamw import AdamW  # a rule, too: imported when it is used, not before
 
-        if issubclass(rule, AdamW):
+        if is_ours(rule):
             optimizers = [rule(groups + others, **rule_hparams)]
         else:
-            optimizers = [rule(groups, **rule_hparams)] if groups else []
+            from .external import make
+
+            matrices = [param.tensor for param in params if param.role == "matrix"]
+            optimizers = [make(rule, matrices, rule_hparams, "matrix")] if matrices else []
             optimizers += [AdamW(others, lr=0.0)] if others else []
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
+            group.setdefault("peak_lr", group["lr"])
     check_exact_cover(params, optimizers)
     return optimizers
 
 
+def is_ours(rule: Any) -> bool:
+    """Whether this class, or the class of this optimizer, shares its parameters' groups with AdamW, and is tested for
+    all that a run relies on."""
+    from .base import MatrixOptimizer
+
+    adamw = sys.modules.get(f"{__package__}.adamw")  # not there, so not the rule either
+    kinds = (MatrixOptimizer, adamw.AdamW) if adamw else (MatrixOptimizer,)
+    return issubclass(rule, kinds) if isinstance(rule, type) else isinstance(rule, kinds)
+
+
 def hparam_types(name: str) -> dict[str, Any]:
     """Name and type of every hyper-parameter that build() takes for this rule: AuxHparams' first, all of them needed,
-    then the rule's own, of which only lr is.
+    then the rule's own. An argument without a type has that of its default: see hint_of().
 
     Raises:
-        ValueError: no such rule, or its constructor has an argument without a type.
+        ValueError: no such rule.
     """
-    constructors = [vars(cls)["__init__"] for cls in find_rule(name).__mro__ if "__init__" in vars(cls)]
+    from .external import arguments_of, hint_of
+
     types: dict[str, Any] = get_type_hints(AuxHparams)
-    for constructor in constructors:
-        parameters = inspect.signature(constructor).parameters.values()
-        hints = get_type_hints(constructor)
-        for parameter in parameters:
-            if parameter.name not in NO_HPARAMS and parameter.kind != parameter.VAR_KEYWORD:
-                if parameter.name not in hints:
-                    raise ValueError(f"{constructor.__qualname__} must say which type {parameter.name} has")
-                types.setdefault(parameter.name, hints[parameter.name])
-        if all(parameter.kind != parameter.VAR_KEYWORD or parameter.name == "unknown" for parameter in parameters):
-            break
-    return types
+    return types | {key: hint_of(argument) for key, argument in arguments_of(find_rule(name)).items()}
+
+
+def hparam_defaults(name: str) -> dict[str, Any]:
+    """The defaults of those of the rule's own hyper-parameters that have one."""
+    from .external import arguments_of
+
+    arguments = arguments_of(find_rule(name)).items()
+    return {key: argument.default for key, argument in arguments if argument.default is not inspect.Parameter.empty}

@@ -14,7 +14,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from aurora.config import DTYPES
+import aurora
+from aurora.config import AUX_KEYS, DTYPES
 from aurora.errors import Exit, HarnessError
 from aurora.trainer.process import first_line
 from aurora.trainer.ranks import digest, is_peer_failure
@@ -31,11 +32,15 @@ def identity_of(start: dict[str, Any]) -> dict[str, Any]:
     data = {"data": start["data"]["fingerprint"], "val": start["data"]["val_sha256"]}
     files = {name: text for name, text in start["sources"].items() if name.endswith(".py")}
     code = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()}
-    return {key: start[key] for key in ("config", "seed")} | data | {"code": code}
+    rule = {"rule": start["rule"]} if "rule" in start else {}  # of another package: its version
+    return {key: start[key] for key in ("config", "seed")} | data | rule | {"code": code}
 
 
 def save_run(run: Run) -> None:
-    """A checkpoint of the whole run beside its record, on all ranks or none. Collective."""
+    """A checkpoint of the whole run beside its record, on all ranks or none; nothing of a run that could not go on from
+    it. Collective."""
+    if run.no_resume:
+        return
     start, progress = run.start, run.progress
     timeline.mark("checkpoint_gather", progress.step)
     spent_ns, _ = run.clock.of_slowest_rank()
@@ -182,7 +187,7 @@ def differences(identity: dict[str, Any], other: dict[str, Any]) -> list[str]:
         return ["version of the trainer"]
     code, other_code = identity["code"], other["code"]
     files = [name for name in code.keys() & other_code.keys() if code[name] != other_code[name]]
-    return [key for key, value in other.items() if key != "code" and identity[key] != value] + sorted(files)
+    return [key for key, value in other.items() if key != "code" and identity.get(key) != value] + sorted(files)
 
 
 def is_finished(run_folder: Path) -> bool:
@@ -252,6 +257,9 @@ def check_training(state: dict[str, Any], run: Run, step: int) -> None:
     for optimizer, saved in zip(run.optimizers, state["optimizers"], strict=True):
         params = [p for group in optimizer.param_groups for p in group["params"]]
         name = type(optimizer).__name__
+        if not aurora.is_ours(optimizer):  # what its state holds only its package knows, and the hash tells of edits
+            check_external_settings(optimizer.param_groups, saved["param_groups"], run.config.hparams)
+            continue
         if len(saved["state"]) != len(params):
             raise ValueError(f"it holds the state of {len(saved['state'])} of {len(params)} parameters of {name}")
         check_settings(optimizer.state_dict()["param_groups"], saved["param_groups"])
@@ -263,7 +271,7 @@ def check_training(state: dict[str, Any], run: Run, step: int) -> None:
                 wanted = dict.fromkeys(("exp_avg", "exp_avg_sq"), (tuple(params[index].shape), params[index].dtype))
                 if found != wanted or "step" not in entry:
                     raise ValueError(f"AdamW's state {index} is {found}, not {wanted}")
-    for name, tensor in tensors_of(state):
+    for name, tensor in tensors_of(state if aurora.is_ours(run.rule) else state["model"]):
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f"{name} is not finite")
 
@@ -280,6 +288,13 @@ def check_settings(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> 
                 raise ValueError(
                     f"{key} of group {index} is {ascii(their.get(key))[:80]}, not {str(our.get(key))[:80]}"
                 )
+
+
+def check_external_settings(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], hparams: dict[str, Any]) -> None:
+    """check_settings() of those that the config gives. Other optimizers count steps in their groups, and more."""
+    given = {key for key in hparams if key not in ("lr", *AUX_KEYS)} | {"role", "peak_lr"}
+    kept = [[{key: group[key] for key in given & group.keys()} for group in groups] for groups in (ours, theirs)]
+    check_settings(*kept)
 
 
 def tensors_of(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:

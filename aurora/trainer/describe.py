@@ -1,6 +1,7 @@
 """What a run says of itself: the first and the last line of its record, and the report of a dry run."""
 
 import datetime
+import math
 import re
 import secrets
 import sys
@@ -18,6 +19,7 @@ from aurora.tokens.loader import PUBLIC_SHARD_TOKENS, RunData, find_shards, step
 from aurora.tokens.shards import ShardError, open_shard
 from aurora.trainer.checkpoint import identity_of
 from aurora.trainer.memory import memory_estimate_gib, params_by_role
+from aurora.trainer.provenance import describe_rule, external_sources
 from aurora.trainer.public import plain_line, public_argv
 from aurora.trainer.ranks import digest, shared_variables
 from aurora.trainer.record import (
@@ -38,6 +40,10 @@ def run_event(run: Run, config_path: Path, track: str, seed: int, data: RunData)
     config, device = run.config, run.ranks.device
     utc, is_cuda = datetime.datetime.now(datetime.UTC), device.type == "cuda"
     sources = read_sources(config_path, track, modules_of_other_rules(run.optimizers))
+    external = {}
+    if run.is_external:
+        external = {"rule": describe_rule(config.rule, run.rule), "resumable": not run.no_resume}
+        sources = external_sources(config.rule, run.rule) | sources
     name = re.sub("[^A-Za-z0-9._-]", "-", config_path.stem)
     described_data, machine = data.describe(), describe_machine()
     stack = {
@@ -58,6 +64,7 @@ def run_event(run: Run, config_path: Path, track: str, seed: int, data: RunData)
         "task_hash": task_hash(recorded(config), described_data["stream_id"]),
         "optimizer": config.optimizer,
         "hparams": config.hparams | {"warmup_steps": config.warmup_steps},
+        **external,
         "param_groups": describe_groups(run.optimizers),
         "seed": seed,
         "world_size": run.ranks.world_size,
@@ -110,7 +117,8 @@ def end_event(status: str, run: Run) -> dict[str, Any]:
     memory_mib, data_wait_s = run.ranks.all_reduce(
         torch.tensor(largest, device=run.ranks.device), dist.ReduceOp.MAX
     ).tolist()
-    weights_sha256 = digest(run.model.state_dict())
+    with run.judged_weights():
+        weights_sha256 = digest(run.model.state_dict())
     clock.charge("end")
     spent_ns, wall_ns = clock.of_slowest_rank()
     return {
@@ -148,7 +156,7 @@ def describe_groups(optimizers: list[torch.optim.Optimizer]) -> list[dict[str, A
     descriptions = []
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            description = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+            description = {key: plain(value) for key, value in group.items() if key not in ("params", "param_names")}
             if "polar_schedule" in group:
                 schedule = aurora.SCHEDULES[group["polar_schedule"]]
                 dtype = aurora.compute_dtype(group["polar_dtype"], group["params"][0].device)
@@ -160,6 +168,19 @@ def describe_groups(optimizers: list[torch.optim.Optimizer]) -> list[dict[str, A
             name = "AdamW" if group.get("algorithm") == "adamw" else type(optimizer).__name__
             descriptions.append({"optimizer": name} | description)
     return descriptions
+
+
+def plain(value: Any) -> Any:
+    """A setting as JSON has it: a tensor of one number as that number, and what JSON cannot hold by its type."""
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = value.item()
+    if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    if isinstance(value, list | tuple):
+        return list(map(plain, value))
+    if isinstance(value, dict):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    return str(value) if isinstance(value, float) else f"a {type(value).__name__}"
 
 
 def dry_run_report(
@@ -175,12 +196,13 @@ def dry_run_report(
     lines = [f"{config.optimizer}: {sum(p.tensor.numel() for p in params):,} parameters", ""]
     lines.append(f"{'role':8}{'tensors':>8}{'weights':>14}  {'optimizer':12}{'lr':>10}{'weight_decay':>14}")
     counts = params_by_role(params)
+    counts["all"] = sum(counts.values())
     for group in describe_groups(optimizers):
         role = group["role"]
-        tensors = sum(p.role == role for p in params)
+        tensors = sum(role in ("all", p.role) for p in params)
         lines.append(
             f"{role:8}{tensors:>8}{counts[role]:>14,}  {group['optimizer']:12}{group['lr']:>10g}"
-            f"{group['weight_decay']:>14g}"
+            f"{group.get('weight_decay', 0):>14g}"
         )
     if config.model.bias:
         lines.append(f"vectors include the head's bias of {config.model.vocab_size:,}")

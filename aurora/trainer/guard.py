@@ -31,11 +31,15 @@ class Guard:
         self.codes = torch.arange(len(self.params), device=ranks.device) * ranks.world_size + ranks.rank
         self.zero = torch.zeros((), device=ranks.device)
         self.found: list[Tensor] = []
+        self.no_resume = ""  # see Run
         self.must_stay_unedited = False  # for a fast forward pass trains it, which would not see a change
         self.pending: list[tuple[int, Tensor, torch.cuda.Event | None]] = []
 
     def stop_if_asked(self, step: int) -> None:
         """Raise HarnessError PREEMPTED once all ranks have agreed to stop; the checkpoint must be saved by then."""
+        if self.must_stop and self.no_resume:
+            message = f"at step {step}, without a checkpoint, for the optimizer is not resumable; start anew"
+            raise HarnessError(Exit.PREEMPTED, message)
         if self.must_stop:
             raise HarnessError(Exit.PREEMPTED, f"at step {step}; the same command with --resume goes on")
 

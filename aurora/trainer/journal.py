@@ -108,7 +108,7 @@ class Journal:
 
     def after_step(self, step: int, loss: torch.Tensor) -> None:
         """Note the step (from 0) and its loss on this rank. Waits for nothing."""
-        settings: dict[str, Any] = {"lr": self.run.rule.param_groups[0]["lr"]}
+        settings: dict[str, Any] = {"lr": float(self.run.rule.param_groups[0]["lr"])}
         if values := scheduled_values(self.run.optimizers, self.run.config):
             settings["scheduled"] = values
         self.step_log.add(step + 1, loss, settings)

@@ -6,34 +6,85 @@ import torch
 import torch.distributed as dist
 
 import aurora
-from aurora.config import Config, check_hparams, typed_table
+from aurora.config import ALL, AUX_KEYS, Config, check_hparams, is_path, typed_table
 from aurora.errors import Exit, HarnessError
+from aurora.optim.external import make, source_of, two_gradients
+from aurora.trainer.probe import NotSuited, probe, tiny
 from aurora.trainer.ranks import Ranks
 from aurora.trainer.scheduled import keep_peaks
 
 
 def checked_hparams(config: Config) -> dict[str, Any]:
-    """The optimizer's table, with keys and types checked against its signature."""
-    name = config.optimizer
+    """The optimizer's table, with keys and types checked against its constructor's signature; with its lr."""
+    label = f"optimizer.{config.optimizer}"
     try:
-        types = aurora.hparam_types(name)
+        types, defaults = aurora.hparam_types(config.rule), aurora.hparam_defaults(config.rule)
     except ValueError as error:
-        raise HarnessError(Exit.CONFIG, f"[optimizer.{name}]: {error}") from error
-    optional = set(types) - set(aurora.REQUIRED_HPARAMS)
-    hparams = typed_table(config.hparams, types, f"optimizer.{name}", optional)
-    check_hparams(name, hparams)
+        where = f"[optimizer.{config.optimizer}]" if config.rule == config.optimizer else f"optimizer {config.rule}"
+        raise HarnessError(Exit.CONFIG, f"{where}: {error}") from error
+    if why := two_gradients(aurora.find_rule(config.rule)):
+        raise HarnessError(Exit.CONFIG, f"{label}: {config.rule} cannot train here: {why}")
+    if "lr" not in types:
+        message = f"{label}: {config.rule} takes no lr, which the schedule sets"
+        raise HarnessError(Exit.CONFIG, f"{message}; name a function of yours that takes one and gives the optimizer")
+    if config.parameters == ALL:
+        types = {key: hint for key, hint in types.items() if key not in AUX_KEYS}
+    table = dict(config.hparams)
+    if "lr" not in table and is_path(config.rule) and is_number(defaults.get("lr")):
+        table["lr"] = float(defaults["lr"])
+    if "lr" not in table and is_path(config.rule):
+        raise HarnessError(Exit.CONFIG, f"{label} needs an lr, for {config.rule} has none: --set {label}.lr=0.001")
+    needed = {*aurora.REQUIRED_HPARAMS} | (types.keys() - defaults.keys() if is_path(config.rule) else set())
+    hparams = typed_table(table, types, label, set(types) - needed)
+    check_hparams(config.optimizer, hparams)
     return hparams
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float | torch.Tensor) and not isinstance(value, bool)
 
 
 def build_optimizers(config: Config, params: list[aurora.Param]) -> list[torch.optim.Optimizer]:
     """The rule first, see aurora.build(); its matrices are shared out over all ranks."""
     process_group = dist.group.WORLD if dist.is_initialized() else None
     try:
-        optimizers = aurora.build(config.optimizer, params, config.hparams, process_group)
+        optimizers = aurora.build(config.rule, params, config.hparams, process_group, config.parameters)
     except ValueError as error:
         raise HarnessError(Exit.CONFIG, f"optimizer.{config.optimizer}: {str(error)[:300]}") from error
     keep_peaks(optimizers, config)
     return optimizers
+
+
+def is_rule_of_ours(config: Config) -> bool:
+    return aurora.is_ours(aurora.find_rule(config.rule))
+
+
+def stand_ins(params: list[aurora.Param]) -> list[aurora.Param]:
+    """Small parameters in the place of some without memory, which constructors of others may want to read."""
+    shapes = [tiny(param.tensor.shape) for param in params]
+    return [
+        param._replace(tensor=torch.nn.Parameter(torch.zeros(shape)))
+        for param, shape in zip(params, shapes, strict=True)
+    ]
+
+
+def probe_rule(config: Config, params: list[aurora.Param], device: torch.device) -> str:
+    """Why a run with this optimizer of others could not go on from a checkpoint; empty where it could.
+
+    Raises:
+        HarnessError: CONFIG, it cannot train here at all.
+    """
+    rule = aurora.find_rule(config.rule)
+    hparams = {key: value for key, value in config.hparams.items() if key not in AUX_KEYS}
+    role = "all" if config.parameters == ALL else "matrix"
+    shapes = [param.tensor.shape for param in params if role in ("all", param.role)]
+    try:
+        return probe(lambda own: make(rule, own, hparams, role), shapes, device)
+    except (NotSuited, ValueError) as error:
+        message = f"optimizer.{config.optimizer}: {config.rule} cannot train here: {error}"
+        if "create_graph" in source_of(rule):
+            message += "; it wants backward(create_graph=True), for second derivatives, and a step here has none"
+        raise HarnessError(Exit.CONFIG, message) from error
 
 
 def fix_polar_dtype(optimizers: list[torch.optim.Optimizer], ranks: Ranks) -> None:

@@ -71,6 +71,8 @@ class RecordWriter:
         return b"\n" not in content
 
 
+# The folder of a record's sources for files that are not of the project: an optimizer's of another package.
+EXTERNAL = "external"
 # A run executes nothing below these; what is imported from there belongs to a test or a benchmark around it.
 NOT_OF_A_RUN = ("data", "scripts", "tests")
 
@@ -230,7 +232,9 @@ class Run:
         config = self.start["config"]
         schedule = config.get("schedule") or {}  # whose lr is another than the hyper-parameter
         schedule = {key if key in SHORT_FORM else f"schedule.{key}": value for key, value in schedule.items()}
-        return self.start.get("hparams", {}) | schedule | {"steps": config["train"]["steps"]}
+        rule, is_named = config.get("rule"), config.get("rule") in (None, self.start.get("optimizer"))
+        others = {} if is_named else {"rule": rule, "parameters": config["parameters"]}
+        return others | self.start.get("hparams", {}) | schedule | {"steps": config["train"]["steps"]}
 
     def condense(self) -> None:
         """Leave out most of the record, which tables do not show: neurons, and of the train events all but the last."""

@@ -38,7 +38,7 @@ def scheduled_values(optimizers: list[torch.optim.Optimizer], config: Config) ->
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     schedule = vars(config.schedule)
     return {
-        f"{group['role']}.{key}": group[key]
+        f"{group['role']}.{key}": float(group[key])
         for group in groups
         for key, peak in PEAKS.items()
         if peak in group and pieces_of(schedule, group["role"], key) and not (key == "lr" and group is groups[0])

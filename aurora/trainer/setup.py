@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 import aurora
-from aurora.config import ROOT, Config, ModelConfig, parse_config, read_track
+from aurora.config import ROOT, Config, ModelConfig, is_path, parse_config, read_track
 from aurora.errors import Exit, HarnessError
 from aurora.fast import hopper
 from aurora.fast.float8 import check_float8
@@ -21,7 +21,15 @@ from aurora.trainer.checkpoint import newest_checkpoint, take_over
 from aurora.trainer.clock import Clock
 from aurora.trainer.describe import check_same_start, dry_run_report, greeting, run_event
 from aurora.trainer.momentum import Dump, checked_dump
-from aurora.trainer.optimizers import build_optimizers, checked_hparams, fix_polar_dtype
+from aurora.trainer.optimizers import (
+    build_optimizers,
+    checked_hparams,
+    fix_polar_dtype,
+    is_rule_of_ours,
+    probe_rule,
+    stand_ins,
+)
+from aurora.trainer.probe import force_eager
 from aurora.trainer.process import check_writable, lock_folder
 from aurora.trainer.ranks import Ranks
 from aurora.trainer.state import Run
@@ -40,6 +48,7 @@ class Checked(NamedTuple):
     plan: BatchPlan
     dump: Dump | None  # what --dump-momentum asks for
     track: str = ""  # the text that was parsed
+    no_resume: str = ""  # see Run
 
 
 def check_run(args: argparse.Namespace, ranks: Ranks, make_model: MakeModel, scheduled: Scheduled) -> Checked:
@@ -55,18 +64,21 @@ def check_run(args: argparse.Namespace, ranks: Ranks, make_model: MakeModel, sch
         track = read_track(args.config)
         config = parse_config(track, args.config, args.optimizer, args.overrides)
         config, plan, params, optimizers = check_config(config, ranks.world_size, make_model, scheduled)
+        used = (f"optimizer.{config.optimizer}.", *(["optimizer.adamw."] if is_path(config.rule) else []))
         for override in args.overrides:
-            is_of_another = override.startswith("optimizer.") and not override.startswith(
-                f"optimizer.{args.optimizer}."
-            )
+            is_of_another = override.startswith("optimizer.") and not override.startswith(used)
             if is_of_another or is_superseded(override, track, args):
-                ranks.say(f"--set {override} changes nothing for {args.optimizer}")
+                ranks.say(f"--set {override} changes nothing for {config.optimizer}")
+        no_resume = "" if aurora.is_ours(optimizers[0]) else probe_rule(config, params, ranks.device)
+        if no_resume:
+            check_no_checkpoints(args, config, no_resume)
+            ranks.say(f"{config.optimizer} is not resumable, so no checkpoint is written: {no_resume}")
         if config.model.head_dtype == "float8":
             check_float8(ranks.device)
         dump = args.dump_momentum and checked_dump(optimizers[0], config.train.steps, *args.dump_momentum)
         if args.dry_run:
             ranks.say(dry_run_report(config, params, optimizers, ranks.world_size, plan.micro_steps, plan.micro_batch))
-        return Checked(config, plan, dump, track)
+        return Checked(config, plan, dump, track, no_resume)
 
     return ranks.all_or_none(check)
 
@@ -92,7 +104,18 @@ def check_config(
     plan = plan_batch(config, world_size)
     with torch.device("meta"):
         params = make_model(config.model).roles()
-    return config, plan, params, build_optimizers(config, params)
+    optimizers = build_optimizers(config, params if is_rule_of_ours(config) else stand_ins(params))
+    return config, plan, params, optimizers
+
+
+def check_no_checkpoints(args: argparse.Namespace, config: Config, no_resume: str) -> None:
+    """Raise HarnessError where a run that cannot go on from a checkpoint shall write or read one."""
+    if args.resume:
+        message = f"--resume: {config.optimizer} is not resumable: {no_resume}; start anew in another --out"
+        raise HarnessError(Exit.CONFIG, message)
+    if config.train.checkpoint_every:
+        message = f"train.checkpoint_every is {config.train.checkpoint_every}, but {config.optimizer} is not resumable"
+        raise HarnessError(Exit.CONFIG, f"{message}: {no_resume}; set it to 0")
 
 
 def check_schedule(config: Config, scheduled: Scheduled) -> None:
@@ -123,10 +146,13 @@ def open_run(
         HarnessError: data, folder or checkpoint cannot be used, or ranks differ.
     """
     ranks.all_or_none(lambda: check_writable(args.out))
-    with ranks.all_or_none(lambda: lock_folder(args.out) if ranks.is_main else None) or contextlib.nullcontext():
+    lock = ranks.all_or_none(lambda: lock_folder(args.out) if ranks.is_main else None)
+    with lock or contextlib.nullcontext(), contextlib.ExitStack() as stack:
         data = ranks.all_or_none(lambda: open_data(checked.config))
         torch.manual_seed(args.seed)  # nothing draws from it; if ever something does, all ranks and segments agree
         run = new_run(args, checked, data, ranks, clock, make_model)
+        if run.is_external and not run.may_compile:  # it may compile its own steps
+            stack.enter_context(force_eager())
         if hopper.suits(run.config, ranks.device):
             hopper.import_kernels()  # now, so that the run event embeds them
         run.start = run_event(run, args.config, checked.track, args.seed, data)
@@ -178,7 +204,9 @@ def new_run(
         prepare=lambda window: stage(window, ranks.device),  # by the loader's thread, while a step runs
         allow_epochs=config.data.allow_epochs,
     )
-    return Run(config, checked.plan, ranks, clock, model, optimizers, loader, data.val_tokens, args.out)
+    run = Run(config, checked.plan, ranks, clock, model, optimizers, loader, data.val_tokens, args.out)
+    run.no_resume = run.guard.no_resume = checked.no_resume
+    return run
 
 
 def resume(run: Run, validation_steps: Iterable[int]) -> None:

@@ -1,7 +1,8 @@
 """The state of a run: all that its steps read and write."""
 
+import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import aurora
 from aurora.config import Config
 from aurora.optim.base import MatrixOptimizer
+from aurora.optim.external import give, has_eval_weights
 from aurora.tokens.loader import TokenLoader
 from aurora.trainer.batch import BatchPlan, stage, to_device
 from aurora.trainer.clock import Clock
@@ -34,7 +37,7 @@ class Run:
     ranks: Ranks
     clock: Clock
     model: "GPT"
-    optimizers: list[torch.optim.Optimizer]  # the rule, whose first group is the matrices; AdamW where it is apart
+    optimizers: list[torch.optim.Optimizer]  # the rule, its first group with the matrices; AdamW where it is apart
     loader: TokenLoader
     val_tokens: np.ndarray
     out: Path  # the folder of its record and checkpoints
@@ -42,17 +45,59 @@ class Run:
     checkpoint: dict[str, Any] | None = None  # from which it goes on
     progress: Progress = field(default_factory=Progress)
     timeline: Timeline = timeline
+    no_resume: str = ""  # why the run cannot go on from a checkpoint, as its optimizer keeps more than it saves
 
     def __post_init__(self) -> None:
         self.guard = Guard(self.model, self.ranks)
         params = reversed(list(self.model.parameters()))  # as gradients arrive; with several ranks, they get hooks
         wire_dtype = getattr(torch, self.config.model.activation_dtype)  # to which a backward pass has rounded anyway
         self.gradients = GradientSum(params, self.optimizers, wire_dtype, self.ranks.world_size)
+        self.renew(self.optimizers)
+
+    def renew(self, optimizers: list[torch.optim.Optimizer]) -> None:
+        """Take new optimizers, ready to train."""
+        self.optimizers = optimizers
+        for optimizer in self.with_eval_weights:
+            optimizer.train()
+
+    @property
+    def is_external(self) -> bool:
+        """Whether the rule is not one that this project tests for all that a run relies on."""
+        return not aurora.is_ours(self.rule)
+
+    @property
+    def may_compile(self) -> bool:
+        mode = self.config.train.compile
+        return mode == "on" or (mode == "auto" and self.ranks.device.type == "cuda")
 
     @property
     def rule(self) -> torch.optim.Optimizer:
         """The optimizer of the matrices, which --optimizer names."""
         return self.optimizers[0]
+
+    @property
+    def with_eval_weights(self) -> list[Any]:
+        """The optimizers that train other weights than those by which the model is judged."""
+        return [optimizer for optimizer in self.optimizers if has_eval_weights(optimizer)]
+
+    @contextlib.contextmanager
+    def judged_weights(self) -> Iterator[None]:
+        """The model with the weights by which it is judged; afterwards with those that it trains, to the bit."""
+        kept = [p.detach().clone() for p in self.model.parameters()] if self.with_eval_weights else []
+        for optimizer in self.with_eval_weights:
+            optimizer.eval()
+        try:
+            yield
+        finally:
+            for optimizer in self.with_eval_weights:
+                optimizer.train()
+            with torch.no_grad():
+                for p, weights in zip(self.model.parameters(), kept, strict=False):
+                    p.copy_(weights)
+
+    def give(self, group: dict[str, Any], settings: dict[str, float]) -> None:
+        """Give a parameter group these settings."""
+        give(group, settings)
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
         """Inputs and targets (B, T) of this rank's part of the next global batch."""
@@ -79,10 +124,19 @@ class Run:
             "rng": torch.get_rng_state(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of state_dict(). The state is copied, not kept."""
+    def load_state_dict(
+        self, state: dict[str, Any], new_optimizers: Callable[[], list[torch.optim.Optimizer]] | None = None
+    ) -> None:
+        """Inverse of state_dict(). The state is copied, not kept.
+
+        new_optimizers: makes those that take the place of the old ones with what these were saved with; once the
+            weights are there, which they may read.
+        """
         self.model.load_state_dict(state["model"])
-        for optimizer, optimizer_state in zip(self.optimizers, copy.deepcopy(state["optimizers"]), strict=True):
-            optimizer.load_state_dict(optimizer_state)
+        if new_optimizers:
+            self.renew(new_optimizers())
+        else:
+            for optimizer, optimizer_state in zip(self.optimizers, copy.deepcopy(state["optimizers"]), strict=True):
+                optimizer.load_state_dict(optimizer_state)
         self.loader.load_state_dict(state["loader"])
         torch.set_rng_state(state["rng"])

@@ -20,6 +20,7 @@ from aurora.optim.base import gradients_of
 from aurora.trainer.attempt import Unusable, WrongNumbers, attempt
 from aurora.trainer.batch import BatchPlan, to_device
 from aurora.trainer.memory import fit_micro_batch
+from aurora.trainer.optimizers import build_optimizers
 from aurora.trainer.process import first_line, print_line
 from aurora.trainer.ranks import digest
 from aurora.trainer.state import Run
@@ -80,14 +81,14 @@ def prepare(run: Run, forward_backward: ForwardBackward) -> Model:
 
 def ways(run: Run, is_edited: bool) -> Iterator[Way]:
     """From the fastest on."""
-    mode, device, model = run.config.train.compile, run.ranks.device, run.model
+    device, model = run.ranks.device, run.model
     by_blocks = " block by block" * (run.ranks.world_size > 1)
-    if mode == "on" or (mode == "auto" and device.type == "cuda"):
+    if run.may_compile:
         if not is_edited and hopper.suits(run.config, device):
             how = f"compiled{by_blocks}, fast forward with Triton kernels"
             yield Way(how, lambda: compiled_fast(hopper.HopperForward(model), run), True, True, has_kernels=True)
         yield Way(f"compiled{by_blocks}, plain forward", lambda: compiled_plain(model, run), True, False)
-        if mode == "on":
+        if run.config.train.compile == "on":
             return
     if not is_edited:
         yield Way("eager, fast forward", lambda: FastForward(model), False, True)
@@ -204,11 +205,18 @@ def warm_up(model: Model, run: Run, forward_backward: ForwardBackward, is_compil
     finally:
         run.model.train()
         run.model.zero_grad()
-        run.load_state_dict(before)
+        # What others' optimizers keep outside of their state_dict would stay.
+        run.load_state_dict(before, new_optimizers(run) if run.is_external else None)
         if device_rng is not None:
             torch.cuda.set_rng_state(device_rng, device)
-    if digest(run.state_dict()) != digest(before):
+    parts = [key for key in before if key != "optimizers" or not run.is_external]
+    after = run.state_dict()
+    if any(digest(after[key]) != digest(before[key]) for key in parts):
         raise RuntimeError("warm-up left a trace in weights, optimizer state, RNG or loader")
+
+
+def new_optimizers(run: Run) -> Callable[[], list[torch.optim.Optimizer]]:
+    return lambda: build_optimizers(run.config, run.model.roles())
 
 
 # By how much, relatively, rounding may make a parameter's two gradients differ, and the two losses; by the activations'

@@ -8,6 +8,7 @@ grids twice as fine. So the chosen lr lies inside what was tried, unless the las
 
 import json
 import math
+import re
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,10 @@ class Knob:
     factor: float | None = None
     values: list[Any] = field(default_factory=list)
     grid: float = 1.0  # distance of neighbours; halved for midpoints
+
+    def __str__(self) -> str:
+        grid = f"by factors of {self.factor:g}" if self.factor else f"in {self.values}"
+        return f"{self.name} from {self.start} {grid}"
 
     @property
     def first_position(self) -> float:
@@ -184,6 +189,30 @@ def read_knob(label: str, name: str, entry: Any) -> Knob:
         if not (start > 0 and factor > 1):
             raise HarnessError(Exit.CONFIG, f"{label}: start must be above 0 and factor above 1, got {start}, {factor}")
     return knob
+
+
+AUX_LRS = ("embed_lr", "head_lr", "vector_lr")
+
+
+def default_knobs(hparams: dict[str, Any]) -> list[Knob]:
+    """What is searched of an optimizer of which no space says anything: lr and, where AdamW updates a part of the
+    parameters, its lrs; one knob for those that are equal.
+
+    hparams: what the optimizer would have untuned.
+    """
+    lrs: dict[float, list[str]] = {}
+    for key in AUX_LRS:
+        if key in hparams:
+            lrs.setdefault(hparams[key], []).append(key)
+    names = {value: "aux_lr" if len(lrs) == 1 else keys[0] for value, keys in lrs.items()}
+    knobs = [Knob("lr", ["lr"], hparams["lr"], 2.0)]
+    return knobs + [Knob(names[value], keys, value, 2.0) for value, keys in lrs.items()]
+
+
+def tuned_trials(track: str) -> dict[str, int]:
+    """Of each optimizer whose table in a track's text is marked as tuned, with how many trials."""
+    marks = re.findall(r"^# Tuned: (\d+) trials\b.*\n\[optimizer\.(.+)\]", track, re.MULTILINE)
+    return {name: int(trials) for trials, name in marks}
 
 
 def write_setting(text: str, optimizer: str, values: dict[str, Any], comment: str) -> str:

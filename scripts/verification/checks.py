@@ -6,6 +6,7 @@
 | hashes, run_id, sources whole | changed sources, task, seed, optimizer, date | hashes computed anew after the change |
 | config, counts, shards, from track, argv and seed | a swapped config, rule, warm-up | all changed alike |
 | parameter groups against hyper-parameters and constructors | settings that were not the run's | all changed alike |
+| an optimizer of others: its name, class, versions and embedded source fit together | another's name | its code |
 | edits of the model against the embedded train_gpt.py | hidden edits | patches in memory |
 | train events at every step where the trainer writes one | what those checks need, left out | - |
 | lr, decay and momentum of each train event against the schedule | steps, values or schedule edited | values not used |
@@ -36,6 +37,7 @@ from pathlib import Path
 from aurora.trainer.record import RecordError, json_hash, read_events, record_paths, run_of, seed_gaps
 from scripts.verification.events import Events, missing_fields, wrong_numbers
 from scripts.verification.expected import check_config, notes_on_edits
+from scripts.verification.external import check_rule, notes_on_rule
 from scripts.verification.groups import check_groups
 from scripts.verification.identity import check_identity, notes_on_commit, notes_on_machine
 from scripts.verification.neurons import check_neurons
@@ -55,10 +57,18 @@ from scripts.verification.together import Trace, findings, trace_of
 
 CHECKS = (
     # The others compute with the config, and stop where it is not the run's.
-    *(check_fields, check_identity, check_groups, check_config, check_order, check_validations, check_logs),
+    *(check_fields, check_identity, check_groups, check_rule, check_config, check_order, check_validations, check_logs),
     *(check_times, check_scheduled, check_losses, check_neurons, check_end),
 )
-NOTES = notes_on_edits, notes_on_fields, notes_on_order, notes_on_losses, notes_on_machine, notes_on_commit
+NOTES = (
+    notes_on_rule,
+    notes_on_edits,
+    notes_on_fields,
+    notes_on_order,
+    notes_on_losses,
+    notes_on_machine,
+    notes_on_commit,
+)
 
 
 @dataclass

@@ -13,10 +13,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from aurora.config import ROOT, Config, ModelConfig, make_parser, parse_config, recorded, with_default
+from aurora.config import (
+    AUX_KEYS,
+    ROOT,
+    Config,
+    ModelConfig,
+    is_path,
+    make_parser,
+    parse_config,
+    recorded,
+    with_default,
+)
 from aurora.errors import HarnessError
 from aurora.fast.definitions import definitions_of, hashes
 from scripts.verification.events import Events
+from scripts.verification.external import default_lr, same_value
 from scripts.verification.groups import parsed
 from scripts.verification.same import is_same
 from scripts.verification.schema import Code
@@ -46,13 +57,14 @@ def check_config(run: Events) -> Iterator[str]:
         yield f"argv does not fit the embedded track: {error}"
         return
     for name, found, value in (
-        ("optimizer", start["optimizer"], args.optimizer),
+        ("optimizer", start["optimizer"], wanted.optimizer),
         ("seed", start["seed"], args.seed),
         ("the track's name", re.sub("[^A-Za-z0-9._-]", "-", Path(names[0]).stem), run_name(Path(args.config))),
     ):
         if not is_same(found, value):
             yield f"{name} is {found}, by argv {value}"
     yield from wrong_config(config, wanted, Code(start["sources"]))
+    yield from wrong_hparams(start, wanted)
     expected = parameter_counts(wanted.model)
     if not run.is_edited and not is_same(sorted_items(start["params_by_role"]), sorted_items(expected)):
         yield f"parameter counts {start['params_by_role']} are not those of the model in the config, {expected}"
@@ -102,8 +114,22 @@ def wrong_config(found: dict[str, Any], wanted: Config, code: Code) -> Iterator[
         yield f"config.{key} is {str(found[key])[:60]}, by the embedded track and argv there is none"
     if not is_same(found["warmup_steps"], wanted.warmup_steps):
         yield f"warmup_steps is {found['warmup_steps']}, by the embedded track and argv {wanted.warmup_steps}"
+    for key in ("rule", "parameters"):
+        if (key in found or code.holds(f"    {key}: str\n")) and not is_same(found.get(key), getattr(wanted, key)):
+            yield f"{key} is {found.get(key)}, by the embedded track and argv {getattr(wanted, key)}"
+
+
+def wrong_hparams(start: dict[str, Any], wanted: Config) -> Iterator[str]:
+    """Hyper-parameters that are not those of the track and the command line."""
+    found, is_other = start["config"], is_path(wanted.rule)
     for key in sorted(found["hparams"].keys() | wanted.hparams.keys()):
         value, own = wanted.hparams.get(key), found["hparams"].get(key)
+        if is_other and key not in AUX_KEYS:  # whose types only its constructor knows
+            if key == "lr" and key not in wanted.hparams:
+                value = own if (default := default_lr(start)) is None else default
+            if key not in found["hparams"] or not same_value(own, value):
+                yield f"hparams.{key} is {own}, by the embedded track and argv {value}"
+            continue
         if type(value) is int and (key in FLOATS or type(own) is float):  # as the constructor's types have it
             value = float(value)
         if isinstance(value, list) and "betas" in key:

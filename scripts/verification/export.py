@@ -1,6 +1,7 @@
 """A record as a public-style text log: source that runs by itself, a line of =, then the lines of the run."""
 
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from aurora.trainer.public import plain_line
 from aurora.trainer.record import ROOT, STORE, RecordError, Run, read_record, stored_source
@@ -23,7 +24,8 @@ with tempfile.TemporaryDirectory() as folder:
     command = [sys.executable, script, "--config", track, *ARGUMENTS]
     for name, files in DATA.items():
         command += ["--set", f"data.{{name}}={{json.dumps(os.path.abspath(files))}}"]
-    code = subprocess.run([*command, *sys.argv[1:]]).returncode
+    environment = os.environ | {{"SPEEDRUN_FOLDER": os.path.join(folder, "external")}}
+    code = subprocess.run([*command, *sys.argv[1:]], env=environment).returncode
 sys.exit(code)
 """
 # Records of code 1aef6f23 import these and do not embed them. These are their texts of the commit that they name.
@@ -48,7 +50,7 @@ def export_record(path: Path, out: Path) -> None:
     source = LAUNCHER.format(
         sources=sources,
         config=next(name for name in sources if name.endswith(".toml")),
-        arguments=["--optimizer", start["optimizer"], "--seed", str(start["seed"]), *overrides(start["argv"])],
+        arguments=["--optimizer", optimizer_of(start), "--seed", str(start["seed"]), *overrides(start["argv"])],
         data={name: str(start["config"]["data"][name]) for name in ("train", "val")},
     )
     steps = start["config"]["train"]["steps"]
@@ -84,6 +86,13 @@ def whole_sources(run: Run) -> dict[str, str]:
                 raise RecordError(f"{run.path} imports {name}, of which results/{STORE}/ lacks the text")
             whole[name] = text
     return whole
+
+
+def optimizer_of(start: dict[str, Any]) -> str:
+    """What --optimizer said: a name, or module:Class, which may have no table."""
+    rule = start["config"].get("rule", start["optimizer"])
+    argv = [word.removeprefix("--optimizer=") for word in start["argv"]]
+    return rule if rule in argv else start["optimizer"]
 
 
 def is_inside(name: str) -> bool:

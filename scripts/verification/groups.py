@@ -8,8 +8,10 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
+from aurora.config import ALL
 from aurora.schedule import PEAKS, pieces_of
 from scripts.verification.events import Events
+from scripts.verification.external import is_external, rule_of_run, same_lr
 from scripts.verification.same import is_same
 from scripts.verification.schema import Code
 
@@ -27,13 +29,22 @@ def check_groups(run: Events) -> Iterator[str]:
     start, hparams, groups = run.start, run.start["hparams"], run.start["param_groups"]
     code = Code(start["sources"])
     roles = [group.get("role") for group in groups]
-    wanted = ["matrix", *AUX]
+    wanted = ["all"] if start["config"].get("parameters") == ALL else ["matrix", *AUX]
+    if is_external(start):  # which may have several groups of matrices
+        roles = list(dict.fromkeys(roles))
     # An edited model may have no parameter of a role.
     if not (set(roles) <= set(wanted) if run.is_edited and roles else sorted(map(str, roles)) == sorted(wanted)):
         yield f"param_groups are of {', '.join(map(str, roles)) or 'nothing'}, not of {', '.join(wanted)}"
         return
+    own = [group for group in groups if group["role"] not in AUX]
+    if is_external(start) and own and not same_lr(own[0].get("peak_lr"), hparams["lr"]):
+        yield f"the optimizer held peak_lr {own[0].get('peak_lr')}, lr is {hparams['lr']}"
     for group in groups:
         role = group["role"]
+        if is_external(start) and role not in AUX:
+            if not same_lr(group.get("lr"), group.get("peak_lr")):
+                yield f"the optimizer held lr {group.get('lr')} for {role}, peak_lr is {group.get('peak_lr')}"
+            continue
         yield from wrong_settings(group, role, hparams)
         yield from wrong_peaks(group, role, run.config["schedule"])
         constants = constants_of(group, role, start)
@@ -41,10 +52,10 @@ def check_groups(run: Events) -> Iterator[str]:
             for name in (key, PEAKS.get(key)):
                 if name in group and hparam_name(key, role) not in hparams and not is_same(group[name], value):
                     yield f"the optimizer held {name} {str(group[name])[:60]} for {role}, by its code {str(value)[:60]}"
-        if start["optimizer"] in BUILT_IN:
+        if rule_of_run(start) in BUILT_IN:
             for key in sorted(constants.keys() - group.keys()):
                 yield f"the parameter group of {role} lacks {key}"
-        if start["optimizer"] in BUILT_IN or role in AUX:
+        if rule_of_run(start) in BUILT_IN or role in AUX:
             for key in group.keys() - constants.keys():
                 if not code.names(key):
                     yield f"the parameter group of {role} has {key}, which its code does not name"
@@ -83,14 +94,14 @@ def constants_of(group: dict[str, Any], role: str, start: dict[str, Any]) -> dic
     found: dict[str, Any] = {}
     if role != "matrix" and "algorithm" in group:
         return {"optimizer": "AdamW", "algorithm": "adamw"}
-    if role != "matrix" or start["optimizer"] == "adamw":
+    if role != "matrix" or rule_of_run(start) == "adamw":
         return OF_TORCH | {"optimizer": "AdamW", "fused": is_fused}
     optim = {
         name: text
         for name, text in start["sources"].items()
         if name.endswith(".py") and name.startswith("aurora/") and isinstance(text, str)
     }
-    rule, bases, defaults = rule_of(start["optimizer"], tuple(optim.items()))
+    rule, bases, defaults = rule_of(rule_of_run(start), tuple(optim.items()))
     if rule is None:  # defined in an unusual way
         return {}
     if "MatrixOptimizer" in bases and "algorithm" in group:

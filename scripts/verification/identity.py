@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from typing import Any
 
-from aurora.trainer.record import ROOT, SCHEMA, code_hash, task_hash
+from aurora.trainer.record import EXTERNAL, ROOT, SCHEMA, code_hash, task_hash
 from scripts.verification.events import Events
 from scripts.verification.export import LACKING, is_inside
 from scripts.verification.groups import parsed
@@ -46,7 +46,10 @@ def check_identity(run: Events) -> Iterator[str]:
 
 def broken_sources(sources: dict[str, str]) -> Iterator[str]:
     """Sources that no run can have had: what was imported is whole, and so is what it imports first of all."""
-    modules = {name: text for name, text in sources.items() if name.endswith(".py")}
+    # Of other packages a record embeds the optimizer's file alone, which may be of another Python.
+    modules = {
+        name: text for name, text in sources.items() if name.endswith(".py") and not name.startswith(f"{EXTERNAL}/")
+    }
     for name, text in modules.items():
         tree = parsed(text)
         if tree is None:
@@ -90,7 +93,8 @@ def changed_sources(start: dict[str, Any]) -> list[str]:
     hashes = {name: text.encode("utf-8", "surrogatepass") for name, text in start["sources"].items()}
     hashes = {name: hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() for name, data in hashes.items()}
     # A track of one's own is in no commit.
-    return [name for name in hashes if tree.get(name) != hashes[name] and (name in tree or name.endswith(".py"))]
+    own = [name for name in hashes if name.endswith(".py") and not name.startswith(f"{EXTERNAL}/")]
+    return [name for name in hashes if tree.get(name) != hashes[name] and (name in tree or name in own)]
 
 
 def notes_on_commit(run: Events) -> Iterator[str]:

@@ -8,6 +8,7 @@ from typing import Any
 from aurora.schedule import pieces_of, settings_at
 from aurora.trainer.record import Validation, first_at_target
 from scripts.verification.events import OTHER_STACK_TOLERANCE, Events, stack_of
+from scripts.verification.external import LR_TOLERANCE, is_external
 
 # FLOP/s that no device of its kind reaches: above a B200's dense bfloat16, and a core with matrix units.
 PEAK_FLOPS = {"cuda": 3e15, "mps": 1e14, "cpu": 2e12}
@@ -147,6 +148,7 @@ def check_scheduled(run: Events) -> Iterator[str]:
     # Of the lrs the trainer logs that of its rule's first group, the matrices, by itself.
     first = next((group for group in groups if group["role"] == "matrix"), groups[0])
     terms = config["schedule"], config["train"]["steps"], config["warmup_steps"]
+    tolerance = LR_TOLERANCE if is_external(run.start) else 1e-12
     for event in run.of("train"):
         settings = {group["role"]: settings_at(event["step"] - 1, group, *terms) for group in groups}
         lr = settings[first["role"]].pop("lr")
@@ -163,7 +165,7 @@ def check_scheduled(run: Events) -> Iterator[str]:
             return
         pairs = {"lr": (event["lr"], lr)} | {key: (found[key], value) for key, value in wanted.items()}
         for key, (value, scheduled) in pairs.items():
-            if not math.isclose(value, scheduled, rel_tol=1e-12, abs_tol=1e-15):
+            if not math.isclose(value, scheduled, rel_tol=tolerance, abs_tol=1e-15):
                 yield f"step {event['step']}: {key} {value} is not the schedule's"
                 return
 

@@ -12,11 +12,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from aurora.config import MATRICES
 from aurora.schedule import SHORT_FORM
-from aurora.trainer.record import ROOT, RecordError, read_folder, read_record
+from aurora.trainer.record import EXTERNAL, ROOT, RecordError, read_folder, read_record
 from scripts.verification.checks import Verification
 from scripts.verification.events import OTHER_STACK_TOLERANCE
-from scripts.verification.export import is_inside, whole_sources
+from scripts.verification.export import is_inside, optimizer_of, whole_sources
 
 TIMEOUT_S = 3600
 POLL_S = 0.1
@@ -43,6 +44,8 @@ def settings_of(start: dict) -> list[str]:
     pieces = {key: value for key, value in tables["schedule"].items() if key not in SHORT_FORM}
     tables["schedule"] = {key: value for key, value in tables["schedule"].items() if key in SHORT_FORM}
     tables[f"optimizer.{name}"] |= {"schedule": pieces} if pieces else {}
+    if config.get("parameters", MATRICES) != MATRICES:
+        tables[f"optimizer.{name}"]["parameters"] = config["parameters"]
     pairs = [(table, key, value) for table, values in tables.items() for key, value in values.items()]
     return [word for table, key, value in pairs for word in ("--set", f"{table}.{key}={as_toml(value)}")]
 
@@ -80,6 +83,9 @@ def replay(verdict: Verification, num_validations: int) -> Verification:
     if not found or here["data"]["fingerprint"] != start["data"]["fingerprint"]:
         verdict.notes.append(f"not replayed: {message}" if not found else "not replayed: other training data is here")
         return verdict
+    if here.get("rule") != start.get("rule"):
+        verdict.notes.append(f"not replayed: its optimizer is of {start['rule']}, here of {here.get('rule')}")
+        return verdict
     if len(found) < len(claimed):
         verdict.notes.append(f"not replayed: it ended after {len(found)} of {len(claimed)} validations: {message}")
         return verdict
@@ -107,7 +113,7 @@ def replay(verdict: Verification, num_validations: int) -> Verification:
 
 def command_of(start: dict, sources: Path, out: Path) -> list[str]:
     (track,) = [name for name in start["sources"] if name.endswith(".toml")]
-    fixed = ["--config", str(sources / track), "--optimizer", start["optimizer"], "--seed", str(start["seed"])]
+    fixed = ["--config", str(sources / track), "--optimizer", optimizer_of(start), "--seed", str(start["seed"])]
     return [sys.executable, str(sources / "train_gpt.py"), *fixed, "--out", str(out), *settings_of(start)]
 
 
@@ -119,7 +125,7 @@ def run_until(
     num_threads: of the CPU, on which the bits of a loss depend.
     """
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environment["OMP_NUM_THREADS"] = str(num_threads)
+    environment |= {"OMP_NUM_THREADS": str(num_threads), "SPEEDRUN_FOLDER": str(folder / EXTERNAL)}
     with open(folder.parent / "output.txt", "w+") as output:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT)
         try:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from aurora.trainer.record import EXTERNAL
 from scripts.verification.events import Events
 
 DEVICES = ("cuda", "mps", "cpu")
@@ -112,6 +113,9 @@ FIELDS: dict[str, dict[str, Field]] = {
         **dict.fromkeys(("config", "hparams", "params_by_role", "sources", "data"), TABLE),
         **dict.fromkeys(("task_hash", "code_hash"), SHA256),
         "optimizer": text(),
+        **{"rule": TABLE, "resumable": BOOL},
+        "rule.class": text(r"\w+(\.[\w<>]+)+", "a class"),
+        "rule.packages": all_of(VERSION, dict),
         "param_groups": all_of(TABLE),
         "seed": whole(0, 2**63 - 1),
         **SEGMENT,
@@ -161,8 +165,9 @@ MATRIX = {
 LAYER = {"dead": whole(), "still_dead": optional(whole()), "silent": whole()}
 SHARD = {"file": text(), "num_tokens": whole(1), "max_token": whole(0, 2**16 - 1), "sha256": SHA256}
 OPEN = ("config", "hparams", "params_by_role", "sources", "env.variables")  # tables of which others decide the keys
-# Fields that not every event of a kind has: of an edited model, a rule without momentum, or schedules of pieces.
-SELDOM = {"dead", "silent", "starved", "starved_momentum", "scheduled"}
+# Fields that not every event of a kind has: of an edited model, a rule without momentum, schedules of pieces, an
+# optimizer of others.
+SELDOM = {"dead", "silent", "starved", "starved_momentum", "scheduled", "rule", "resumable"}
 
 
 def check_fields(run: Events) -> Iterator[str]:
@@ -184,7 +189,8 @@ class Code:
     """The Python among a record's sources, which says what it writes."""
 
     def __init__(self, sources: dict[str, Any]):
-        self.text = "\n".join(text for name, text in sources.items() if name.endswith(".py") and isinstance(text, str))
+        own = {name: text for name, text in sources.items() if not name.startswith(f"{EXTERNAL}/")}
+        self.text = "\n".join(text for name, text in own.items() if name.endswith(".py") and isinstance(text, str))
         self.known = known_of(self.text)
 
     def holds(self, words: str) -> bool:
@@ -229,7 +235,9 @@ def wrong_fields(event: dict[str, Any], code: Code) -> Iterator[str]:
                 yield f"{kind} event: {name} is {str(table[key])[:60]}, not {field.wanted}"
         elif key not in SELDOM and not is_noted(kind, name) and code.writes(key):
             yield f"{kind} event lacks {name}, which its code writes"
-    tables = {"": event} | {name: event.get(name) for name in ("data", "env", "git", "untimed") if name in fields}
+    tables = {"": event} | {
+        name: event.get(name) for name in ("data", "env", "git", "rule", "untimed") if name in fields
+    }
     for name, table in tables.items():
         known = {key.removeprefix(f"{name}.") if name else key.partition(".")[0] for key in fields}
         for key in table if isinstance(table, dict) else ():
