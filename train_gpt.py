@@ -165,14 +165,18 @@ class GPT(nn.Module):
         return self.capped_logits(self.trunk(inputs_BT))
 
     @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
-        """Projections and head 0, embedding N(0, 1), others N(0, 0.33 / fan-in); drawn on the CPU, alike everywhere."""
+    def init_weights(self, seed: int, projection_init: float = 0.0) -> None:
+        """Head 0, projections N(0, projection_init^2 / fan-in), embedding N(0, 1), others N(0, 0.33 / fan-in).
+
+        Drawn on the CPU, alike everywhere.
+        """
         generator = torch.Generator().manual_seed(seed)
         nn.init.normal_(self.embed.weight, generator=generator)
         for name, layer in self.named_modules():
             if isinstance(layer, nn.Linear):
-                is_zero = name == "head" or name.endswith(("attention.out", "mlp.down"))
-                std = 0.0 if is_zero else math.sqrt(0.33 / layer.in_features)
+                std = 0.0 if name == "head" else math.sqrt(0.33 / layer.in_features)
+                if name.endswith(("attention.out", "mlp.down")):
+                    std = projection_init / math.sqrt(layer.in_features)
                 nn.init.normal_(layer.weight, std=std, generator=generator)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)

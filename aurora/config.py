@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import importlib.util
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -237,6 +237,8 @@ class Config:
         parameters: What it updates: matrices, while AdamW updates the rest, which is the default; or all, with one lr,
             if it is an optimizer of others.
         warmup_steps: Linear warm-up of the learning rates in the short form, from the optimizer's table [steps].
+        projection_init: Standard deviation of attention.out's and mlp.down's weights at the start, times sqrt(fan-in),
+            from the optimizer's table. 0 is the benchmark's; rules that keep norms (hyperball) need another.
         hparams: The rest of that table; see aurora.optim.registry.hparam_types().
     """
 
@@ -249,6 +251,7 @@ class Config:
     rule: str
     parameters: str
     warmup_steps: int
+    projection_init: float
     hparams: dict[str, Any]
 
 
@@ -344,12 +347,19 @@ def parse_config(track: str, path: Path, optimizer: str, overrides: Iterable[str
     }
     parts["schedule"] = parse_schedule(tables["schedule"], hparams.pop("schedule", {}), name)
     warmup_steps = coerce(f"optimizer.{name}.warmup_steps", hparams.pop("warmup_steps", 0), int)
+    projection_init = coerce(f"optimizer.{name}.projection_init", hparams.pop("projection_init", 0.0), float)
     rule, parameters = pop_rule(hparams, name, optimizer, path)
     if is_path(rule) and parameters == MATRICES:
         adamw = optimizer_tables.get("adamw", {})
         hparams = {key: adamw[key] for key in AUX_KEYS if key in adamw} | hparams
     config = Config(
-        **parts, optimizer=name, rule=rule, parameters=parameters, warmup_steps=warmup_steps, hparams=hparams
+        **parts,
+        optimizer=name,
+        rule=rule,
+        parameters=parameters,
+        warmup_steps=warmup_steps,
+        projection_init=projection_init,
+        hparams=hparams,
     )
     check_bounds(config)
     check_schedules(config)
@@ -360,6 +370,12 @@ def recorded(config: Config) -> dict[str, Any]:
     """The config as a record has it: of the schedule, what is declared."""
     tables = dataclasses.asdict(config)
     return tables | {"schedule": {key: value for key, value in tables["schedule"].items() if value is not None}}
+
+
+def told_hparams(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyper-parameters of a recorded config as the run event tells them: those of the trainer with them."""
+    init = {"projection_init": config["projection_init"]} if config.get("projection_init") else {}
+    return config["hparams"] | {"warmup_steps": config["warmup_steps"]} | init
 
 
 def parse_schedule(track: Any, own: Any, optimizer: str) -> ScheduleConfig:
@@ -568,6 +584,7 @@ def check_bounds(config: Config) -> None:
             config.warmup_steps <= LARGEST_WHOLE,
             f"at most {LARGEST_WHOLE}",
         ),
+        (f"{table}.projection_init", config.projection_init, 0 <= config.projection_init <= 100, "in [0, 100]"),
     ]
     if model.head_dtype == "float8":
         sixteens = 'a multiple of 16 for model.head_dtype = "float8" (or set that to "activation")'

@@ -180,6 +180,7 @@ def sections() -> Iterator[str]:
         Key("steps", int, None, "Length of this optimizer's run, instead of train.steps [steps]."),
         *(Key(key, str, None, described(Config)[key]) for key in ("rule", "parameters")),
         Key("warmup_steps", int, 0, described(Config)["warmup_steps"]),
+        Key("projection_init", float, 0.0, described(Config)["projection_init"]),
         Key("schedule", RoleSchedule | None, None, "What this optimizer has instead of [schedule]'s pieces and plan."),
     ]
     yield (

@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
 
-from aurora.config import is_path, load_config, name_of, recorded
+from aurora.config import is_path, load_config, name_of, recorded, told_hparams
 from aurora.errors import Exit, HarnessError
 from aurora.trainer.record import ROOT, Run
 from scripts.analysis.text import markdown_table
@@ -252,7 +252,7 @@ def write_track(path: Path, space: Space, searches: dict[str, Search], out: Path
     try:
         for optimizer, search in searches.items():
             config = load_config(temporary, optimizer)
-            found = config.hparams | {"warmup_steps": config.warmup_steps}
+            found = told_hparams(vars(config))
             assert all(found[key] == value for key, value in keys_of(space, optimizer, search.best.setting).items())
         temporary.replace(path)
     finally:

@@ -327,7 +327,7 @@ def test_an_error_on_one_rank_alone_is_told_and_stops_all(tiny_track, launch, tm
 def test_ranks_with_other_initial_weights_are_named_and_stop(tiny_track, launch, tmp_path):
     patch = (
         "original = train_gpt.GPT.init_weights\n"
-        "train_gpt.GPT.init_weights = lambda self, seed: original(self, seed + rank)"
+        "train_gpt.GPT.init_weights = lambda self, seed, *others: original(self, seed + rank, *others)"
     )
     outcome = launch("--config", tiny_track, "--out", tmp_path, world_size=2, patch=patch)
     assert outcome.codes == [8, 8] and "error: rank 1 has weights = " in outcome.err[0]

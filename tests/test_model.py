@@ -11,8 +11,9 @@ from aurora.fast import functions
 from aurora.fast.forward import FastForward
 from aurora.trainer.memory import host_bytes, memory_estimate_gib
 from aurora.trainer.optimizers import build_optimizers
+from scripts.verification.checks import verify_run
 from tests import reference
-from tests.conftest import ROOT
+from tests.conftest import ROOT, train_here
 
 
 def model_with_random_weights(config):
@@ -213,3 +214,30 @@ def test_memory_of_the_host_is_what_its_container_may_use(tmp_path, name, text):
     assert host_bytes(tmp_path) == host_bytes(tmp_path / "none") > 4096
     (tmp_path / name).write_text(text)
     assert host_bytes(tmp_path) == 4096
+
+
+def test_projection_init_draws_what_is_zero_otherwise_and_changes_nothing_else(tiny_track):
+    config = dataclasses.replace(load_config(tiny_track, "muon").model, model_dim=256)
+    zero, drawn = train_gpt.GPT(config), train_gpt.GPT(config)
+    zero.init_weights(5)
+    drawn.init_weights(5, 2.0)
+    for (name, weight), other in zip(zero.named_parameters(), drawn.parameters(), strict=True):
+        if name.endswith(("attention.out.weight", "mlp.down.weight")):
+            assert not weight.any(), name
+            assert other.std().item() * other.shape[1] ** 0.5 == pytest.approx(2, rel=0.02), name
+        else:
+            assert torch.equal(weight, other), name
+
+
+def test_a_rule_that_keeps_norms_needs_weights_to_begin_with(tiny_track, tmp_path, capsys):
+    hyperball = ("--optimizer", "muon", "--set", "optimizer.muon.hyperball=true", "--set", "optimizer.muon.lr=0.02")
+    assert train_here(tiny_track, tmp_path, *hyperball) == 2
+    assert "attention.out and mlp.down start from 0; set optimizer.muon.projection_init" in capsys.readouterr().err
+    assert train_here(tiny_track, tmp_path, *hyperball, "--set", "optimizer.muon.projection_init=1") == 0
+    (record,) = tmp_path.glob("*.jsonl")
+    assert verify_run(record).reasons == []
+    for other in ('"projection_init": 0.5', '"projection_init": 0.0'):
+        changed = tmp_path / "changed" / record.name
+        changed.parent.mkdir(exist_ok=True)
+        changed.write_text(record.read_text().replace('"projection_init": 1.0', other))
+        assert "projection_init" in " ".join(verify_run(changed).reasons)

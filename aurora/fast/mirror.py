@@ -21,7 +21,7 @@ from .float8 import Float8Linear
 
 MIRRORED = {
     "other statements": "80dc365030ae2e89",
-    "GPT": "69ba3594114fd800",
+    "GPT": "eb762eb64829f4b9",
     "Block": "dfd439a97a5304d8",
     "Attention": "65856d6c850fcffa",
     "F": "5af419e14b127f8e",

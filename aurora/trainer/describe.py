@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 import aurora
-from aurora.config import Config, recorded
+from aurora.config import Config, recorded, told_hparams
 from aurora.optim.registry import modules_of_other_rules
 from aurora.tokens.loader import PUBLIC_SHARD_TOKENS, RunData, find_shards, steps_in_shard
 from aurora.tokens.shards import ShardError, open_shard
@@ -63,7 +63,7 @@ def run_event(run: Run, config_path: Path, track: str, seed: int, data: RunData)
         "config": recorded(config),
         "task_hash": task_hash(recorded(config), described_data["stream_id"]),
         "optimizer": config.optimizer,
-        "hparams": config.hparams | {"warmup_steps": config.warmup_steps},
+        "hparams": told_hparams(vars(config)),
         **external,
         "param_groups": describe_groups(run.optimizers),
         "seed": seed,

@@ -192,7 +192,7 @@ def new_run(
     """The state before the first step. Collective."""
     config = checked.config
     model = make_model(config.model)
-    model.init_weights(args.seed)
+    model.init_weights(args.seed, config.projection_init)
     model.to(ranks.device)
     optimizers = build_optimizers(config, model.roles())
     fix_polar_dtype(optimizers, ranks)

@@ -22,6 +22,7 @@ from aurora.config import (
     make_parser,
     parse_config,
     recorded,
+    told_hparams,
     with_default,
 )
 from aurora.errors import HarnessError
@@ -40,8 +41,7 @@ def check_config(run: Events) -> Iterator[str]:
     start, config = run.start, run.config
     if config["optimizer"] != start["optimizer"]:
         yield f"optimizer is {start['optimizer']}, that of the config {config['optimizer']}"
-    hparams = config["hparams"] | {"warmup_steps": config["warmup_steps"]}
-    if not is_same(sorted_items(hparams), sorted_items(start["hparams"])):
+    if not is_same(sorted_items(told_hparams(config)), sorted_items(start["hparams"])):
         yield "hparams are not those of the config"
     names = [name for name in start["sources"] if name.endswith(".toml")]
     if len(names) != 1:
@@ -114,6 +114,9 @@ def wrong_config(found: dict[str, Any], wanted: Config, code: Code) -> Iterator[
         yield f"config.{key} is {str(found[key])[:60]}, by the embedded track and argv there is none"
     if not is_same(found["warmup_steps"], wanted.warmup_steps):
         yield f"warmup_steps is {found['warmup_steps']}, by the embedded track and argv {wanted.warmup_steps}"
+    if not is_same(found.get("projection_init", 0.0), wanted.projection_init):
+        init = f"by the embedded track and argv {wanted.projection_init}"
+        yield f"projection_init is {str(found.get('projection_init'))[:60]}, {init}"
     for key in ("rule", "parameters"):
         if (key in found or code.holds(f"    {key}: str\n")) and not is_same(found.get(key), getattr(wanted, key)):
             yield f"{key} is {found.get(key)}, by the embedded track and argv {getattr(wanted, key)}"

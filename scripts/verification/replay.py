@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from aurora.config import MATRICES
+from aurora.config import MATRICES, told_hparams
 from aurora.schedule import SHORT_FORM
 from aurora.trainer.record import EXTERNAL, ROOT, RecordError, read_folder, read_record
 from scripts.verification.checks import Verification
@@ -39,7 +39,7 @@ def settings_of(start: dict) -> list[str]:
     config, name = start["config"], start["optimizer"]
     tables = {table: values for table, values in config.items() if isinstance(values, dict) and table != "hparams"}
     tables["data"] = {k: str(ROOT / v) if k in ("train", "val") else v for k, v in tables["data"].items()}
-    tables[f"optimizer.{name}"] = config["hparams"] | {"warmup_steps": config["warmup_steps"]}
+    tables[f"optimizer.{name}"] = told_hparams(config)
     # Pieces come from the optimizer's own table, which stands above what the track has for all.
     pieces = {key: value for key, value in tables["schedule"].items() if key not in SHORT_FORM}
     tables["schedule"] = {key: value for key, value in tables["schedule"].items() if key in SHORT_FORM}
