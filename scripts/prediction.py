@@ -1,0 +1,169 @@
+"""Does the laptop predict the board? Writes results/PREDICTION.md and its plots from records.
+
+    python scripts/prediction.py              write the page
+    python scripts/prediction.py --check      exit 1 if it is not what the records give
+
+results/prediction.toml names the rules, each with its row of the public board (results/reference.toml) and its half,
+and the tracks that were tried, each with its folder of records. scripts/analysis/prediction.py has the
+statistics.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+
+from aurora.console import run_script
+from aurora.trainer.record import Run, read_folder
+from scripts.analysis.prediction import FEWEST_RULES, Agreement, agreement
+from scripts.analysis.statistics import mean_interval
+from scripts.analysis.text import cell, markdown_table
+
+PAGE, EVIDENCE = "PREDICTION.md", "prediction.toml"
+HALVES = ("design", "confirmation")
+INTRODUCTION = """\
+Do optimizers come in the same order on a laptop as on eight GPUs? For each rule, the public board states after how many
+steps it reaches its target. On each laptop track below every rule was tuned with the same number of trials, and then
+run with seeds that tuning had not seen.
+
+- *rho* is Spearman's: 1 if both orders are the same, 0 if they have nothing to do with each other. Here the order is
+  that of the mean loss at the end of equally long schedules, so that a rule that misses the target has a place, too.
+- Brackets hold 95 %: rules drawn anew, each with its seeds drawn anew. *p* is the share of random orders that agree as
+  well.
+- *Repeat* is the rho between two measurements of the same track with other seeds: noise allows no more.
+- The track was chosen by the rules of the *design* half alone. The *confirmation* half was not looked at before."""
+
+
+class Page:
+    """The text, and for each plot that it shows its digest and what it draws."""
+
+    def __init__(self, results: Path):
+        evidence = tomllib.loads((results / EVIDENCE).read_text(encoding="utf-8"))
+        board = board_steps(results)
+        self.rules = {rule["optimizer"]: rule for rule in evidence["rule"]}
+        for rule in self.rules.values():
+            if rule["half"] not in HALVES:
+                raise ValueError(f"half of {rule['optimizer']} must be {' or '.join(HALVES)}, got {rule['half']!r}")
+        self.steps = {name: board[str(rule["row"])] for name, rule in self.rules.items()}
+        self.plots: dict[Path, tuple[str, str, dict[str, list[float]]]] = {}
+        rows, sections = [], []
+        for track in evidence["track"]:
+            losses, section = self.track(results, **track)
+            rows.append((track["title"], *(self.cells(losses, half) for half in (*HALVES, None))))
+            sections += section
+        header = ("track", *(f"{half} half" for half in HALVES), "all rules")
+        lines = [f"<!-- Written by scripts/prediction.py from the records named in {EVIDENCE}; do not edit. -->", ""]
+        lines += ["# Does the laptop predict the board?", "", INTRODUCTION, "", evidence["verdict"].strip(), ""]
+        self.text = "\n".join([*lines, markdown_table(header, rows), "", *sections])
+
+    def of_half(self, losses: dict[str, list[float]], half: str | None) -> Agreement | None:
+        chosen = {name: values for name, values in losses.items() if half in (None, self.rules[name]["half"])}
+        return agreement(chosen, {name: self.steps[name] for name in chosen}) if len(chosen) >= FEWEST_RULES else None
+
+    def cells(self, losses: dict[str, list[float]], half: str | None) -> str:
+        found = self.of_half(losses, half)
+        if found is None:
+            return "too few rules"
+        low, high, _ = found.interval
+        return f"rho {found.rho:.2f} [{low:.2f}, {high:.2f}], p {found.p:.2g}, repeat {found.repeat:.2f}"
+
+    def track(
+        self, results: Path, title: str, folder: str, command: str, note: str
+    ) -> tuple[dict[str, list[float]], list[str]]:
+        """The losses by rule, and the section of one track."""
+        runs, errors = read_folder(results / folder) if (results / folder).is_dir() else ([], [])
+        if errors:
+            raise ValueError(str(errors[0]))
+        runs = [run for run in runs if run.start["optimizer"] in self.rules and run.end is not None]
+        if len(tasks := {run.start["task_hash"] for run in runs}) > 1:
+            raise ValueError(f"{folder} holds runs of {len(tasks)} tasks, which no order can compare")
+        losses: dict[str, list[float]] = {}
+        for run in sorted(runs, key=lambda run: run.start["seed"]):
+            losses.setdefault(run.start["optimizer"], []).append(final_loss(run))
+        lines = [f"## {title}", "", note.strip(), "", *(f"    {line}" for line in command.strip().splitlines()), ""]
+        if not losses:
+            return losses, [*lines, "No record yet.", ""]
+        path = results / folder / "prediction.png"
+        digest = hashlib.sha256(json.dumps([title, losses, self.steps], sort_keys=True).encode()).hexdigest()
+        self.plots[path] = digest, title, losses
+        rows = []
+        for name in sorted(losses, key=lambda name: float(np.mean(losses[name]))):
+            low, high, _ = mean_interval(losses[name])
+            interval = f"{np.mean(losses[name]):.4f} [{low:.4f}, {high:.4f}]"
+            there = f"{self.steps[name]:,}", str(self.rules[name]["row"]), self.rules[name]["half"]
+            rows.append((cell(name), str(len(losses[name])), interval, *there))
+        header = ("optimizer", "runs", "mean loss at the end [95 %]", "steps on the board", "row", "half")
+        links = f"[plot]({folder}/prediction.png), [details]({folder}/README.md)"
+        return losses, [*lines, markdown_table(header, rows), "", links, ""]
+
+    def draw(self, path: Path) -> None:
+        """Loss here against steps there, a dot for each rule."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        from scripts.plot import save_figure
+
+        digest, title, losses = self.plots[path]
+        figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+        for half, marker in zip(HALVES, "os", strict=True):
+            names = [name for name in losses if self.rules[name]["half"] == half]
+            means = [np.mean(losses[name]) for name in names]
+            axis.plot([self.steps[name] for name in names], means, marker, label=f"{half} half")
+            for name, mean in zip(names, means, strict=True):
+                axis.annotate(name, (self.steps[name], mean), xytext=(4, 4), textcoords="offset points", fontsize=8)
+        axis.set(xlabel="steps to the target on the board", ylabel="mean loss at the end here (nats)", title=title)
+        axis.set_xscale("log")
+        axis.legend()
+        save_figure(figure, path, digest)
+        plt.close(figure)
+
+
+def final_loss(run: Run) -> float:
+    """Infinite where training diverged."""
+    return run.end_event["val_loss"] if run.is_done else float("inf")
+
+
+def board_steps(results: Path) -> dict[str, int]:
+    """Steps to the target that the board states, by row."""
+    reference = tomllib.loads((results / "reference.toml").read_text(encoding="utf-8"))
+    return {str(entry["row"]): entry["steps"] for track in reference["track"] for entry in track["result"]}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing, exit 1 if the page is stale")
+    parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of the records and the page")
+    args = parser.parse_args(argv)
+    path = args.results / PAGE
+    try:
+        page = Page(args.results)
+        stale = [] if path.is_file() and path.read_text(encoding="utf-8") == page.text else [path]
+        stale += [
+            p for p, (digest, *_) in page.plots.items() if not p.is_file() or digest.encode() not in p.read_bytes()
+        ]
+        if not args.check:
+            for plot in page.plots.keys() & set(stale):
+                page.draw(plot)
+            path.write_text(page.text, encoding="utf-8")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"error: {error!r}: is {args.results / EVIDENCE} right, and are its records whole?", file=sys.stderr)
+        return 2
+    if args.check:
+        for stale_path in stale:
+            print(f"error: {stale_path} is not what the records give: python scripts/prediction.py", file=sys.stderr)
+        return 1 if stale else 0
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))
