@@ -51,7 +51,7 @@ function makeMap(label, { steps, values, runs }, highest, tell) {
     make("figcaption", {}, make("span", { class: "name" }, label), ` (n = ${runs})`),
     make("div", { class: "mapped" },
       make("span", { class: "layers" }, make("span", {}, `layer ${height - 1}`), make("span", {}, "0")), map),
-    make("div", { class: "steps" }, make("span", {}, `step ${whole(steps[0])}`), make("span", {}, whole(steps.at(-1)))));
+    make("div", { class: "steps" }, make("span", {}, `step ${whole(steps[0])}`), make("span", {}, steps.length > 1 ? whole(steps.at(-1)) : "")));
 }
 
 function makeScale(highest, digits) {
