@@ -121,6 +121,7 @@ def test_links_lead_from_the_page_to_the_records(tmp_path):
     folder = tmp_path / "a folder: javascript:alert(1)"
     folder.mkdir()
     write_groups(folder, muon=[2.0])
+    (folder / "torn.jsonl").write_text("{\n")
     for out in (tmp_path / "report.html", folder / "report.html", tmp_path / "deep" / "er" / "report.html"):
         (run,) = data_of(page_of(folder, out))["tasks"][0]["runs"]
         assert run["link"].startswith(("./", "../")) and ":" not in run["link"]
@@ -294,6 +295,7 @@ def test_every_number_of_the_page_is_that_of_compare(visit, quick, groups):
     for at, text in shown:
         expected = value(at["path"])
         assert text == ("–" if expected is None else f"{expected:.{at['digits']}f}"), at
+    assert "Records: 40 consistent." in page.inner_text("#provenance")
     dots = page.eval_on_selector_all("circle", "(all) => all.map((e) => ({...e.dataset}))")
     assert len(dots) == 2 * sum(crossing is not None for group in theirs["groups"] for crossing in group["crossings"])
     assert all(float(dot["value"]) == value(dot["path"]) for dot in dots)
@@ -468,7 +470,7 @@ def test_data_leaves_as_csv(visit, quick):
 
 
 def test_tuning_neurons_and_provenance_are_shown(visit, tmp_path):
-    page_of(TUNING, tmp_path / "report.html")
+    report.save(page_data(read_folder(TUNING)[0], tmp_path / "report.html", [TUNING]), tmp_path / "report.html")
     page = visit(tmp_path / "report.html")
     ledger = json.loads((TUNING / "ledger.json").read_text())
     assert page.evaluate("tuningPlot.shown.flatMap(({ own }) => own).length") == len(ledger) + 4  # and rings
@@ -484,7 +486,7 @@ def test_tuning_neurons_and_provenance_are_shown(visit, tmp_path):
     page.locator("#provenance summary", has_text="raw records").click()
     link = page.locator("#provenance a").first
     assert (tmp_path / link.get_attribute("href")).resolve() in map(Path.resolve, record_paths(TUNING))
-    assert f"{len(record_paths(TUNING))} consistent" in page.inner_text("#provenance")
+    assert f"Records: {len(record_paths(TUNING))} not verified" in page.inner_text("#provenance")
 
 
 HOSTILE = "</script><img src=x onerror=alert(1)><script>alert(2)</script>\u202eevil\u2066"

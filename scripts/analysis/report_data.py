@@ -98,9 +98,17 @@ def page_data(
     data = {
         "tasks": [task_data(task, groups, out, verdicts) for task, groups in tasks],
         "tuning": [found for folder in folders for found in tunings(folder)],
-        "warnings": list(warnings),
+        "warnings": [without_folders(text, runs, folders) for text in warnings],
     }
     return clean(data)
+
+
+def without_folders(text: str, runs: Sequence[Run], folders: Sequence[Path] = ()) -> str:
+    """Names of records as they are below their folder: where that is on a machine is nobody's concern."""
+    places = {*folders, *(run.path.parent for run in runs)}
+    for place in sorted({f"{name}/" for path in places for name in (path, path.absolute())}, key=len, reverse=True):
+        text = text.replace(place, "") if len(place) > 2 else text  # "./" may be anything
+    return text
 
 
 def clean(value: Any) -> Any:
@@ -182,7 +190,7 @@ def run_data(
         "link": link(run.path, out),
         "code": run.start.get("code_hash", "")[:12],
         "verdict": found.word if found else None,
-        "reasons": [*found.reasons, *found.notes] if found else [],
+        "reasons": [without_folders(text, [run]) for text in (*found.reasons, *found.notes)] if found else [],
         "grid": place_in(grids, [validation.step for validation in run.validations]),
         "losses": [round(validation.val_loss, 6) for validation in run.validations],
         "seconds": [round(validation.train_time_s, 3) for validation in run.validations],

@@ -82,7 +82,12 @@ function curveLimits(task) {
 // A logarithmic axis begins above 0.
 function inRange({ x, y }, task) {
   const positive = ([low, high], smallest) => (low > 0 ? [low, high] : [smallest, Math.max(high, 2 * smallest)]);
-  const first = () => Math.min(...curvesOf(task).flatMap((curve) => xsOf(task, curve).filter((value) => value > 0)), 1e9);
+  const first = () => {
+    let smallest = 1e9;
+    for (const curve of curvesOf(task))
+      for (const value of xsOf(task, curve)) if (value > 0) smallest = Math.min(smallest, value);
+    return smallest;
+  };
   return {
     x: state.log.includes("x") ? positive(x, x[0] > 0 ? x[0] : first()) : x,
     y: state.log.includes("y") ? positive(y, 1e-3) : y,
@@ -93,7 +98,9 @@ function inRange({ x, y }, task) {
 function xAtSteps(task, [from, to]) {
   if (state.x === "steps") return [from, to];
   if (state.x === "tokens") return [from * task.batch_tokens, to * task.batch_tokens];
-  const paces = curvesOf(task).filter(({ steps }) => steps.at(-1) > 0).map(({ steps, seconds }) => seconds.at(-1) / steps.at(-1));
+  const paces = curvesOf(task)
+    .filter(({ steps }) => steps.at(-1) > 0)
+    .map(({ steps, seconds }) => seconds.at(-1) / steps.at(-1));
   return [from * Math.min(...paces), to * Math.max(...paces)];
 }
 
@@ -101,17 +108,40 @@ function curveTip(task, { curve }, index) {
   const labels = labelsOf(task);
   const step = curve.steps[index];
   const of = curve.isMean ? `mean of ${task.numbers.groups[curve.group].seeds.length}` : `seed ${curve.seed}`;
-  const range = curve.isMean && curve.high[index] > curve.low[index]
-    ? ` (${fixed(curve.low[index], 4)} to ${fixed(curve.high[index], 4)})` : "";
-  const rows = shownCurves(task).filter((other) => other.isMean && other !== curve && other.group < task.styles.length)
-    .map((other) => [other, other.steps.indexOf(step)]).filter(([, place]) => place >= 0).reverse();
-  return make("div", {},
+  const range =
+    curve.isMean && curve.high[index] > curve.low[index]
+      ? ` (${fixed(curve.low[index], 4)} to ${fixed(curve.high[index], 4)})`
+      : "";
+  const rows = shownCurves(task)
+    .filter((other) => other.isMean && other !== curve && other.group < task.styles.length)
+    .map((other) => [other, other.steps.indexOf(step)])
+    .filter(([, place]) => place >= 0)
+    .reverse();
+  return make(
+    "div",
+    {},
     make("strong", {}, make("span", { class: "name" }, labels[curve.group]), `, ${of}`),
     make("div", { class: "value" }, fixed(curve.losses[index], 4), make("small", {}, range)),
-    make("div", { class: "where" },
-      `step ${whole(step)} · ${whole(step * task.batch_tokens)} tokens · ${fixed(curve.seconds[index], 1)} s`),
-    rows.length ? make("table", {}, make("caption", {}, "means at this step"), ...rows.map(([other, place]) => make("tr", {},
-      make("td", { class: "name" }, labels[other.group]), make("td", {}, fixed(other.losses[place], 4))))) : null,
+    make(
+      "div",
+      { class: "where" },
+      `step ${whole(step)} · ${whole(step * task.batch_tokens)} tokens · ${fixed(curve.seconds[index], 1)} s`,
+    ),
+    rows.length
+      ? make(
+          "table",
+          {},
+          make("caption", {}, "means at this step"),
+          ...rows.map(([other, place]) =>
+            make(
+              "tr",
+              {},
+              make("td", { class: "name" }, labels[other.group]),
+              make("td", {}, fixed(other.losses[place], 4)),
+            ),
+          ),
+        )
+      : null,
   );
 }
 
@@ -123,16 +153,44 @@ function makeCurves(section, task, afterToggle) {
   const toggled = () => (redraw(), afterToggle());
   const keepFocus = document.activeElement && document.activeElement.value;
   const letter = (key, name, label, isShown, after) =>
-    makeCheck(label, isShown === state[key].includes(name), (isOn) => (setLetter(key, name, isOn === isShown), after()));
-  const views = [["overview", "Overview"], ["near", "Near the target"], ["all", "All points"]];
-  const controls = make("div", { class: "controls" },
-    makeChoice("x axis", [["steps", "Steps"], ["tokens", "Tokens"], ["seconds", "Seconds"]], state.x,
-      (x) => ((state.x = x), (state.zoom = ""), rebuild())),
-    makeChoice("View", views.filter(([name]) => name !== "near" || task.near_target), state.zoom ? "" : state.view, setView),
-    make("div", { class: "checks" },
-      letter("log", "x", "log x", true, rebuild), letter("log", "y", "log y", true, rebuild),
-      letter("hide", "m", "means", false, redraw), letter("hide", "r", "ranges", false, redraw),
-      letter("hide", "s", "seeds", false, redraw)),
+    makeCheck(
+      label,
+      isShown === state[key].includes(name),
+      (isOn) => (setLetter(key, name, isOn === isShown), after()),
+    );
+  const views = [
+    ["overview", "Overview"],
+    ["near", "Near the target"],
+    ["all", "All points"],
+  ];
+  const controls = make(
+    "div",
+    { class: "controls" },
+    makeChoice(
+      "x axis",
+      [
+        ["steps", "Steps"],
+        ["tokens", "Tokens"],
+        ["seconds", "Seconds"],
+      ],
+      state.x,
+      (x) => ((state.x = x), (state.zoom = ""), rebuild()),
+    ),
+    makeChoice(
+      "View",
+      views.filter(([name]) => name !== "near" || task.near_target),
+      state.zoom ? "" : state.view,
+      setView,
+    ),
+    make(
+      "div",
+      { class: "checks" },
+      letter("log", "x", "log x", true, rebuild),
+      letter("log", "y", "log y", true, rebuild),
+      letter("hide", "m", "means", false, redraw),
+      letter("hide", "r", "ranges", false, redraw),
+      letter("hide", "s", "seeds", false, redraw),
+    ),
   );
   section.replaceChildren(
     make("h2", {}, "Validation loss"),
@@ -140,9 +198,14 @@ function makeCurves(section, task, afterToggle) {
     makeToggles(task, toggled),
     make("p", { class: "axis" }, "validation loss, nats per token"),
     host,
-    make("p", { class: "hint" }, make("span", { class: "mouse" }, "Drag to zoom, double-click to go back. "),
-      "Bands are the range of all seeds. ", makeZoomButtons(() => curvesPlot),
-      makeCsvButtons("curves", () => curveRows(task))),
+    make(
+      "p",
+      { class: "hint" },
+      make("span", { class: "mouse" }, "Drag to zoom, double-click to go back. "),
+      "Bands are the range of all seeds. ",
+      makeZoomButtons(() => curvesPlot),
+      makeCsvButtons("curves", () => curveRows(task)),
+    ),
   );
   if (curvesPlot) curvesPlot.destroy();
   curvesPlot = new Plot(host, {
@@ -170,18 +233,33 @@ function makeCurves(section, task, afterToggle) {
 // Which optimizers and seeds are shown; with the look of their curves it is the legend, too.
 function makeToggles(task, toggled) {
   const labels = labelsOf(task);
-  const one = (label, group) => makeCheck(label, !state.off.has(label),
-    (isOn) => (setMember(state.off, label, !isOn), toggled()), makeSwatch(task.styles[group]));
+  const one = (label, group) =>
+    makeCheck(
+      label,
+      !state.off.has(label),
+      (isOn) => (setMember(state.off, label, !isOn), toggled()),
+      makeSwatch(task.styles[group]),
+    );
   const legend = make("div", { class: "legend", role: "group", "aria-label": "optimizers" }, ...labels.map(one));
   const seeds = [...new Set(task.runs.map((run) => String(run.seed)))].sort((a, b) => a - b);
   const chips = make("div", { class: "chips", role: "group", "aria-label": "seeds" });
-  const fillChips = () => chips.replaceChildren(...seeds.map((seed) => makeCheck(seed, !state.seedsOff.has(seed),
-    (isOn) => (setMember(state.seedsOff, seed, !isOn), toggled()))));
+  const fillChips = () =>
+    chips.replaceChildren(
+      ...seeds.map((seed) =>
+        makeCheck(seed, !state.seedsOff.has(seed), (isOn) => (setMember(state.seedsOff, seed, !isOn), toggled())),
+      ),
+    );
   const all = (isOn) => () => ((state.seedsOff = new Set(isOn ? [] : seeds)), fillChips(), toggled());
   fillChips();
   const button = (text, isOn) => make("button", { type: "button", onclick: all(isOn) }, text);
-  const inner = make("details", { open: state.seedsOff.size > 0 }, make("summary", {}, `Seeds (${seeds.length})`),
-    chips, button("All", true), button("None", false));
+  const inner = make(
+    "details",
+    { open: state.seedsOff.size > 0 },
+    make("summary", {}, `Seeds (${seeds.length})`),
+    chips,
+    button("All", true),
+    button("None", false),
+  );
   return make("div", { class: "toggles" }, legend, seeds.length > 1 ? inner : null);
 }
 
@@ -190,6 +268,7 @@ function curveRows(task) {
   const rows = [["optimizer", "seed", "step", "tokens", "seconds", "val_loss"]];
   for (const curve of shownCurves(task).filter((curve) => !curve.isMean))
     curve.steps.forEach((step, i) =>
-      rows.push([labels[curve.group], curve.seed, step, step * task.batch_tokens, curve.seconds[i], curve.losses[i]]));
+      rows.push([labels[curve.group], curve.seed, step, step * task.batch_tokens, curve.seconds[i], curve.losses[i]]),
+    );
   return rows;
 }

@@ -41,7 +41,11 @@ function makeTable(header, rows, label) {
   const cell = (name) => (content) => make(name, name === "th" ? { scope: "col" } : {}, content);
   const head = make("thead", {}, make("tr", {}, ...header.map(cell("th"))));
   const body = make("tbody", {}, ...rows.map((row) => make("tr", {}, ...row.map(cell("td")))));
-  return make("div", { class: `scroll ${label.replace(/\W.*/, "")}`, tabindex: 0, role: "region", "aria-label": label }, make("table", {}, head, body));
+  return make(
+    "div",
+    { class: `scroll ${label.replace(/\W.*/, "")}`, tabindex: 0, role: "region", "aria-label": label },
+    make("table", {}, head, body),
+  );
 }
 
 function makeSelect(label, options, chosen, onChange) {
@@ -59,7 +63,13 @@ function makeCheck(label, checked, onChange, ...marks) {
 function makeChoice(label, options, chosen, onChange) {
   const name = `choice-${label}`;
   const buttons = options.map(([value, text]) => {
-    const radio = make("input", { type: "radio", name, value, checked: value === chosen, onchange: () => onChange(value) });
+    const radio = make("input", {
+      type: "radio",
+      name,
+      value,
+      checked: value === chosen,
+      onchange: () => onChange(value),
+    });
     return make("label", {}, radio, make("span", {}, text));
   });
   return make("fieldset", { class: "choice" }, make("legend", {}, label), ...buttons);
@@ -96,7 +106,10 @@ function makeCsvButtons(name, makeRows) {
 // The first of many rows, and the others on demand.
 function folded(rows, most = 12) {
   if (rows.length <= most + 2) return rows;
-  return [...rows.slice(0, most), make("details", {}, make("summary", {}, `${rows.length - most} more`), ...rows.slice(most))];
+  return [
+    ...rows.slice(0, most),
+    make("details", {}, make("summary", {}, `${rows.length - most} more`), ...rows.slice(most)),
+  ];
 }
 
 // A colour of the page's style sheet, in which dark mode has others.

@@ -5,13 +5,21 @@ const part = (id) => document.getElementById(id);
 
 function makeHeader(task) {
   part("track").replaceChildren(make("strong", {}, task.name), ` · target ${task.numbers.target}`);
-  const options = data.tasks.map((other, i) => [String(i),
-    `${other.name}, target ${other.numbers.target}, ${other.runs.length} runs, ${other.task.slice(0, 8)}`]);
-  part("tasks").replaceChildren(...(options.length > 1 ? [makeSelect("Task", options, state.task, (value) => {
-    Object.assign(state, { task: value, zoom: "", runs: "" });
-    saveState();
-    makePage();
-  })] : []));
+  const options = data.tasks.map((other, i) => [
+    String(i),
+    `${other.name}, target ${other.numbers.target}, ${other.runs.length} runs, ${other.task.slice(0, 8)}`,
+  ]);
+  part("tasks").replaceChildren(
+    ...(options.length > 1
+      ? [
+          makeSelect("Task", options, state.task, (value) => {
+            Object.assign(state, { task: value, zoom: "", runs: "" });
+            saveState();
+            makePage();
+          }),
+        ]
+      : []),
+  );
   document.title = task.title;
 }
 
@@ -44,7 +52,8 @@ function followRuns() {
   const follow = makeCheck(`Live: written at ${data.written}, looks again every ${data.refresh_s} s`, true, () => {});
   part("live").append(follow);
   setInterval(() => {
-    if (follow.querySelector("input").checked && !document.hidden && document.activeElement.tagName !== "SELECT") location.reload();
+    if (follow.querySelector("input").checked && !document.hidden && document.activeElement.tagName !== "SELECT")
+      location.reload();
   }, data.refresh_s * 1000);
 }
 

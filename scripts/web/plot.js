@@ -22,8 +22,10 @@ class Plot {
     host.replaceChildren(this.said);
     host.tabIndex = 0;
     host.setAttribute("role", "application");
-    host.setAttribute("aria-label", `${options.name}. Left and right: next point. Up and down: next curve. ` +
-      "Plus and minus: zoom. Escape: all.");
+    host.setAttribute(
+      "aria-label",
+      `${options.name}. Left and right: next point. Up and down: next curve. ` + "Plus and minus: zoom. Escape: all.",
+    );
     host.onkeydown = (event) => this.pressed(event);
     host.onblur = () => this.show(null);
     this.build();
@@ -45,34 +47,42 @@ class Plot {
     const limits = this.options.limits();
     const font = "12px system-ui, sans-serif";
     const axis = (isLog, more) => ({
-      stroke: () => themed("soft"), font, labelFont: font,
-      grid: { stroke: () => themed("grid"), width: 1 }, ticks: { show: false },
+      stroke: () => themed("soft"),
+      font,
+      labelFont: font,
+      grid: { stroke: () => themed("grid"), width: 1 },
+      ticks: { show: false },
       splits: (u, _, low, high) => ticks(low, high, isLog, (more.side === 3 ? u.height : u.width) / more.perTick),
       filter: (u, splits) => splits,
-      values: (u, splits) => splits.map(tickFormat(splits)), ...more,
+      values: (u, splits) => splits.map(tickFormat(splits)),
+      ...more,
     });
     const scale = (isLog, key) => ({ time: false, distr: isLog ? 3 : 1, range: () => this.options.limits()[key] });
-    this.uplot = new uPlot({
-      ...this.size(),
-      padding: [10, 14, 0, 0],
-      scales: { x: scale(xLog, "x"), y: scale(yLog, "y") },
-      series: [{}, { paths: () => null, points: { show: false } }],
-      axes: [
-        axis(xLog, { side: 2, label: xLabel, labelSize: 22, size: 30, perTick: 90 }),
-        axis(yLog, { side: 3, size: 54, perTick: 46 }),
-      ],
-      legend: { show: false },
-      cursor: {
-        points: { show: false },
-        drag: { x: true, y: true, setScale: false },
-        bind: { dblclick: () => () => this.options.onZoom(null) },
+    this.uplot = new uPlot(
+      {
+        ...this.size(),
+        padding: [10, 14, 0, 0],
+        scales: { x: scale(xLog, "x"), y: scale(yLog, "y") },
+        series: [{}, { paths: () => null, points: { show: false } }],
+        axes: [
+          axis(xLog, { side: 2, label: xLabel, labelSize: 22, size: 30, perTick: 90 }),
+          axis(yLog, { side: 3, size: 54, perTick: 46 }),
+        ],
+        legend: { show: false },
+        cursor: {
+          points: { show: false },
+          drag: { x: true, y: true, setScale: false },
+          bind: { dblclick: () => () => this.options.onZoom(null) },
+        },
+        hooks: {
+          draw: [() => this.draw()],
+          setCursor: [(u) => this.hover(u.cursor.left, u.cursor.top)],
+          setSelect: [(u) => this.selected(u.select)],
+        },
       },
-      hooks: {
-        draw: [() => this.draw()],
-        setCursor: [(u) => this.hover(u.cursor.left, u.cursor.top)],
-        setSelect: [(u) => this.selected(u.select)],
-      },
-    }, [limits.x, [null, null]], this.host);
+      [limits.x, [null, null]],
+      this.host,
+    );
     this.uplot.over.append(this.ring);
     this.host.append(this.tip);
   }
@@ -168,7 +178,10 @@ class Plot {
 
   // The nearest point that is in sight; of equals one of a curve that is drawn later, so above.
   nearest(left, top) {
-    const { x: [x0, x1], y: [y0, y1] } = this.options.limits();
+    const {
+      x: [x0, x1],
+      y: [y0, y1],
+    } = this.options.limits();
     let found = null;
     let best = REACH_PX;
     this.shown.forEach(({ xs, ys, width }, place) => {
@@ -237,7 +250,9 @@ class Plot {
   move(curves, points) {
     const [place, index] = this.at || [this.shown.length - 1, -1];
     const last = this.shown.length;
-    const { x: [low, high] } = this.options.limits();
+    const {
+      x: [low, high],
+    } = this.options.limits();
     const to = (place + curves + last) % last;
     const { xs } = this.shown[to];
     if (!xs.length) return;
@@ -289,12 +304,36 @@ function tickFormat(splits) {
 const MARKERS = {
   o: (ctx, r) => ctx.arc(0, 0, r, 0, 7),
   s: (ctx, r) => ctx.rect(-r * 0.9, -r * 0.9, r * 1.8, r * 1.8),
-  "^": (ctx, r) => polygon(ctx, [[0, -r * 1.2], [r * 1.1, r * 0.8], [-r * 1.1, r * 0.8]]),
-  v: (ctx, r) => polygon(ctx, [[0, r * 1.2], [r * 1.1, -r * 0.8], [-r * 1.1, -r * 0.8]]),
-  D: (ctx, r) => polygon(ctx, [[0, -r * 1.3], [r * 1.1, 0], [0, r * 1.3], [-r * 1.1, 0]]),
-  P: (ctx, r) => [[-r * 0.4, -r * 1.2, r * 0.8, r * 2.4], [-r * 1.2, -r * 0.4, r * 2.4, r * 0.8]].forEach((box) => ctx.rect(...box)),
+  "^": (ctx, r) =>
+    polygon(ctx, [
+      [0, -r * 1.2],
+      [r * 1.1, r * 0.8],
+      [-r * 1.1, r * 0.8],
+    ]),
+  v: (ctx, r) =>
+    polygon(ctx, [
+      [0, r * 1.2],
+      [r * 1.1, -r * 0.8],
+      [-r * 1.1, -r * 0.8],
+    ]),
+  D: (ctx, r) =>
+    polygon(ctx, [
+      [0, -r * 1.3],
+      [r * 1.1, 0],
+      [0, r * 1.3],
+      [-r * 1.1, 0],
+    ]),
+  P: (ctx, r) =>
+    [
+      [-r * 0.4, -r * 1.2, r * 0.8, r * 2.4],
+      [-r * 1.2, -r * 0.4, r * 2.4, r * 0.8],
+    ].forEach((box) => ctx.rect(...box)),
   X: (ctx, r) => (ctx.rotate(Math.PI / 4), MARKERS.P(ctx, r)),
-  lost: (ctx, r) => (ctx.rotate(Math.PI / 4), ctx.rect(-r * 0.2, -r * 1.3, r * 0.4, r * 2.6), ctx.rect(-r * 1.3, -r * 0.2, r * 2.6, r * 0.4)),
+  lost: (ctx, r) => (
+    ctx.rotate(Math.PI / 4),
+    ctx.rect(-r * 0.2, -r * 1.3, r * 0.4, r * 2.6),
+    ctx.rect(-r * 1.3, -r * 0.2, r * 2.6, r * 0.4)
+  ),
 };
 
 function polygon(ctx, corners) {
@@ -306,15 +345,19 @@ function drawMarker(ctx, name, x, y, radius) {
   ctx.save();
   ctx.translate(x, y);
   ctx.beginPath();
-  if (name === "ring") ctx.arc(0, 0, radius * 2, 0, 7), ctx.stroke();
-  else (MARKERS[name] || MARKERS.o)(ctx, radius), ctx.fill();
+  if (name === "ring") (ctx.arc(0, 0, radius * 2, 0, 7), ctx.stroke());
+  else ((MARKERS[name] || MARKERS.o)(ctx, radius), ctx.fill());
   ctx.restore();
 }
 
 // For fingers, which do not drag.
 function makeZoomButtons(plotOf) {
-  const button = (text, label, factor) => make("button", { type: "button", "aria-label": label,
-    onclick: () => plotOf().options.onZoom(plotOf().scaled(factor)) }, text);
+  const button = (text, label, factor) =>
+    make(
+      "button",
+      { type: "button", "aria-label": label, onclick: () => plotOf().options.onZoom(plotOf().scaled(factor)) },
+      text,
+    );
   return make("span", { class: "zooms" }, button("+", "Zoom in", 0.5), button("−", "Zoom out", 2));
 }
 

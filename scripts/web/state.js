@@ -1,7 +1,17 @@
 "use strict";
 // What the reader has chosen. It is in the address after the #, so that a link shows what its sender saw.
 
-const DEFAULTS = { task: "0", x: "steps", log: "", hide: "", view: "overview", zoom: "", measure: "", knob: "", runs: "" };
+const DEFAULTS = {
+  task: "0",
+  x: "steps",
+  log: "",
+  hide: "",
+  view: "overview",
+  zoom: "",
+  measure: "",
+  knob: "",
+  runs: "",
+};
 const state = {};
 
 function readState() {
