@@ -31,7 +31,7 @@ def headline(groups: Sequence[Group], pairs: Sequence[Pair]) -> Headline:
     elif len(beaten) == len(own):
         title = f"{leader.label} wins: it {front_words(leader)}"
     elif beaten:
-        title += f", ahead of {len(beaten)} of {len(own)} others beyond doubt"
+        title += f"; its lead over {len(beaten)} of {len(own)} others is supported"
     else:
         title += ", but no test supports it"
     lines = [against(leader, pair) for pair in own[:MOST_RIVALS]]

@@ -16,6 +16,7 @@ LONGEST = 300
 def facts_of(run: Run) -> dict[str, str]:
     """Keys joined by dots and their values as text; of each source file the beginning of its sha256."""
     found = dict(flat({key: value for key, value in run.start.items() if key not in LEFT_OUT}))
+    found["argv"] = plain(" ".join(map(str, run.start["argv"])), LONGEST)
     found |= flat({key: value for key, value in (run.end or {}).items() if key != "event"}, "end.")
     return found | {f"sources.{plain(name)}": digest(text) for name, text in run.start["sources"].items()}
 

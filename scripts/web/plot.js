@@ -219,12 +219,19 @@ class Plot {
     this.ring.style.left = `${left}px`;
     this.ring.style.top = `${top}px`;
     this.ring.style.borderColor = series.color;
-    const over = this.uplot.over;
-    const room = this.host.clientWidth - this.tip.offsetWidth - 4;
-    const right = over.offsetLeft + left + 16;
-    const x = right > room ? over.offsetLeft + left - this.tip.offsetWidth - 16 : right;
-    this.tip.style.left = `${Math.max(0, Math.min(x, room))}px`;
-    this.tip.style.top = `${Math.max(0, Math.min(top - 20, over.clientHeight - this.tip.offsetHeight))}px`;
+    this.placeTip(left + this.uplot.over.offsetLeft, top + this.uplot.over.offsetTop);
+  }
+
+  // Beside a point, or above or below it where the page is narrow, but never on it.
+  placeTip(left, top) {
+    const { offsetWidth: width, offsetHeight: height } = this.tip;
+    const [right, bottom] = [this.host.clientWidth - width, this.host.clientHeight - height];
+    const fits = left + 16 <= right ? left + 16 : left - 16 - width;
+    const isBeside = fits >= 0;
+    const x = isBeside ? fits : Math.max(0, Math.min(left - width / 2, right));
+    const y = isBeside ? Math.max(0, Math.min(top - 20, bottom)) : top > height + 16 ? top - 16 - height : top + 16;
+    this.tip.style.left = `${x}px`;
+    this.tip.style.top = `${y}px`;
   }
 
   selected({ left, top, width, height }) {
