@@ -14,7 +14,7 @@ Settings are checked before the first run. Each run is a process of its own. A r
 arguments and code is not repeated. A run that was stopped with a checkpoint in --out goes on from there. A run that
 fails is reported and does not stop the others. Optimizers alternate within each seed, so that a machine that slows down
 slows all alike (--no-interleave: one optimizer after the other). At the end the tables are printed, and comparison.md,
-comparison.json and loss_curves.png are written to --out. scripts/README.md explains the tables.
+comparison.json, loss_curves.png and report.html are written to --out. scripts/README.md explains the tables.
 """
 
 import argparse
@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT))
 from aurora.config import name_of
 from aurora.console import run_script
 from aurora.errors import HarnessError
-from aurora.trainer.record import Run, read_folder
+from aurora.trainer.record import RecordError, Run, read_folder, read_record
 from scripts.analysis.text import cell, plain
 from scripts.runs import (
     PREEMPTED,
@@ -296,6 +296,13 @@ def run_and_report(
             print(f"no curves: {error}; pip install -e '.[report]'", file=sys.stderr)
         except (OSError, ValueError) as error:
             print(f"no curves: {error}", file=sys.stderr)
+    try:
+        from scripts.report import write_report
+
+        write_report([read_record(run.path) for run in done], args.out / "report.html")
+        print(f"report: {args.out / 'report.html'}", file=progress)
+    except (OSError, RecordError) as error:
+        print(f"no report: {error}", file=sys.stderr)
     return 1 if failures or num_tasks > 1 and not args.grid else 0
 
 

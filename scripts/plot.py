@@ -8,7 +8,6 @@ python scripts/plot.py neurons results/quick --steps 100 200        the same at 
 import argparse
 import io
 import math
-import statistics
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from scripts.analysis.text import plain
 
 try:
     from scripts.analysis.report import to_target
-    from scripts.analysis.verdict import Group, by_task, group_runs
+    from scripts.analysis.verdict import Group, by_task, group_runs, mean_curve
 except ImportError as error:
     print(f"error: {error}; pip install -e '.[report]'", file=sys.stderr)
     sys.exit(2)
@@ -123,8 +122,12 @@ def save_figure(figure, path: Path, description: str = "") -> None:
 
 
 def styles_of(groups: Sequence[Group]) -> list[Style]:
-    """Of each group its own, where another has not taken that, else the least used spare one."""
-    own = [STYLES.get(group.optimizer) for group in groups]
+    return styles_by_name([group.optimizer for group in groups])
+
+
+def styles_by_name(optimizers: Sequence[str]) -> list[Style]:
+    """Of each its own, where another has not taken that, else the least used spare one."""
+    own = [STYLES.get(optimizer) for optimizer in optimizers]
     free = [style if style not in own[:i] else None for i, style in enumerate(own)]
     used, styles = [style for style in free if style], []
     for style in free:
@@ -142,20 +145,16 @@ def printable(text: object) -> str:
 
 def draw_curves(axis, groups: Sequence[Group], styles: Sequence[tuple], is_time: bool) -> None:
     for index, (group, (color, line, marker)) in enumerate(zip(groups, styles, strict=True)):
-        validations_by_step = [{validation.step: validation for validation in run.validations} for run in group.runs]
-        steps = sorted(set.intersection(*map(set, validations_by_step)))
-        if not steps:
+        points = mean_curve(group)
+        points = [point for point in points if point.step >= SHOWN_FROM_FRAC * points[-1].step]
+        if not points:
             continue
-        steps = [step for step in steps if step >= SHOWN_FROM_FRAC * steps[-1]]
-        losses = [[validations[step].val_loss for validations in validations_by_step] for step in steps]
-        seconds = [
-            statistics.mean(validations[step].train_time_s for validations in validations_by_step) for step in steps
-        ]
-        x = seconds if is_time else steps
-        every = max(1, len(steps) // MARKERS)
-        axis.fill_between(x, [min(row) for row in losses], [max(row) for row in losses], color=color, alpha=0.15, lw=0)
+        x = [point.seconds if is_time else point.step for point in points]
+        every = max(1, len(points) // MARKERS)
+        band = [point.low for point in points], [point.high for point in points]
+        axis.fill_between(x, *band, color=color, alpha=0.15, lw=0)
         axis.plot(
-            *(x, [statistics.mean(row) for row in losses]),
+            *(x, [point.mean for point in points]),
             color=color,
             linestyle=line,
             marker=marker,

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Environment, corpus, one run of every optimizer on configs/quick.toml, table and curves. Arguments go to compare.py.
+# Environment, corpus, one run of every optimizer on configs/quick.toml, and their report. Arguments go to compare.py.
 set -euo pipefail
 here=$PWD
 source "$(dirname "$0")/setup.sh"

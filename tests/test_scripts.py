@@ -357,6 +357,7 @@ def test_compare_runs_skips_what_is_finished_and_goes_on_after_a_failure(
     assert "failed: muon, seed 0: exit code 5" in err
     assert "| aurora" in out and "muon: without a final loss: seed 0 (diverged)" in out
     assert "step:10/10 val_loss:" in out
+    assert "aurora" in (tmp_path / "report.html").read_text()
     written = (tmp_path / "comparison.md").read_text()
     assert next(line for line in out.splitlines() if line.startswith("| aurora")) in written
     assert (tmp_path / "loss_curves.png").read_bytes().startswith(b"\x89PNG")

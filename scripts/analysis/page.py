@@ -130,9 +130,10 @@ def by(key: str, tables: Iterable[Table]) -> dict[str, list[Table]]:
 def hardware(run: Run) -> str:
     env = run.start["env"]
     cpus = env.get("usable_cpus", env.get("cpu_count", "?"))
-    threads = f", {cpus} CPUs, {env['torch_threads']} threads" if run.start["device"] == "cpu" else ""
+    is_cpu = run.start.get("device") == "cpu"
+    threads = f", {cpus} CPUs, {env.get('torch_threads', '?')} threads" if is_cpu else ""
     versions = [f"torch {env['torch']}", *filter(None, [env.get("cuda") and f"CUDA {env['cuda']}"])]
-    compiled = ["compiled" if run.start.get("compiled") else "not compiled"] if run.start["device"] != "cpu" else []
+    compiled = ["compiled" if run.start.get("compiled") else "not compiled"] if not is_cpu else []
     return ", ".join([f"{run.start['world_size']} x {env['device_name']}{threads}", *versions, *compiled])
 
 

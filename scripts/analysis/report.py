@@ -63,12 +63,10 @@ HEADER = (
 
 def group_cells(group: Group) -> tuple[str, ...]:
     """One row under HEADER."""
-    losses, finished = group.losses(group.last_step), [run for run in group.runs if run.is_done]
-    target = group.runs[0].target
+    losses, target = group.losses(group.last_step), group.runs[0].target
     margin = gate(losses, target)
     steps = group.steps_to_target()
     is_whole = len(losses) == len(group.runs)
-    ms = [float(np.mean([run.mean_ms(key) for run in finished])) if finished else math.nan for key in MS_KEYS]
     return (
         group.label,
         str(group.planned_steps),
@@ -80,11 +78,29 @@ def group_cells(group: Group) -> tuple[str, ...]:
         f"{steps.count}/{steps.runs}",
         to_target(steps, 1),
         to_target(group.seconds_to_target(), 1),
-        *(f"{value:.1f}" if math.isfinite(value) else "-" for value in ms),
+        *(f"{value:.1f}" if math.isfinite(value) else "-" for value in mean_ms(group).values()),
     )
 
 
-MS_KEYS = ("step_ms", "optimizer_ms")
+def mean_ms(group: Group) -> dict[str, float]:
+    """Milliseconds of a step, and of the optimizer in it: means of the finished runs, NaN without one."""
+    finished = [run for run in group.runs if run.is_done]
+    keys = ("step_ms", "optimizer_ms")
+    return {key: float(np.mean([run.mean_ms(key) for run in finished])) if finished else math.nan for key in keys}
+
+
+def mean_seconds(group: Group) -> dict[str, float]:
+    """Where a run's seconds went: timed ones, and each kind that is not timed. Means of the finished runs."""
+    parts = [
+        {"timed": run.end_event["train_time_s"]}
+        | {kind: s for kind, s in run.end_event.get("untimed", {}).items() if isinstance(s, int | float)}
+        for run in group.runs
+        if run.is_done
+    ]
+    kinds = dict.fromkeys(kind for part in parts for kind in part)
+    return {kind: float(np.mean([part.get(kind, 0.0) for part in parts])) for kind in kinds}
+
+
 PAIR_HEADER = (
     *("pair", "compared by", "difference [95 %]", "p", "p (Holm)", "ms/step ratio [95 %]"),
     *("seconds to target, ratio [95 %]", "verdict"),
@@ -227,6 +243,9 @@ def as_json(groups: Sequence[Group]) -> dict[str, Any]:
                 "reached_interval": wilson(group.steps_to_target().count, len(group.runs)),
                 "steps_to_target": group.steps_to_target(),
                 "seconds_to_target": group.seconds_to_target(),
+                "crossings": group.crossings(),
+                **mean_ms(group),
+                "mean_seconds": mean_seconds(group),
                 "flaws": group.flaws(),
             }
         )

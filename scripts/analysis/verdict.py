@@ -12,9 +12,10 @@ target, by Welch's test, or by ranks when some runs never arrived.
 import itertools
 import json
 import math
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -129,6 +130,27 @@ class Group:
     def edits(self) -> list[str]:
         """In what the runs' model is another than the track's, in words."""
         return sorted({edit for run in self.runs for edit in run.start.get("model_edits", [])})
+
+
+class CurvePoint(NamedTuple):
+    """The losses of all runs of a group at one step: mean and range; seconds: the mean time of the step."""
+
+    step: int
+    seconds: float
+    low: float
+    mean: float
+    high: float
+
+
+def mean_curve(group: Group) -> list[CurvePoint]:
+    """A point for each step at which every run of the group was validated."""
+    by_step = [{validation.step: validation for validation in run.validations} for run in group.runs]
+    points = []
+    for step in sorted(set.intersection(*map(set, by_step))):
+        losses = [validations[step].val_loss for validations in by_step]
+        seconds = statistics.mean(validations[step].train_time_s for validations in by_step)
+        points.append(CurvePoint(step, seconds, min(losses), statistics.mean(losses), max(losses)))
+    return points
 
 
 def twins(runs: Iterable[Run]) -> list[str]:
