@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import aurora
+from tests.conftest import often
 from tests.test_param_group_options import VIEWED
 
 STEPS = 20
@@ -154,13 +155,15 @@ def test_parts_are_updated_as_the_matrices_that_they_are(rule, kind):
     assert torch.equal(p, other)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", [often(rule, rule is Soapish) for rule in RULES])
 def test_a_compiled_step_takes_the_same_steps(rule):
     torch._dynamo.reset()
-    params = new_params()
-    optimizer = make(rule, params)
-    train(optimizer, params, step=torch.compile(optimizer.step, backend="eager"))
-    assert_oracle(rule, params)
+    eager, compiled = new_params()[:2], new_params()[:2]
+    optimizers = [make(rule, params) for params in (eager, compiled)]
+    train(optimizers[0], eager, range(4))
+    train(optimizers[1], compiled, range(4), torch.compile(optimizers[1].step, backend="eager"))
+    for p, q in zip(eager, compiled, strict=True):
+        torch.testing.assert_close(p, q, atol=1e-5, rtol=0)
 
 
 def test_unknown_inputs_are_named_and_rules_without_pay_nothing():
