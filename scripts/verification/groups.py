@@ -15,7 +15,10 @@ from scripts.verification.external import is_external, rule_of_run, same_lr
 from scripts.verification.same import is_same
 from scripts.verification.schema import Code
 
-BUILT_IN = ("adamw", "muon", "normuon", "unormuon", "aurora", "riemannian_aurora")
+BUILT_IN = (
+    *("adamw", "muon", "normuon", "unormuon", "aurora", "riemannian_aurora"),
+    *("adam", "soap", "muon2", "pmuon", "dynmuon", "psgd", "shampoo"),
+)
 NO_SETTINGS = ("self", "params", "process_group", "rule_hparams")
 AUX = ("embed", "head", "vector")
 # What torch.optim.AdamW holds besides, on every device.
