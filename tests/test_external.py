@@ -1,8 +1,11 @@
 """Optimizers of other packages and of files of one's own, named as module:Class."""
 
+import argparse
 import importlib.util
 import json
 import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -16,8 +19,10 @@ from aurora.hints import Misfit, fit
 from aurora.optim import external
 from aurora.trainer.optimizers import checked_hparams
 from aurora.trainer.probe import NotSuited, probe
+from scripts import compare, tune
+from scripts.analysis.tuning import default_knobs, tuned_trials
 from scripts.verification.checks import verify_run
-from tests.conftest import events, losses, often, train_here
+from tests.conftest import ROOT, events, losses, often, train_here
 
 MINE = '''
 import torch
@@ -466,3 +471,68 @@ def test_psgd_is_not_resumable_and_says_so(tiny_track, tmp_path, capsys):
     assert "PSGDKron is not resumable: what it loads is not what its state_dict() holds" in capsys.readouterr().err
     assert train_here(tiny_track, tmp_path, *words) == 0
     assert events(tmp_path)[0]["resumable"] is False and losses(tmp_path)[-1][1] < 4.1
+
+
+# ---- comparing and tuning ----
+
+
+def test_compare_takes_optimizers_as_arguments_and_their_tuned_values(capsys):
+    args = compare.parse_args(["my_opts:Plain", "muon", "--grid", "optimizer.lr=1,2"])
+    args.tuned = {"my_opts:Plain": ["optimizer.Plain.lr=0.5"]}
+    plan = compare.plan_runs(args)
+    assert [planned.argv[3] for planned in plan] == ["my_opts:Plain", "muon"] * 2
+    assert plan[0].argv[-4:] == ["--set", "optimizer.Plain.lr=0.5", "--set", "optimizer.Plain.lr=1"]
+    assert plan[1].argv[-2:] == ["--set", "optimizer.muon.lr=1"]
+    assert compare.parse_args([]).optimizers == compare.DEFAULT_OPTIMIZERS
+    for words in (["muon", "--optimizers", "adamw"], ["muon", "--tune", "0"], ["muon", "--tune", "2", "--nproc", "2"]):
+        with pytest.raises(SystemExit):
+            compare.parse_args(words)
+    capsys.readouterr()
+
+
+def test_an_optimizer_without_a_space_has_its_lrs_searched_around_what_it_has(tiny_track):
+    args = tune.parse_args(["--config", str(tiny_track), "--optimizers", "my_opts:Plain", "torch.optim:SGD"])
+    space = tune.declared_space(args)
+    assert space.seed == 100 and list(space.knobs) == ["my_opts:Plain", "torch.optim:SGD"]
+    assert list(map(str, space.knobs["my_opts:Plain"])) == [
+        "lr from 0.002 by factors of 2",
+        "aux_lr from 0.003 by factors of 2",
+    ]
+    assert space.knobs["torch.optim:SGD"][0].start == 0.001
+    argv = tune.Tuner.argv(argparse.Namespace(args=args, space=space), "my_opts:Plain", {"lr": 0.004, "aux_lr": 0.1})
+    assert "optimizer.Plain.lr=0.004" in argv and "optimizer.Plain.vector_lr=0.1" in argv
+    unlike = default_knobs({"lr": 1.0, "embed_lr": 0.7, "head_lr": 0.004, "vector_lr": 0.7})
+    assert [(knob.name, knob.keys) for knob in unlike[1:]] == [
+        ("embed_lr", ["embed_lr", "vector_lr"]),
+        ("head_lr", ["head_lr"]),
+    ]
+
+
+def test_which_optimizers_of_a_track_are_tuned(tiny_track, tmp_path, capsys):
+    tuned = tuned_trials((ROOT / "configs" / "quick.toml").read_text())
+    assert tuned == dict.fromkeys(("adamw", "muon", "unormuon", "aurora"), 16)
+    command = ["--config", str(tiny_track), "--optimizers", "my_opts:Plain", "--out", str(tmp_path), "--write"]
+    assert tune.main(command) == 2
+    assert "--write: my_opts:Plain has no table in" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_file_in_ones_own_folder_is_tuned_compared_verified_and_replayed(tiny_track, mine, tmp_path):
+    out = tmp_path / "out"
+    command = ["my_opts:Plain", "adamw", "--tune", "1", "--config", str(tiny_track), "--set", "train.steps=5"]
+    environment = {key: value for key, value in os.environ.items() if key != external.FOLDER_VARIABLE}
+
+    def run(script, *words):
+        command = [sys.executable, str(ROOT / "scripts" / script), *words]
+        done = subprocess.run(command, cwd=mine, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    said = run("compare.py", *command, "--out", str(out))
+    assert "Plain" in (out / "comparison.md").read_text()
+    ledger = json.loads((tmp_path / "out_tuning" / "ledger.json").read_text())
+    assert [entry["optimizer"] for entry in ledger] == ["adamw", "my_opts:Plain"]
+    assert ledger[1]["space"] == "lr from 0.002 by factors of 2; aux_lr from 0.003 by factors of 2"
+    assert run("compare.py", *command, "--out", str(out)).count("finished before") == 2 > said.count("finished before")
+    (record,) = out.glob("*Plain*.jsonl")
+    assert "replayed" in run("verify.py", str(record), "--replay")
