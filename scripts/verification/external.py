@@ -40,15 +40,17 @@ def check_rule(run: Events) -> Iterator[str]:
             yield f"run event lacks {key}, of its optimizer {path}"
             return
     cls, packages = start["rule"]["class"], start["rule"]["packages"]
-    names = {part.partition(".")[0] for part in (path.partition(":")[0], cls)}
-    if strange := packages_apart(packages, names):
-        yield f"rule.packages has {strange[0]}, from which {path} cannot be"
-    if "torch" in names and packages.get("torch") != start["env"]["torch"]:
-        yield f"rule.packages has torch {packages.get('torch')}, env.torch is {start['env']['torch']}"
+    tops = {part.partition(".")[0] for part in (path.partition(":")[0], cls)}
+    if packages.keys() != tops:
+        yield f"rule.packages tells of {', '.join(packages) or 'none'}, but {path} and {cls} are of {sorted(tops)}"
+        return
+    if "torch" in tops and packages["torch"] != f"torch {start['env']['torch']}":
+        yield f"rule.packages has {packages['torch']}, env.torch is {start['env']['torch']}"
     module, _, name = path.partition(":")
-    if len(packages) < len(names) and text_of(start, module) is None:
+    is_own_file = not packages[module.partition(".")[0]]
+    if is_own_file and text_of(start, module) is None:
         yield f"{path} is of no package, and its source is not embedded"
-    defined = [cls.rpartition(".")[::2]] + [(module, name)] * (len(packages) < len(names))
+    defined = [cls.rpartition(".")[::2]] + [(module, name)] * is_own_file
     for where, wanted in defined:  # what a package imports from its parts, its text need not name
         text = text_of(start, where)
         if text is not None and not re.search(rf"\b{re.escape(wanted)}\b", text):
@@ -56,13 +58,6 @@ def check_rule(run: Events) -> Iterator[str]:
     held = [group["optimizer"] for group in start["param_groups"] if group.get("role") in ("matrix", "all")]
     if wrong := [shown for shown in held if shown != cls.rpartition(".")[2]]:
         yield f"the optimizer was a {wrong[0]}, by rule.class it is {cls}"
-
-
-def packages_apart(packages: dict[str, str], names: set[str]) -> list[str]:
-    """Packages of other modules, where that can be told by their names alone."""
-    plain = {re.sub("[^a-z0-9]", "", name.lower()) for name in names}
-    known = [name for name in packages if re.sub("[^a-z0-9]", "", name.lower()) not in plain]
-    return known if len(packages) > len(names) else []
 
 
 def text_of(start: dict[str, Any], module: str) -> str | None:
@@ -116,7 +111,7 @@ def notes_on_rule(run: Events) -> Iterator[str]:
         yield "its optimizer is not resumable: what it keeps is not all in its state_dict()"
     if not is_path(path):
         return
-    packages = ", ".join(f"{name} {version}" for name, version in start["rule"]["packages"].items())
+    packages = ", ".join(filter(None, start["rule"]["packages"].values()))
     yield f"{path} of {packages or 'a file that is embedded'}: not checked are its code and the bounds of its settings"
     hparams = start["hparams"]
     if text_of(start, path.partition(":")[0]) is None and "lr" not in given(start):

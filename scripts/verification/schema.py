@@ -115,7 +115,7 @@ FIELDS: dict[str, dict[str, Field]] = {
         "optimizer": text(),
         **{"rule": TABLE, "resumable": BOOL},
         "rule.class": text(r"\w+(\.[\w<>]+)+", "a class"),
-        "rule.packages": all_of(VERSION, dict),
+        "rule.packages": all_of(text(r"(\S+ \d\S*)?", "a name and version, or nothing"), dict),
         "param_groups": all_of(TABLE),
         "seed": whole(0, 2**63 - 1),
         **SEGMENT,
