@@ -15,7 +15,8 @@ from tests.conftest import ROOT, train_here, write_tiny_track
 
 TEXT = "def add(a, b):\n    return a + b\n\n\nfor name, value in table.items():\n    print(name, value)\n"
 QUICK = ["model.vocab_size=256", "model.seq_len=64", "train.steps=20", "eval.every=10", "eval.tokens=2048"]
-GPT2 = ["model.vocab_size=50304", "model.model_dim=16", "model.num_layers=1", "train.steps=2", "eval.tokens=512"]
+GPT2 = ["model.vocab_size=50304", "model.model_dim=16", "model.num_layers=1", "train.steps=2", "eval.tokens=256"]
+GPT2 += ["train.batch_tokens=64", "eval.every=2", "eval.late_every=2", "eval.telemetry=false"]
 
 
 def write_bytes_track(folder: Path) -> Path:

@@ -3,6 +3,7 @@
 https://github.com/EleutherAI/lm-evaluation-harness
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -77,7 +78,7 @@ class HarnessModel(TemplateLM):
 def evaluate_tasks(
     trained: Trained, tasks: list[str], include_path: str | None, num_fewshot: int | None, limit: int | None
 ) -> list[Evaluation]:
-    """Each metric of each task that is a number of every item, by item; the harness's own means are among the details.
+    """Each metric of each task.
 
     Raises:
         HarnessError: CONFIG, the harness refuses: an unknown task, or one of which the data is not to be had.
@@ -97,18 +98,27 @@ def evaluate_tasks(
     except Exception as error:  # tasks are code of many people
         message = f"lm_eval cannot run {', '.join(tasks)}: {type(error).__name__}: {first_line(error)[:200]}"
         raise HarnessError(Exit.CONFIG, f"{message}; python -m lm_eval ls tasks") from error
-    evaluations = []
-    for task, samples in sorted(found["samples"].items()):
-        samples.sort(key=lambda item: item["doc_id"])
-        for metric in sorted(samples[0]["metrics"]) if samples else ():
-            values = [item.get(metric) for item in samples]
-            if all(isinstance(value, int | float | np.number) for value in values):
-                means = {key: value for key, value in found["results"][task].items() if key.startswith(f"{metric},")}
-                own = [float(value) for value in means.values() if isinstance(value, int | float)]
-                details = {"harness": own[0] if own else None, "version": str(found["versions"].get(task))}
-                evaluations.append(
-                    Evaluation(
-                        "tasks", f"{task} {metric}", metric, np.array(values, float), np.ones(len(values)), details
-                    )
-                )
-    return evaluations
+    return [
+        evaluation
+        for task, samples in sorted(found["samples"].items())
+        for evaluation in evaluations_of(task, samples, found["results"][task], str(found["versions"].get(task)))
+    ]
+
+
+def evaluations_of(
+    task: str, samples: list[dict[str, Any]], results: dict[str, Any], version: str
+) -> Iterator[Evaluation]:
+    """Of each metric that the harness gives: by item where each has a number, else its one figure, without interval."""
+    for key, value in sorted(results.items()):
+        metric, _, kind = key.partition(",")
+        if not kind or not isinstance(value, int | float) or metric.endswith("_stderr"):
+            continue
+        items = sorted((item for item in samples if item["filter"] == kind), key=lambda item: item["doc_id"])
+        values: list[Any] = [item.get(metric) for item in items]
+        sums, sizes = np.array([value], float), np.ones(1)
+        if values and metric == "bits_per_byte":  # of which items have log-likelihood and bytes
+            sums, sizes = -np.array([v[0] for v in values]) / np.log(2), np.array([v[1] for v in values], float)
+        elif values and all(isinstance(v, int | float | np.number) for v in values):
+            sums, sizes = np.array(values, float), np.ones(len(values))
+        name = f"{task} {metric}" + (f" ({kind})" if kind != "none" else "")
+        yield Evaluation("tasks", name, metric, sums, sizes, {"harness": float(value), "version": version})
