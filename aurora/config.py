@@ -157,6 +157,8 @@ class TrainConfig:
         compile: Whether the model is compiled: on, off, or auto, which compiles on CUDA only.
         log_every: Steps that one train event of the record covers [steps].
         checkpoint_every: Interval between checkpoints, with one more at the end; 0: only when asked to stop [steps].
+        save_model: Whether a finished run leaves its weights beside its record, as <run_id>.safetensors: four bytes a
+            parameter.
     """
 
     steps: int
@@ -165,6 +167,7 @@ class TrainConfig:
     compile: str
     log_every: int
     checkpoint_every: int
+    save_model: bool = True
 
     def saves_at(self, step: int) -> bool:
         """Whether the run saves a checkpoint before this step, or after its last."""

@@ -94,6 +94,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--report", nargs="+", type=Path, metavar="FOLDER", help="run nothing; print the tables of these records"
     )
+    parser.add_argument(
+        "--evaluate", type=Path, metavar="TEXT", help="add each optimizer's bits per byte on this text or shard"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON; progress goes to standard error")
     args = parser.parse_args(argv)
     if args.jobs < 1 or (args.jobs > 1 and args.nproc > 1):
@@ -106,6 +109,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.tune and args.nproc > 1:
         parser.error("--tune makes its trials in one process each; without --nproc, or tune first: compare.py tune")
     args.tuned = {}  # "a.b=v" of each optimizer that is tuned here
+    if args.evaluate and not args.evaluate.is_file():
+        parser.error(f"--evaluate: no such file: {args.evaluate}")
     if args.nproc < 1:
         parser.error(f"--nproc must be at least 1, got {args.nproc}")
     for option in ("optimizers", "seeds"):
@@ -205,6 +210,11 @@ def report_runs(args: argparse.Namespace, runs: Sequence[Run], failures: dict[st
     from scripts.analysis.report import as_json, markdown_report
     from scripts.analysis.verdict import group_runs
 
+    evaluated = None
+    if args.evaluate:
+        from scripts.models.several import evaluate_each  # and with it torch, which takes seconds
+
+        evaluated = evaluate_each(runs, args.evaluate)
     tasks = group_runs(runs)
     tables = {task_hash: as_json(groups) for task_hash, groups in tasks.items()}
 
@@ -222,9 +232,11 @@ def report_runs(args: argparse.Namespace, runs: Sequence[Run], failures: dict[st
             )
         if len(tasks) > 1:
             text += "Not comparable with each other: runs of different data, model, batch, evaluation or target.\n"
+        text += f"\n{evaluated.text(escape)}\n" if evaluated else ""
         return text + "".join(f"failed: {title}: exit code {code}\n" for title, code in failures.items())
 
-    data = json.dumps({"tasks": tables, "failures": failures}, indent=1)
+    evaluation = {"evaluation": evaluated.as_json()} if evaluated else {}
+    data = json.dumps({"tasks": tables, "failures": failures} | evaluation, indent=1)
     if not args.report:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "comparison.md").write_text(make_text(cell), encoding="utf-8")

@@ -154,6 +154,7 @@ class Tuner:
     def argv(self, optimizer: str, setting: dict[str, Any]) -> list[str]:
         """Of train_gpt.py, without --out."""
         argv = ["--config", self.args.config, "--optimizer", optimizer, "--seed", str(self.space.seed)]
+        argv += ["--set", "train.save_model=false"]  # of a hundred trials only the settings go on
         values = keys_of(self.space, optimizer, setting)
         own = as_overrides(optimizer, values)
         return argv + [word for override in (*self.space.overrides, *self.args.overrides, *own)

@@ -116,12 +116,15 @@ STEP_POINTS = (
 )
 SAVE_POINTS = ("checkpoint_gather", "checkpoint_saved")
 FILE_POINTS = ("checkpoint_state", "checkpoint_manifest", "checkpoint_rename", "checkpoint_renamed", "checkpoint_prune")
+WEIGHT_POINTS = ("weights", "weights_written")
 
 
 def test_the_sweep_takes_every_point_of_the_source():
     paths = [ROOT / "train_gpt.py", *(ROOT / "aurora" / "trainer").glob("*.py")]
     text = "".join(path.read_text() for path in paths)
-    assert {*STEP_POINTS, *SAVE_POINTS, *FILE_POINTS, "end", "warm_up"} == set(re.findall(r'\.mark\("(\w+)"', text))
+    assert {*STEP_POINTS, *SAVE_POINTS, *FILE_POINTS, *WEIGHT_POINTS, "end", "warm_up"} == set(
+        re.findall(r'\.mark\("(\w+)"', text)
+    )
 
 
 def kill_cases():
@@ -135,6 +138,7 @@ def kill_cases():
         for place, name in enumerate(FILE_POINTS):
             if FULL or optimizer in OFTEN and place == number:
                 yield optimizer, 1 + FULL, 0, name, 9
+    yield "muon", 1, 0, "weights_written", 12
 
 
 @pytest.mark.parametrize("optimizer,world_size,rank,name,step", list(kill_cases()))

@@ -260,7 +260,7 @@ CANNOT = {
     "end untimed.": "an account of no seconds",
     "end data_wait_s": "nothing else measures it",
     "end peak_mem_mib": "nothing else measures it",
-    "end weights_sha256": "the weights are not kept; equal ones of two runs show",
+    "end weights_sha256": "these records have no weights beside them; equal ones of two runs show",
 }
 
 

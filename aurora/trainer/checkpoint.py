@@ -1,6 +1,7 @@
-"""Checkpoints: written whole or not at all, and checked against a hash before anything in them is used."""
+"""Checkpoints and final weights: written whole or not at all, and checked against a hash before they are used."""
 
 import contextlib
+import glob
 import hashlib
 import json
 import math
@@ -8,7 +9,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,6 +24,7 @@ from aurora.trainer.record import Progress, RecordError, Validation, read_record
 from aurora.trainer.scheduled import is_scheduled, limit_of
 from aurora.trainer.state import Run
 from aurora.trainer.timeline import timeline
+from aurora.trainer.weights import WeightsError, header_of, weights_of
 
 KEPT_CHECKPOINTS = 2
 
@@ -93,6 +95,56 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
     for other in [path for path in present if path not in kept]:
         timeline.mark("checkpoint_prune", step)
         shutil.rmtree(other, ignore_errors=True)
+
+
+def save_weights(run: Run) -> HarnessError | None:
+    """The weights of a finished run beside its record, if the config asks for them. Collective.
+
+    Returns what went wrong, on all ranks: the run is done all the same, and its record is still to say so.
+    """
+    if not run.config.train.save_model:
+        return None
+    timeline.mark("weights", run.progress.step)
+    path = weights_of(run.out / f"{run.start['run_id']}.jsonl")
+    metadata = {"format": "pt", "run_id": run.start["run_id"]}  # "pt" is what other readers of the format look for
+    try:
+        run.ranks.all_or_none(
+            lambda: write_weights(path, run.model.state_dict(), metadata) if run.ranks.is_main else None
+        )
+    except HarnessError as error:
+        return error
+    return None
+
+
+def write_weights(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """A safetensors file, under its name once it is whole. One tensor after the other, so that memory holds one twice.
+
+    Raises:
+        HarnessError: DISK, a file that was there is then untouched; CHECKPOINT, for what the format does not have.
+    """
+    temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+    try:
+        if odd := [name for name, tensor in tensors.items() if not isinstance(tensor, torch.Tensor)]:
+            raise WeightsError(f"{odd[0]} is no tensor")
+        header = header_of({name: (str(t.dtype), tuple(t.shape)) for name, t in tensors.items()}, metadata)
+        for leftover in path.parent.glob(f".{glob.escape(path.name)}-*"):  # of a process that was killed
+            leftover.unlink()
+        with synced(temporary) as file:
+            file.write(header)
+            for tensor in tensors.values():
+                file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        timeline.mark("weights_written")
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except WeightsError as error:
+        message = f"weights {path} cannot be saved: {error}; the record is whole; --set train.save_model=false"
+        raise HarnessError(Exit.CHECKPOINT, message) from error
+    except OSError as error:
+        temporary.unlink(missing_ok=True)  # before the record's last line is written, which needs room
+        message = (
+            f"weights {path} cannot be written: {first_line(error)}; the record is whole; make room and train again"
+        )
+        raise HarnessError(Exit.DISK, message) from error
 
 
 @contextlib.contextmanager

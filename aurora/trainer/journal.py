@@ -9,6 +9,7 @@ import torch
 
 from aurora.errors import Exit, HarnessError
 from aurora.trainer.batch import stage, to_device
+from aurora.trainer.checkpoint import save_weights
 from aurora.trainer.console import Console
 from aurora.trainer.describe import end_event, resume_event, summary
 from aurora.trainer.guard import check_validation
@@ -25,7 +26,7 @@ ENDINGS = {Exit.NON_FINITE: "diverged", Exit.PREEMPTED: "interrupted"}  # of whi
 
 
 class Journal:
-    """Begins the record, or goes on with it, where its context begins, and writes the end event where that ends."""
+    """Begins the record, or goes on with it, where its context begins; ends it where that ends, with the weights."""
 
     def __init__(self, run: Run, args: argparse.Namespace, dump: Dump | None, validation_steps: Iterable[int]):
         """dump: what --dump-momentum asks for. validation_steps: of the whole run."""
@@ -59,8 +60,11 @@ class Journal:
     ) -> None:
         run = self.run
         self.unsubscribe()
+        unsaved = None
         try:
             if error is None:
+                unsaved = save_weights(run)
+                run.clock.charge("checkpoint")
                 run.timeline.mark("end", run.progress.step)
                 self.record.write(end_event("done", run))
             elif isinstance(error, HarnessError) and error.reason in ENDINGS:
@@ -72,6 +76,8 @@ class Journal:
             self.tracker.finish()
         if error is None:
             run.ranks.say(f"{summary(run)}; record {self.record.path}")
+        if unsaved:
+            raise unsaved
 
     def write_steps(self) -> None:
         """The train events of the steps since the last call. Collective."""

@@ -25,7 +25,10 @@ from aurora.trainer.rendezvous import connect_store, limit_from
 from aurora.trainer.timeline import timeline
 
 # Places after which a rank may rightly stand still for long: it compiles, or writes a checkpoint.
-SLOW_PLACES = ("start", "warm_up", "checkpoint_gather", "checkpoint_state", "checkpoint_manifest", "checkpoint_rename")
+SLOW_PLACES = (
+    *("start", "warm_up", "checkpoint_gather", "checkpoint_state", "checkpoint_manifest", "checkpoint_rename"),
+    *("weights", "weights_written"),
+)
 
 
 class State(NamedTuple):

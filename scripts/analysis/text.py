@@ -14,6 +14,11 @@ def plain(text: object, limit: int = 200) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "\u2026"
 
 
+def printable(text: str) -> str:
+    """Text of several lines for a terminal: unseen characters but line ends and tabs shown as U+FFFD."""
+    return re.sub(r"[^\n\t]", lambda found: _UNSEEN.sub("\ufffd", found[0]), text)
+
+
 def cell(text: object, limit: int = 200) -> str:
     """plain(), with all that Markdown or HTML could read as markup escaped, and no bare address that becomes a link."""
     text = plain(text, limit).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

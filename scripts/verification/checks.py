@@ -19,13 +19,14 @@
 | a val loss is a sum of float32 over its tokens | losses typed in or rounded | a sum that was forged on purpose |
 | loss of an untrained model, train against val loss | another vocabulary, leaked validation | slight leaks |
 | end event against the validations | edited results | - |
+| weights beside the record, against its weights_sha256 | cut, edited or swapped weights | both changed alike |
 | records together: run_id, losses, weights, training losses | copies, twins under another seed or val loss | - |
 | records together: shards of one task | another second shard | a task of which all runs read it |
 | noted only: a folder's seeds | dropped seeds | seeds run elsewhere and left out at either end |
 | noted only: sources against the commit they name | changes that the record keeps quiet about | another commit named |
 
 Fields that no other number depends on cannot be checked: names, versions and variables of the machine, memory, waiting
-times, the weights' hash; tests/test_tampering.py has the list, with the reason for each.
+times, the weights' hash where no weights lie beside it; tests/test_tampering.py has the list, with the reason for each.
 
 A consistent record can still be invented. Only a replay, and then runs with seeds of your own, show that it is not.
 A replay does not judge the embedded code, which is compared with its commit alone: cheating code replays, too.
@@ -35,6 +36,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from aurora.trainer.record import RecordError, json_hash, read_events, record_paths, run_of, seed_gaps
+from aurora.trainer.weights import WeightsError, check_weights, weights_of
 from scripts.verification.events import Events, missing_fields, wrong_numbers
 from scripts.verification.expected import check_config, notes_on_edits
 from scripts.verification.external import check_rule, notes_on_rule
@@ -128,10 +130,23 @@ def verify_events(path: Path) -> tuple[Verification, Events | None]:
     if not found.of("end"):
         verdict.is_whole = False
         verdict.notes.append("incomplete: no end event")
+    verdict.reasons += wrong_weights(path, found)
     if verdict.reasons:
         return verdict, found
     verdict.notes += [note for notes in NOTES for note in notes(found)]
     return verdict, found
+
+
+def wrong_weights(path: Path, run: Events) -> list[str]:
+    """What is wrong with the weights beside a finished run's record, if there are any."""
+    ends = [event for event in run.of("end") if event["status"] == "done"]
+    if not ends or not weights_of(path).exists():
+        return []
+    try:
+        check_weights(path, str(ends[-1].get("weights_sha256")))
+    except WeightsError as error:
+        return [str(error)]
+    return []
 
 
 def is_folder(path: Path) -> bool:
