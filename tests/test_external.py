@@ -296,7 +296,7 @@ def test_the_probe_tells_what_a_state_dict_lacks_and_leaves_no_trace():
     [
         ("my_opts:Plain", ()),
         often(("my_opts:make", ("optimizer.make.lr=0.1",)), False),
-        ("my_opts:TensorLr", ()),
+        often(("my_opts:TensorLr", ()), False),
         ("my_opts:two_groups", ()),
         often(("my_opts:Forgets", ()), False),
         ("torch.optim:Adam", ("optimizer.Adam.parameters=all", "optimizer.Adam.betas=[0.9, 0.95]")),
@@ -362,7 +362,7 @@ def test_weights_to_judge_are_apart_from_those_to_train(tiny_track, tmp_path):
     """A validation changes no bit of the training, and resuming goes on with the weights that were trained."""
     hashes = set()
     for name, every in (("often", 2), ("seldom", 10)):
-        words = ["--set", "train.steps=10", "--set", f"eval.every={every}", "--set", f"eval.late_every={every}"]
+        words = ["--set", "train.steps=6", "--set", f"eval.every={every}", "--set", f"eval.late_every={every}"]
         assert train_here(tiny_track, tmp_path / name, "--optimizer", "my_opts:Averages", *words) == 0
         hashes.add(events(tmp_path / name)[-1]["weights_sha256"])
     assert len(hashes) == 1
@@ -383,7 +383,7 @@ def is_killed_and_goes_on(track, launch, folder, optimizer, settings, world_size
 
 
 def test_a_crashed_run_goes_on_to_the_bit(tiny_track, tmp_path, monkeypatch):
-    words = ["--optimizer", "my_opts:Averages", "--set", "train.steps=10", "--set", "train.checkpoint_every=3"]
+    words = ["--optimizer", "my_opts:Averages", "--set", "train.steps=8", "--set", "train.checkpoint_every=3"]
     assert train_here(tiny_track, tmp_path / "whole", *words) == 0
     step = train_gpt.train_step
 
@@ -407,6 +407,7 @@ def test_a_killed_run_goes_on_to_the_bit(twelve_steps, launch, tmp_path, world_s
     assert is_killed_and_goes_on(twelve_steps, launch, tmp_path, "my_opts:Averages", (), world_size)[0]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_not_resumable_stops_without_a_checkpoint(twelve_steps, launch, tmp_path, mine):
     words = [*twelve_steps, "--optimizer", "my_opts:Forgets", "--out", tmp_path, "--set", "train.checkpoint_every=0"]
     stopped = launch(*words, fault="term:updated:3", env={external.FOLDER_VARIABLE: str(mine)})
