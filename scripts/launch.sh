@@ -16,12 +16,14 @@ fi
 SPEEDRUN_STATUS=$(mktemp)
 trap 'rm -f "$SPEEDRUN_STATUS"' EXIT
 
+nothing_to_save() {
+    echo "launch: stopped before the run began, so there is nothing to save" >&2
+    exit 75
+}
+
 run() { # a command, to its end; signals are handed on to it
     local code
-    if [ -n "$stop" ]; then
-        echo "launch: stopped before the run began, so there is nothing to save" >&2
-        exit 75
-    fi
+    [ -z "$stop" ] || nothing_to_save
     "$@" &
     child=$!
     [ -z "$stop" ] || kill -TERM "$child" 2>/dev/null
@@ -44,7 +46,10 @@ run_all() {
     return "${code:-6}"
 }
 
-run python "$train_gpt" "$@" --dry-run >/dev/null || exit # usage errors are told here, once
+run python "$train_gpt" "$@" --dry-run >/dev/null # usage errors are told here, once
+code=$?
+[ -z "$stop" ] || [ "$code" != 143 ] || nothing_to_save # Python had not come to its first line
+[ "$code" = 0 ] || exit "$code"
 for ((SPEEDRUN_ATTEMPT = 0; ; SPEEDRUN_ATTEMPT++)); do
     export SPEEDRUN_ATTEMPT
     if [ "$SPEEDRUN_ATTEMPT" = 0 ]; then run_all "$@"; else run_all "$@" --resume; fi

@@ -115,9 +115,13 @@ def test_launch_script_refuses_numbers_that_are_none(tmp_path):
         assert process.returncode == 2 and said.startswith("launch: NPROC must be") and said.count("\n") == 1
 
 
-def test_launch_script_hears_a_signal_while_it_checks_the_arguments(twelve_steps, tmp_path):
+@pytest.mark.parametrize("after_s", [0, 0.7])  # at the first line of Python, or before it; torch takes longer
+def test_launch_script_hears_a_signal_while_it_checks_the_arguments(twelve_steps, tmp_path, after_s):
     process = launch_script(*twelve_steps, "--out", tmp_path)
-    time.sleep(0.7)  # the dry run imports torch
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not any(b"--dry-run" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children.read_text().split()):
+        time.sleep(0.001)
+    time.sleep(after_s)
     process.send_signal(signal.SIGHUP)
     _, said = process.communicate(timeout=30)
     assert process.returncode == Exit.PREEMPTED and "nothing to save" in said and said.count("\n") == 1
