@@ -108,9 +108,10 @@ def save_weights(run: Run) -> HarnessError | None:
     path = weights_of(run.out / f"{run.start['run_id']}.jsonl")
     metadata = {"format": "pt", "run_id": run.start["run_id"]}  # "pt" is what other readers of the format look for
     try:
-        run.ranks.all_or_none(
-            lambda: write_weights(path, run.model.state_dict(), metadata) if run.ranks.is_main else None
-        )
+        with run.judged_weights():
+            run.ranks.all_or_none(
+                lambda: write_weights(path, run.model.state_dict(), metadata) if run.ranks.is_main else None
+            )
     except HarnessError as error:
         return error
     return None

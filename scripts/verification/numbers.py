@@ -150,13 +150,13 @@ def check_scheduled(run: Events) -> Iterator[str]:
     terms = config["schedule"], config["train"]["steps"], config["warmup_steps"]
     tolerance = LR_TOLERANCE if is_external(run.start) else 1e-12
     for event in run.of("train"):
-        settings = {group["role"]: settings_at(event["step"] - 1, group, *terms) for group in groups}
-        lr = settings[first["role"]].pop("lr")
-        wanted = {
-            f"{role}.{key}": value
-            for role, values in settings.items()
+        settings = [(group, settings_at(event["step"] - 1, group, *terms)) for group in groups]
+        lr = next(values["lr"] for group, values in settings if group is first)
+        wanted = {  # of groups of one role, which an optimizer of others may have, the last
+            f"{group['role']}.{key}": value
+            for group, values in settings
             for key, value in values.items()
-            if pieces_of(config["schedule"], role, key)
+            if pieces_of(config["schedule"], group["role"], key) and not (key == "lr" and group is first)
         }
         found = event.get("scheduled", {})
         if unlike := sorted(found.keys() ^ wanted.keys()):
