@@ -495,7 +495,9 @@ def apply_override(tables: dict[str, Any], override: str) -> None:
     if not equals or not parents:
         raise HarnessError(Exit.CONFIG, f"--set {override!r} must look like train.steps=100")
     table = tables
-    for parent in parents:
+    for depth, parent in enumerate(parents):
+        if depth >= 2 and parents[0] == "optimizer":
+            table.setdefault(parent, {})  # its schedule, which a track need not have
         if not isinstance(table.get(parent), dict):
             raise HarnessError(Exit.CONFIG, f"--set {override!r}: there is no table {parent!r}{suggest(parent, table)}")
         table = table[parent]

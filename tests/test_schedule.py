@@ -11,7 +11,7 @@ import pytest
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import train_gpt
-from aurora.config import parse_config, recorded
+from aurora.config import load_config, parse_config, recorded
 from aurora.errors import Exit, HarnessError
 from aurora.schedule import check_spans, checked_pieces, value_at
 from aurora.trainer.checkpoint import list_checkpoints
@@ -608,3 +608,10 @@ def test_a_tampered_schedule_is_refuted(name, record, tmp_path):
     path.write_text("".join(json.dumps(event) + "\n" for event in record))
     reasons = verify_run(path).reasons
     assert any(reason in found for found in reasons), reasons
+
+
+def test_an_override_may_give_an_optimizer_a_schedule_that_the_track_has_not(tiny_track):
+    config = load_config(tiny_track, "muon", ["optimizer.muon.schedule.matrix.lr=[{until = 1.0, to = 0.0}]"])
+    assert config.schedule.matrix == {"lr": [{"until": 1.0, "to": 0.0}]}
+    with pytest.raises(HarnessError, match="optimizer.muon.schedule has an unknown key 'matrixx'"):
+        load_config(tiny_track, "muon", ["optimizer.muon.schedule.matrixx.lr=[{until = 1.0, to = 0.0}]"])
