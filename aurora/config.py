@@ -263,6 +263,10 @@ MATRICES, ALL = "matrices", "all"
 AUX_KEYS = ("embed_lr", "head_lr", "vector_lr", "aux_betas", "aux_eps", "aux_weight_decay")
 
 
+# Where to look for modules after sys.path, if not in the current folder: compare.py starts its runs in another.
+FOLDER_VARIABLE = "SPEEDRUN_FOLDER"
+
+
 def is_path(optimizer: str) -> bool:
     """Whether this names an optimizer by where to import it, as in torch.optim:SGD."""
     return ":" in optimizer

@@ -45,6 +45,7 @@ from scripts.runs import (
     check_settings,
     finished_run,
     key_of,
+    overrides_of,
     take_folder,
     track_name,
 )
@@ -149,7 +150,8 @@ def plan_runs(args: argparse.Namespace) -> list[Planned]:
         own = [(key.replace("optimizer.", table) if key.count(".") == 1 else key, value)
                for key, value in setting]  # fmt: skip
         tuned = args.tuned.get(optimizer, [])
-        for override in [*args.overrides, *tuned, *(f"{key}={value}" for key, value in own)]:
+        overrides = overrides_of(optimizer, args.overrides, args.optimizers)
+        for override in [*overrides, *tuned, *(f"{key}={value}" for key, value in own)]:
             argv += ["--set", override]
         title = ", ".join([optimizer, *(f"{key} {value}" for key, value in setting), f"seed {seed}"])
         plan.append(Planned(title, argv))
@@ -261,6 +263,11 @@ def main() -> int:
     if args.tune:
         from scripts.tune import tune_first
 
+        try:
+            check_settings([argv for _, argv in plan_runs(args)], args.nproc)  # before hours of trials
+        except HarnessError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return int(error.reason)
         args.tuned, code = tune_first(args, progress)
         if code:
             return code

@@ -14,13 +14,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from aurora.config import is_path, load_config, track_path
+from aurora.config import FOLDER_VARIABLE, is_path, load_config, name_of, track_path
 from aurora.errors import Exit
 from aurora.trainer.public import public_argv
 from aurora.trainer.record import EXTERNAL, ROOT, RecordError, Run, read_record, record_paths
 
 PREEMPTED = Exit.PREEMPTED
-FOLDER_VARIABLE = "SPEEDRUN_FOLDER"  # of aurora/optim/external.py, which needs torch
 PRIVATE = ".run-"  # how names of the folders begin in which runs train
 
 
@@ -40,6 +39,15 @@ def check_settings(argvs: Iterable[Sequence[str]], nproc: int) -> None:
         config, _, params, _ = check_config(config, nproc, train_gpt.GPT, train_gpt.scheduled)
         if is_path(config.rule) and not train_gpt.torch.cuda.is_available():  # on a GPU the runs do this themselves
             probe_rule(config, params, cpu)
+
+
+def overrides_of(optimizer: str, overrides: Iterable[str], optimizers: Iterable[str]) -> list[str]:
+    """The overrides of one run among those of a command that names several optimizers: a module:Class has no table in
+    the runs of others."""
+    others = {f"optimizer.{name_of(other)}." for other in optimizers if is_path(other)} - {
+        f"optimizer.{name_of(optimizer)}."
+    }
+    return [override for override in overrides if not override.strip().startswith(tuple(others))]
 
 
 def track_name(text: str) -> str:

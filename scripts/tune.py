@@ -39,7 +39,16 @@ from scripts.analysis.tuning import (
     tuned_trials,
     write_setting,
 )
-from scripts.runs import PREEMPTED, Workers, check_settings, has_arguments, is_current, take_folder, track_name
+from scripts.runs import (
+    PREEMPTED,
+    Workers,
+    check_settings,
+    has_arguments,
+    is_current,
+    overrides_of,
+    take_folder,
+    track_name,
+)
 
 LEDGER, PAGE = "ledger.json", "tuning.md"
 # Where no file declares a space: a seed that no comparison uses, and only the loss at the end, which alone counts.
@@ -157,7 +166,8 @@ class Tuner:
         argv += ["--set", "train.save_model=false"]  # of a hundred trials only the settings go on
         values = keys_of(self.space, optimizer, setting)
         own = as_overrides(optimizer, values)
-        return argv + [word for override in (*self.space.overrides, *self.args.overrides, *own)
+        overrides = overrides_of(optimizer, self.args.overrides, self.space.knobs)
+        return argv + [word for override in (*self.space.overrides, *overrides, *own)
                        for word in ("--set", override)]  # fmt: skip
 
     def train(self, argv: list[str], place: str) -> Run:
@@ -274,7 +284,8 @@ def declared_space(args: argparse.Namespace) -> Space:
     for optimizer in args.optimizers or space.knobs:
         knobs = space.knobs.get(name_of(optimizer))
         if knobs is None:
-            config = load_config(ROOT / args.config, optimizer, [*space.overrides, *args.overrides])
+            overrides = overrides_of(optimizer, args.overrides, args.optimizers)
+            config = load_config(ROOT / args.config, optimizer, [*space.overrides, *overrides])
             from aurora.trainer.optimizers import checked_hparams  # and with it torch
 
             knobs = default_knobs(checked_hparams(config))

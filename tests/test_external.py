@@ -365,6 +365,8 @@ def test_weights_to_judge_are_apart_from_those_to_train(tiny_track, tmp_path):
         words = ["--set", "train.steps=6", "--set", f"eval.every={every}", "--set", f"eval.late_every={every}"]
         assert train_here(tiny_track, tmp_path / name, "--optimizer", "my_opts:Averages", *words) == 0
         hashes.add(events(tmp_path / name)[-1]["weights_sha256"])
+        (record,) = (tmp_path / name).glob("*.jsonl")
+        assert verify_run(record).reasons == [], "also of the weights beside it"
     assert len(hashes) == 1
 
 
@@ -382,8 +384,20 @@ def is_killed_and_goes_on(track, launch, folder, optimizer, settings, world_size
     return ends[0]["weights_sha256"] == ends[1]["weights_sha256"], dict(losses(folder / "whole"))
 
 
-def test_a_crashed_run_goes_on_to_the_bit(tiny_track, tmp_path, monkeypatch):
-    words = ["--optimizer", "my_opts:Averages", "--set", "train.steps=8", "--set", "train.checkpoint_every=3"]
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["my_opts:Averages"],
+        [
+            "torch.optim:SGD",
+            *("--set", "optimizer.SGD.lr=0.1", "--set", "optimizer.SGD.weight_decay=0.1"),
+            *("--set", "optimizer.SGD.schedule.weight_decay=[{until = 1.0, from = 1.0, to = 0.0}]"),
+        ],
+    ],
+    ids=["averages", "scheduled"],
+)
+def test_a_crashed_run_goes_on_to_the_bit(tiny_track, tmp_path, monkeypatch, settings):
+    words = ["--optimizer", *settings, "--set", "train.steps=8", "--set", "train.checkpoint_every=3"]
     assert train_here(tiny_track, tmp_path / "whole", *words) == 0
     step = train_gpt.train_step
 
@@ -484,6 +498,9 @@ def test_compare_takes_optimizers_as_arguments_and_their_tuned_values(capsys):
     assert [planned.argv[3] for planned in plan] == ["my_opts:Plain", "muon"] * 2
     assert plan[0].argv[-4:] == ["--set", "optimizer.Plain.lr=0.5", "--set", "optimizer.Plain.lr=1"]
     assert plan[1].argv[-2:] == ["--set", "optimizer.muon.lr=1"]
+    args = compare.parse_args(["my_opts:Plain", "muon", "--set", "optimizer.Plain.lr=2", "--set", "train.steps=3"])
+    settings = [planned.argv[7::2] for planned in compare.plan_runs(args)]
+    assert settings == [["optimizer.Plain.lr=2", "train.steps=3"], ["train.steps=3"]], "muon's track has no such table"
     assert compare.parse_args([]).optimizers == compare.DEFAULT_OPTIMIZERS
     for words in (["muon", "--optimizers", "adamw"], ["muon", "--tune", "0"], ["muon", "--tune", "2", "--nproc", "2"]):
         with pytest.raises(SystemExit):

@@ -309,6 +309,24 @@ def test_groups_are_labelled_by_the_settings_in_which_they_differ(tmp_path):
     assert [group.label for group in groups_of(tmp_path)] == ["muon lr=0.01", "muon lr=0.02"]
 
 
+def test_one_name_with_two_codes_is_two_optimizers(tmp_path):
+    for seed in range(4):
+        start, *rest = map(json.loads, record_lines("Opt", seed))
+        start["config"] |= {"rule": "mine:Opt", "parameters": "matrices"}
+        sources = {"quick.toml": "", "external/mine.py": f"step = {seed // 2}"}
+        start |= {"rule": {"class": "mine.Opt", "packages": {"mine": ""}}, "sources": sources}
+        write(tmp_path / f"{seed}.jsonl", map(json.dumps, [start, *rest]))
+    labels = [(group.label.partition("=")[0], len(group.runs)) for group in groups_of(tmp_path)]
+    assert labels == [("Opt code", 2), ("Opt code", 2)]
+
+
+def test_modifiers_are_told_also_where_all_runs_of_an_optimizer_have_them(tmp_path):
+    for optimizer, own in {"muon": {"projection_init": 0.5, "hyperball": True}, "aurora": {"hyperball": False}}.items():
+        start, *rest = map(json.loads, record_lines(optimizer))
+        write(tmp_path / f"{optimizer}.jsonl", map(json.dumps, [start | {"hparams": {"lr": 0.1} | own}, *rest]))
+    assert sorted(group.label for group in groups_of(tmp_path)) == ["aurora", "muon hyperball=True projection_init=0.5"]
+
+
 def test_labels_name_keys_that_go_together_once_and_only_what_tells_groups_of_one_rule_apart(tmp_path):
     for optimizer, rates in {"muon": (0.01, 0.02), "aurora": (0.04,)}.items():
         for rate in rates:

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple, get_type_hints
 
 import torch
 
+from aurora.config import FOLDER_VARIABLE
+
 Rule = Callable[..., torch.optim.Optimizer]
-# Where to look for modules after sys.path, if not in the current folder: compare.py starts its runs in another.
-FOLDER_VARIABLE = "SPEEDRUN_FOLDER"
 
 
 def find(path: str) -> Rule:

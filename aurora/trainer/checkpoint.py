@@ -18,6 +18,7 @@ import torch
 import aurora
 from aurora.config import AUX_KEYS, DTYPES
 from aurora.errors import Exit, HarnessError
+from aurora.schedule import PEAKS
 from aurora.trainer.process import first_line
 from aurora.trainer.ranks import digest, is_peer_failure
 from aurora.trainer.record import Progress, RecordError, Validation, read_record
@@ -345,7 +346,7 @@ def check_settings(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> 
 
 def check_external_settings(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], hparams: dict[str, Any]) -> None:
     """check_settings() of those that the config gives. Other optimizers count steps in their groups, and more."""
-    given = {key for key in hparams if key not in ("lr", *AUX_KEYS)} | {"role", "peak_lr"}
+    given = {key for key in hparams if key not in ("lr", *AUX_KEYS)} | {"role", *PEAKS.values()}
     kept = [[{key: group[key] for key in given & group.keys()} for group in groups] for groups in (ours, theirs)]
     check_settings(*kept)
 

@@ -37,6 +37,9 @@ def checked_hparams(config: Config) -> dict[str, Any]:
     needed = {*aurora.REQUIRED_HPARAMS} | (types.keys() - defaults.keys() if is_path(config.rule) else set())
     hparams = typed_table(table, types, label, set(types) - needed)
     check_hparams(config.optimizer, hparams)
+    if hparams.get("cautious_decay") and not hparams.get("weight_decay"):
+        message = f"{label}.cautious_decay changes nothing without {label}.weight_decay; set that, or drop it"
+        raise HarnessError(Exit.CONFIG, message)
     if hparams.get("hyperball") and not config.projection_init:
         message = f"{label}.hyperball keeps norms, but attention.out and mlp.down start from 0"
         raise HarnessError(Exit.CONFIG, f"{message}; set {label}.projection_init, to 1 for example")

@@ -234,6 +234,9 @@ class Run:
         schedule = {key if key in SHORT_FORM else f"schedule.{key}": value for key, value in schedule.items()}
         rule, is_named = config.get("rule"), config.get("rule") in (None, self.start.get("optimizer"))
         others = {} if is_named else {"rule": rule, "parameters": config["parameters"]}
+        if isinstance(found := self.start.get("rule"), dict):  # of another package: one code is one optimizer
+            texts = {name: text for name, text in self.start["sources"].items() if name.startswith(f"{EXTERNAL}/")}
+            others["code"] = json_hash([found.get("packages"), texts])[:8]
         return others | self.start.get("hparams", {}) | schedule | {"steps": config["train"]["steps"]}
 
     def condense(self) -> None:

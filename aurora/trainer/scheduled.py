@@ -25,11 +25,14 @@ def keep_peaks(optimizers: list[torch.optim.Optimizer], config: Config) -> None:
     for key in PEAKS:
         for role in (None, *ROLES):
             table = schedule if role is None else schedule[role] or {}
-            if table.get(key) and not any(key in group for group in groups if role in (None, group["role"])):
+            # A momentum of 0 may rise; a decay of 0 stays 0, for its schedule is in shares of it.
+            own = [group for group in groups if role in (None, group["role"])]
+            if table.get(key) and not any(group.get(key) if key == "weight_decay" else key in group for group in own):
                 name = ".".join(filter(None, ("schedule", role, key)))
-                fix = f"drop it, or move it to [optimizer.NAME.schedule] of those that have {key}"
+                what = "a weight_decay above 0" if key == "weight_decay" else key
+                fix = f"drop it, or move it to [optimizer.NAME.schedule] of those that have {what}"
                 whose = f"of role {role} " if role else ""
-                message = f"{name} changes nothing: {config.optimizer} has no parameter group {whose}with {key}"
+                message = f"{name} changes nothing: {config.optimizer} has no parameter group {whose}with {what}"
                 raise HarnessError(Exit.CONFIG, f"{message}; {fix}")
 
 

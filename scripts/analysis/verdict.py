@@ -38,6 +38,8 @@ from scripts.analysis.statistics import (
 )
 
 ALPHA = 0.05
+# Settings that other optimizers have not, and that no name tells: always in the label where they are on.
+TOLD = ("hyperball", "cautious_decay", "update_floor", "projection_init")
 MOST_GROUPS = 12  # of which all pairs are tested: 66, which a reader can still take in
 
 
@@ -237,8 +239,9 @@ def label_groups(runs_of_groups: Iterable[Sequence[Run]]) -> list[Group]:
         settings = [group.runs[0].setting for group in alike]
         differing = differing_keys(settings)
         for group, setting in zip(alike, settings, strict=True):
-            words = [f"{'='.join(keys)}={setting[keys[0]]}" for keys in differing if keys[0] in setting]
-            group.label = " ".join([optimizer, *words])
+            told = [keys for keys in differing if keys[0] in setting]
+            told += [[key] for key in TOLD if setting.get(key) and not any(key in keys for keys in differing)]
+            group.label = " ".join([optimizer, *(f"{'='.join(keys)}={setting[keys[0]]}" for keys in told)])
     return sorted(groups, key=order_of_arrival)
 
 
