@@ -268,3 +268,17 @@ def test_normuon_along_the_long_axis_is_that_of_the_transpose():
             p.grad = randn((8, 16), 1 + number) if p is wide else randn((8, 16), 1 + number).T.contiguous()
             optimizer.step()
     torch.testing.assert_close(wide.detach(), tall.detach().T, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["adam", "shampoo"])
+def test_a_scheduled_momentum_is_corrected_by_all_its_decays(name):
+    """Of a constant gradient the corrected mean is that gradient, whatever the decays were."""
+    p = torch.nn.Parameter(torch.zeros(4, 3))
+    optimizer = aurora.find_rule(name)(
+        [p], lr=1.0, momentum=0.5, beta2=0.5, **({"every": 100} if name == "shampoo" else {})
+    )
+    for step in range(20):
+        optimizer.param_groups[0]["momentum"] = 0.5 + 0.49 * step / 19
+        before, p.grad = p.detach().clone(), torch.full_like(p, 2.0)
+        optimizer.step()
+        torch.testing.assert_close(before - p.detach(), torch.ones(4, 3), rtol=1e-4, atol=0)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .base import MatrixOptimizer, check_hparam
+from .kronecker import corrected, new_share
 
 
 class Adam(MatrixOptimizer):
@@ -47,7 +48,7 @@ class Adam(MatrixOptimizer):
         check_hparam(group["eps"] > 0, "eps", "positive", group)
 
     def new_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        return {**super().new_state(p, group), "squares": torch.zeros_like(p, dtype=torch.float32)}
+        return {**super().new_state(p, group), **new_share(p), "squares": torch.zeros_like(p, dtype=torch.float32)}
 
     def direction(
         self, X_KMN: Tensor, states: list[dict[str, Any]], group: dict[str, Any], *, G_KMN: Tensor, step: Tensor
@@ -55,4 +56,4 @@ class Adam(MatrixOptimizer):
         squares = [state["squares"] for state in states]
         torch._foreach_lerp_(squares, list(G_KMN.square().unbind()), 1 - group["beta2"])
         rms_KMN = (torch.stack(squares) / (1 - group["beta2"] ** (step + 1))).sqrt()
-        return X_KMN / (1 - group["momentum"] ** (step + 1)) / (rms_KMN + group["eps"])
+        return corrected(X_KMN, states, group) / (rms_KMN + group["eps"])

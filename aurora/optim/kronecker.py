@@ -17,6 +17,18 @@ def keep(states: list[dict[str, Any]], **values: Tensor) -> None:
         torch._foreach_copy_([state[key] for state in states], list(value.unbind()))
 
 
+def new_share(p: Tensor) -> dict[str, Tensor]:
+    """unseen (1,): the share of the momentum that is still its start from zero, the product of all its decays."""
+    return {"unseen": torch.ones(1, dtype=torch.float32, device=p.device)}
+
+
+def corrected(X_KMN: Tensor, states: list[dict[str, Any]], group: dict[str, Any]) -> Tensor:
+    """The momentum without its start from zero, also where a schedule changes its decay. Counts one step."""
+    unseen_K1 = gathered(states, "unseen") * group["momentum"]
+    keep(states, unseen=unseen_K1)
+    return X_KMN / (1 - unseen_K1[:, :, None])
+
+
 def new_grams(p: Tensor) -> dict[str, Tensor]:
     """left (M, M) and right (N, N): zeros."""
     sizes = zip(("left", "right"), p.shape, strict=True)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .base import MatrixOptimizer, check_hparam
-from .kronecker import gathered, keep, new_grams
+from .kronecker import corrected, gathered, keep, new_grams, new_share
 
 
 class PSGD(MatrixOptimizer):
@@ -46,7 +46,7 @@ class PSGD(MatrixOptimizer):
         check_hparam(0 < group["precond_lr"] <= 1, "precond_lr", "in (0, 1]", group)
 
     def new_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        return {**super().new_state(p, group), **new_grams(p)}
+        return {**super().new_state(p, group), **new_share(p), **new_grams(p)}
 
     def direction(
         self,
@@ -61,7 +61,7 @@ class PSGD(MatrixOptimizer):
         if step == 0:
             size_K11 = G_KMN.pow(4).mean(dim=(-2, -1), keepdim=True).clamp(min=1e-24) ** (-1 / 32)
             P_KMM, Q_KNN = (torch.eye(T.size(-1), device=T.device) * size_K11 for T in (P_KMM, Q_KNN))
-        m_KMN = X_KMN / (1 - group["momentum"] ** (step + 1))
+        m_KMN = corrected(X_KMN, states, group)
         generator = torch.Generator(X_KMN.device).manual_seed(int(step))
         v_MN, noise_MN = torch.randn(2, *X_KMN.shape[1:], generator=generator, device=X_KMN.device)
         balance_K11 = (Q_KNN.abs().amax((-2, -1), keepdim=True) / P_KMM.abs().amax((-2, -1), keepdim=True)).sqrt()

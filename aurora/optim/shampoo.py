@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .base import MatrixOptimizer, check_hparam
-from .kronecker import gathered, grams, keep, new_grams
+from .kronecker import corrected, gathered, grams, keep, new_grams, new_share
 
 
 class Shampoo(MatrixOptimizer):
@@ -57,7 +57,7 @@ class Shampoo(MatrixOptimizer):
     def new_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         roots = {f"{key}_root": value for key, value in new_grams(p).items()}
         squares = torch.zeros_like(p, dtype=torch.float32)
-        return {**super().new_state(p, group), **new_grams(p), **roots, "squares": squares}
+        return {**super().new_state(p, group), **new_share(p), **new_grams(p), **roots, "squares": squares}
 
     def direction(
         self, X_KMN: Tensor, states: list[dict[str, Any]], group: dict[str, Any], *, G_KMN: Tensor, step: Tensor
@@ -67,7 +67,7 @@ class Shampoo(MatrixOptimizer):
             mean.lerp_(new, 1 - group["beta2"])
         keep(states, left=left, right=right, squares=squares)
         correction = 1 - group["beta2"] ** (step + 1)
-        m_KMN = X_KMN / (1 - group["momentum"] ** (step + 1))
+        m_KMN = corrected(X_KMN, states, group)
         adam_KMN = m_KMN / ((squares / correction).sqrt() + group["eps"])
         if step + 1 < group["every"]:
             return adam_KMN
