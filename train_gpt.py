@@ -1,6 +1,6 @@
 """Train a GPT with the optimizer of your choice and time it to a target validation loss.
 
-    python train_gpt.py --optimizer aurora                              laptop: configs/quick.toml, about a minute
+    python train_gpt.py --optimizer aurora                              laptop: configs/quick.toml, some minutes
     torchrun --standalone --nproc_per_node=8 train_gpt.py --config configs/gpt2_small.toml --optimizer muon
     python train_gpt.py --config configs/gpt2_small.toml --dry-run      what a run would train, read and need
     python train_gpt.py --set 'optimizer.aurora.schedule={lr=[{until=0.5}, {until=1.0, to=0.0, shape="sqrt"}]}'

@@ -494,7 +494,7 @@ def test_commands_of_the_readme_run(copied, tmp_path, monkeypatch, capsys):
         (tmp_path / name).write_text(TEXT)
     monkeypatch.chdir(tmp_path)
     for line in block.splitlines():
-        _, program, *words = shlex.split(line.replace("RUN.jsonl", copied.name), comments=True)
+        _, program, *words = shlex.split(line.replace("quick-muon-s0-*.jsonl", copied.name), comments=True)
         more = ["--max-tokens", "9"] if "generate" in program else []
         assert importlib.import_module(program.removesuffix(".py").replace("/", ".")).main([*words, *more]) == 0, line
     assert (tmp_path / "models/muon/config.json").is_file() and capsys.readouterr().out.startswith("def ")
