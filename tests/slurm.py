@@ -98,7 +98,7 @@ def cluster(folder: Path):
 
 
 def output(environment, *command: str, **options) -> str:
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, **options).stdout
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, **options).stdout
 
 
 def wait_for(is_true, timeout_s: float, what: str) -> None:

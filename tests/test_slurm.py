@@ -34,7 +34,7 @@ def log(tmp_path):
     return "".join(path.read_text(errors="replace") for path in sorted(tmp_path.glob("log-*")))
 
 
-def wait_until_gone(cluster, job, tmp_path, timeout_s=240):
+def wait_until_gone(cluster, job, tmp_path, timeout_s=400):
     try:
         slurm.wait_for(lambda: not slurm.output(cluster, "squeue", "-h", "-j", job).strip(), timeout_s, "the job")
     except AssertionError as error:
@@ -46,13 +46,13 @@ def test_a_warning_saves_the_requeued_job_goes_on_and_a_cancelled_one_stays_away
     words = [*twelve_steps[:2], "--timeout-s", "60", *LONG_RUN, "--out", out]
     job = submit(cluster | {"NPROC": "2"}, tmp_path, "scripts/slurm.sbatch", *words)
     trains = lambda: "step:0/" in log(tmp_path)  # noqa: E731
-    slurm.wait_for(trains, 120, f"the first step: {log(tmp_path)}")
+    slurm.wait_for(trains, 300, f"the first step: {log(tmp_path)}")
     subprocess.run(["scancel", "--signal=USR1", job], env=cluster, check=True)  # as --signal does: to the steps
     requeued = lambda: f"saved, job {job} is requeued" in log(tmp_path)  # noqa: E731
     slurm.wait_for(requeued, 60, "the requeue")
     assert events(out)[-1]["status"] == "interrupted" and list(out.glob("*.checkpoints/step-*"))
     goes_on = lambda: "segment 2" in log(tmp_path).rpartition("step:")[0]  # noqa: E731
-    slurm.wait_for(goes_on, 120, "the second start")
+    slurm.wait_for(goes_on, 300, "the second start")
     subprocess.run(["scancel", job], env=cluster, check=True)
     wait_until_gone(cluster, job, tmp_path)
     assert [event["event"] for event in events(out)].count("resume") == 1
