@@ -63,10 +63,13 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
         help="write the momentum of matrices of these names at these steps to <run_id>.momentum/ beside the record",
     )
     parser.add_argument(
+        "--price-per-gpu-hour", type=float, metavar="X", help="say what the run costs where an hour of a GPU costs X"
+    )
+    parser.add_argument(
         "--timeout-s", type=float, default=60.0, help="seconds until a rank that stands still ends the run (60)"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the parameters, data and memory that the run needs, then stop"
+        "--dry-run", action="store_true", help="print parameters, data, memory and time that the run needs, then stop"
     )
     return parser
 
@@ -77,6 +80,8 @@ def parse_args(description: str | None, argv: list[str] | None = None) -> argpar
     args = parser.parse_args(argv)
     if not 0 < args.timeout_s <= 1e6:
         parser.error(f"--timeout-s must be above 0 and at most 1e6, got {args.timeout_s:g}")
+    if args.price_per_gpu_hour is not None and not 0 <= args.price_per_gpu_hour <= 1e6:
+        parser.error(f"--price-per-gpu-hour must be from 0 to 1e6, got {args.price_per_gpu_hour:g}")
     if missing := [name for name in ("torch", "numpy") if importlib.util.find_spec(name) is None]:
         remedy = "source .venv/bin/activate, which scripts/quickstart.sh makes, or pip install -e '.[train]'"
         parser.exit(int(Exit.CONFIG), f"error: this python has no {' and no '.join(missing)}; {remedy}\n")

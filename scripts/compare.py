@@ -7,6 +7,7 @@
     python scripts/compare.py --grid optimizer.lr=0.01,0.02,0.04    every value, for every optimizer
     python scripts/compare.py --config configs/gpt2_small.toml --nproc 8 --seeds 0 1 2 3
     python scripts/compare.py --jobs 2 --seeds 0 1 2                two runs at a time, half of the cores each
+    python scripts/compare.py --plan --seeds 0 1 2                  the commands of these runs, for a job array
     python scripts/compare.py tune --help                           tuning, equally many trials for each optimizer
     python scripts/compare.py --report results/quick                the tables of runs that exist
 
@@ -42,7 +43,9 @@ from scripts.runs import (
     Outcome,
     Workers,
     by_arguments,
+    check_jobs,
     check_settings,
+    command_of,
     finished_run,
     key_of,
     overrides_of,
@@ -84,7 +87,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--nproc", type=int, default=1, help="processes of each run, under torchrun if more than 1")
     parser.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help="runs at a time on a CPU, each with 1/N of the cores"
+        "--jobs", type=int, default=1, metavar="N", help="runs at a time, each with 1/N of the cores and a GPU, if any"
     )
     parser.add_argument(
         "--interleave",
@@ -94,6 +97,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--report", nargs="+", type=Path, metavar="FOLDER", help="run nothing; print the tables of these records"
+    )
+    parser.add_argument(
+        "--plan", action="store_true", help="run nothing; print the command of each run that is left, one a line"
     )
     parser.add_argument(
         "--evaluate", type=Path, metavar="TEXT", help="add each optimizer's bits per byte on this text or shard"
@@ -107,6 +113,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.optimizers = args.names or args.optimizers or DEFAULT_OPTIMIZERS
     if args.tune is not None and (args.tune < 1 or args.report):
         parser.error("--tune must be at least 1, and is not for --report")
+    if args.plan and (args.tune or args.report):
+        parser.error("--plan prints the runs of a comparison; without --tune and --report")
     if args.tune and args.nproc > 1:
         parser.error("--tune makes its trials in one process each; without --nproc, or tune first: compare.py tune")
     args.tuned = {}  # "a.b=v" of each optimizer that is tuned here
@@ -278,6 +286,12 @@ def main() -> int:
         found = {key: finished_run(recorded.get(key, []), argv, args.nproc) for key, argv in keys.items()}
         finished = {key: run for key, run in found.items() if run}
         check_settings([argv for key, argv in keys.items() if key not in finished], args.nproc)
+        if args.plan:
+            for key, argv in keys.items():
+                if key not in finished:
+                    print(command_of(argv, args.out, args.nproc))
+            return 0
+        check_jobs(args.jobs)
         folder = take_folder(args.out)
     except HarnessError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -2,8 +2,11 @@
 
 import contextlib
 import functools
+import hashlib
 import os
 import queue
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from aurora.config import FOLDER_VARIABLE, is_path, load_config, name_of, track_path
-from aurora.errors import Exit
+from aurora.errors import Exit, HarnessError
 from aurora.trainer.public import public_argv
 from aurora.trainer.record import EXTERNAL, ROOT, RecordError, Run, read_record, record_paths
 
@@ -44,10 +47,16 @@ def check_settings(argvs: Iterable[Sequence[str]], nproc: int) -> None:
 def overrides_of(optimizer: str, overrides: Iterable[str], optimizers: Iterable[str]) -> list[str]:
     """The overrides of one run among those of a command that names several optimizers: a module:Class has no table in
     the runs of others."""
-    others = {f"optimizer.{name_of(other)}." for other in optimizers if is_path(other)} - {
-        f"optimizer.{name_of(optimizer)}."
-    }
+    others = {f"optimizer.{name_of(other)}." for other in optimizers if is_path(other)}
+    others -= {f"optimizer.{name_of(optimizer)}."}
     return [override for override in overrides if not override.strip().startswith(tuple(others))]
+
+
+def check_jobs(jobs: int) -> None:
+    """Raise HarnessError where there are GPUs, but not one for each of so many runs at a time."""
+    if jobs > 1 and 0 < (count := len(visible_gpus())) < jobs:
+        message = f"--jobs {jobs} needs as many GPUs, and torch sees {count}"
+        raise HarnessError(Exit.CONFIG, f"{message}: use --jobs {count}, or SPEEDRUN_DEVICE=cpu")
 
 
 def track_name(text: str) -> str:
@@ -64,13 +73,42 @@ def take_folder(out: Path) -> TextIO:
     return lock_folder(out, ".runs.lock")
 
 
+def command_of(argv: Sequence[str], out: Path, nproc: int) -> str:
+    """A line of a shell in the checkout that makes a run, or goes on with it, in a folder of its own below out.
+
+    For runs on several machines at a time: two of one folder would wait for each other's locks.
+    """
+    name = re.sub("[^A-Za-z0-9._=-]+", "-", "-".join([argv[3], f"s{argv[5]}", *argv[7::2]]))[:80]
+    digest = hashlib.sha256(repr(argv).encode()).hexdigest()[:6]
+    arguments = [*argv, "--out", str(out.absolute() / f"{name}-{digest}"), "--resume"]
+    program = ["env", f"NPROC={nproc}", "bash", "scripts/launch.sh"] if nproc > 1 else ["python", "train_gpt.py"]
+    return shlex.join([*program, *arguments])
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that runs may use, as CUDA_VISIBLE_DEVICES names them."""
+    if os.environ.get("SPEEDRUN_DEVICE", "cuda") != "cuda":
+        return []
+    import train_gpt  # see check_settings()
+
+    count, named = train_gpt.torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return named.split(",")[:count] if named else [str(number) for number in range(count)]
+
+
+class Place(NamedTuple):
+    """What one of several runs at a time has for itself."""
+
+    cores: Sequence[int] = ()  # to which its process is pinned, any if empty
+    gpu: str = ""  # all if empty
+
+
 class Outcome(NamedTuple):
     run: Run | None  # what the attempt recorded
     exit_code: int
 
 
 class Workers:
-    """Places for `jobs` runs at a time, each with cores of its own; with one job a run gets the whole machine.
+    """Places for `jobs` runs at a time, each with cores and a GPU of its own; with one job a run gets all.
 
     A run trains in a folder of its own below out, and what it leaves is moved to out when it has ended.
     """
@@ -82,17 +120,18 @@ class Workers:
         self.known: dict[Path, tuple[tuple[int, ...], Run | None]] = {}  # by their files' versions
         self.children: set[subprocess.Popen] = set()
         self.is_ended = threading.Event()
-        self.free: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
+        self.free: queue.SimpleQueue[Place] = queue.SimpleQueue()
         if jobs == 1:
-            self.free.put([])
+            self.free.put(Place())
             return
+        gpus = visible_gpus()
         can_pin = hasattr(os, "sched_setaffinity")  # Linux
         cores = sorted(os.sched_getaffinity(0)) if can_pin else list(range(os.cpu_count() or 1))
         threads = max(1, len(cores) // jobs)
         self.environment |= {"OMP_NUM_THREADS": str(threads), "SPEEDRUN_JOBS": str(jobs)}
         for place in range(jobs):
             own = cores[place * threads : (place + 1) * threads]  # none where there are more jobs than cores
-            self.free.put(own if can_pin else [])
+            self.free.put(Place(own if can_pin else [], gpus[place] if gpus else ""))
 
     def hear_signals(self) -> None:
         """Stop on requests that children do not get: Ctrl-C they do. What is ignored, as by nohup, stays so."""
@@ -112,11 +151,11 @@ class Workers:
         A run with these arguments and the current code that was stopped with a checkpoint goes on from there, or starts
         anew where it cannot. Raises HarnessError where that run is not stopped but goes on in another process.
         """
-        with self._place() as cores:
+        with self._place() as place:
             self.out.mkdir(parents=True, exist_ok=True)
             folder = Path(tempfile.mkdtemp(prefix=PRIVATE, dir=self.out))
             try:
-                child = argv, folder, nproc, progress, prefix, cores
+                child = argv, folder, nproc, progress, prefix, place
                 stopped, code = self._take_stopped(argv, nproc, folder), None
                 if stopped:
                     size = stopped.stat().st_size
@@ -164,13 +203,10 @@ class Workers:
         nproc: int,
         progress: TextIO,
         prefix: str,
-        cores: Sequence[int],
+        place: Place,
         go_on: bool = False,
     ) -> int:
-        """Train in a child process, passing its lines on; returns its exit code.
-
-        cores: to which the process is pinned, any if empty.
-        """
+        """Train in a child process, passing its lines on; returns its exit code."""
         launcher = [sys.executable]
         if nproc > 1:
             launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
@@ -179,7 +215,9 @@ class Workers:
         child = subprocess.Popen(
             command,
             cwd=ROOT,
-            env=self.environment | {"PYTHONIOENCODING": "utf-8"},
+            env=self.environment
+            | {"PYTHONIOENCODING": "utf-8"}
+            | ({"CUDA_VISIBLE_DEVICES": place.gpu} if place.gpu else {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             encoding="utf-8",
@@ -189,9 +227,9 @@ class Workers:
         self.children.add(child)
         if self.is_ended.is_set():  # between the start and the line above
             child.terminate()
-        if cores:
+        if place.cores:
             with contextlib.suppress(ProcessLookupError):
-                os.sched_setaffinity(child.pid, cores)  # before it has threads, which inherit this
+                os.sched_setaffinity(child.pid, place.cores)  # before it has threads, which inherit this
         for line in child.stdout:
             progress.write(f"{prefix}{line.replace(own, final)}")  # in one piece: others write too
             progress.flush()
@@ -213,12 +251,12 @@ class Workers:
             return [run for _, run in found.values() if run]
 
     @contextlib.contextmanager
-    def _place(self) -> Iterator[list[int]]:
-        cores = self.free.get()
+    def _place(self) -> Iterator[Place]:
+        place = self.free.get()
         try:
-            yield cores
+            yield place
         finally:
-            self.free.put(cores)
+            self.free.put(place)
 
 
 def read_condensed(path: Path) -> Run | None:

@@ -42,6 +42,7 @@ from scripts.analysis.tuning import (
 from scripts.runs import (
     PREEMPTED,
     Workers,
+    check_jobs,
     check_settings,
     has_arguments,
     is_current,
@@ -305,6 +306,7 @@ def search_all(args: argparse.Namespace, progress: TextIO) -> tuple[dict[str, Se
     if args.write and (apart := [name for name in optimizers if is_path(name)]):
         message = f"--write: {apart[0]} has no table in {args.config} to write to; add one with rule = {apart[0]!r}"
         raise HarnessError(Exit.CONFIG, message)
+    check_jobs(args.jobs)
     with take_folder(args.out):
         ledger = Ledger(args.out / LEDGER, optimizers)
         tuner = Tuner(args, space, ledger, progress)

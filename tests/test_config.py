@@ -230,7 +230,7 @@ def test_dry_run_of_gpt2_small_counts_parameters_tokens_and_shards(tmp_path, cap
         and "MISSING, the run takes 18 of 100,000,000 tokens: " in report
     )
     assert "memory of a rank, GiB" in report
-    by_size = dict(re.findall(r"(\d+): (\d+\.\d)", report.splitlines()[-1]))
+    by_size = dict(re.findall(r"(\d+): (\d+\.\d)", report.partition("by micro-batch: ")[2].partition("\n")[0]))
     assert list(by_size) == ["1", "2", "4", "8", "16", "32", "64", "128"] and "x 128 sequences" in report
     assert float(by_size["8"]) < 7.5 and float(by_size["32"]) < 22, "for cards of 8 and 24 GB"
 

@@ -186,7 +186,7 @@ def test_wandb_offline_file_holds_the_values_of_the_record(tiny_track, tmp_path,
             rows.append({key: value for key, value in items.items() if not key.startswith("_")})
         elif record.WhichOneof("record_type") == "metric":
             step_metrics[record.metric.glob_name or record.metric.name] = record.metric.step_metric
-    mirrored = [event for event in events(tmp_path / "out") if event["event"] in ("train", "val", "neurons")]
+    mirrored = [event for event in events(tmp_path / "out") if event["event"] in ("train", "val", "neurons", "end")]
     expected = [
         {"step": event["step"]}
         | {f"{event['event']}/{k}": v for k, v in event.items() if isinstance(v, int | float) and k != "step"}

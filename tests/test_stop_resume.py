@@ -101,9 +101,9 @@ def test_a_signal_to_torchrun_saves_a_checkpoint(twelve_steps, tmp_path, signum,
     assert list(tmp_path.glob("*.checkpoints/step-*"))
 
 
-def launch_script(*arguments, **options):
+def launch_script(*arguments, before=(), **options):
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | options.pop("env", {})
-    command = ["bash", str(ROOT / "scripts" / "launch.sh"), *map(str, arguments)]
+    command = [*before, "bash", str(ROOT / "scripts" / "launch.sh"), *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, env=environment, text=True, **pipes | options)
 

@@ -18,6 +18,7 @@ from aurora.optim.registry import modules_of_other_rules
 from aurora.tokens.loader import PUBLIC_SHARD_TOKENS, RunData, find_shards, steps_in_shard
 from aurora.tokens.shards import ShardError, open_shard
 from aurora.trainer.checkpoint import identity_of
+from aurora.trainer.cost import Speed, speed_of, speed_words
 from aurora.trainer.memory import memory_estimate_gib, params_by_role
 from aurora.trainer.provenance import describe_rule, external_sources
 from aurora.trainer.public import plain_line, public_argv
@@ -45,12 +46,12 @@ def run_event(run: Run, config_path: Path, track: str, seed: int, data: RunData)
         external = {"rule": describe_rule(config.rule, run.rule), "resumable": not run.no_resume}
         sources = external_sources(config.rule, run.rule) | sources
     name = re.sub("[^A-Za-z0-9._-]", "-", config_path.stem)
-    described_data, machine = data.describe(), describe_machine()
+    described_data = data.describe()
     stack = {
         "torch": torch.__version__,
         "numpy": np.__version__,
         "torch_threads": torch.get_num_threads(),
-        "device_name": plain_line(torch.cuda.get_device_name(device)) if is_cuda else machine["cpu"],
+        "device_name": device_name(device),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if is_cuda else None,
     }
@@ -74,8 +75,12 @@ def run_event(run: Run, config_path: Path, track: str, seed: int, data: RunData)
         "code_hash": code_hash(sources),
         "sources": sources,
         "data": described_data,
-        "env": machine | stack,
+        "env": describe_machine() | stack,
     }
+
+
+def device_name(device: torch.device) -> str:
+    return plain_line(torch.cuda.get_device_name(device)) if device.type == "cuda" else describe_machine()["cpu"]
 
 
 def check_same_start(run: Run) -> None:
@@ -109,6 +114,12 @@ def summary(run: Run) -> str:
     return f"{config.optimizer}, seed {run.start['seed']}: {found}"
 
 
+def speed_summary(end: dict[str, Any], run: Run, price: float | None) -> str:
+    """Of an end event: speed, memory and what the GPUs were taken for."""
+    words = speed_words(Speed(end["tokens_per_s"], end["mfu"]), end["wall_s"], run.start, price)
+    return f"speed: {words}{', ' * bool(words)}memory of a rank {end['peak_mem_mib'] / 1024:.2f} GiB"
+
+
 def end_event(status: str, run: Run) -> dict[str, Any]:
     """The record's last line. Collective."""
     progress, clock = run.progress, run.clock
@@ -121,11 +132,13 @@ def end_event(status: str, run: Run) -> dict[str, Any]:
         weights_sha256 = digest(run.model.state_dict())
     clock.charge("end")
     spent_ns, wall_ns = clock.of_slowest_rank()
+    train_s = spent_ns["train"] / 1e9
+    speed = speed_of(progress.step, train_s, progress.segments, run.start)
     return {
         "event": "end",
         "status": status,
         "step": progress.step,
-        "train_time_s": spent_ns["train"] / 1e9,
+        "train_time_s": train_s,
         "val_loss": progress.validations[-1].val_loss if progress.validations else None,
         "reached_target": hit is not None,
         "steps_to_target": hit.step if hit else None,
@@ -136,6 +149,8 @@ def end_event(status: str, run: Run) -> dict[str, Any]:
         "data_wait_s": data_wait_s,  # in this process, of the rank that waited longest
         "weights_sha256": weights_sha256,
         "peak_mem_mib": memory_mib,
+        "tokens_per_s": speed.tokens_per_s,
+        "mfu": speed.mfu,
     }
 
 

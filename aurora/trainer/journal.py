@@ -11,7 +11,8 @@ from aurora.errors import Exit, HarnessError
 from aurora.trainer.batch import stage, to_device
 from aurora.trainer.checkpoint import save_weights
 from aurora.trainer.console import Console
-from aurora.trainer.describe import end_event, resume_event, summary
+from aurora.trainer.cost import in_words, speed_of, speed_words
+from aurora.trainer.describe import end_event, resume_event, speed_summary, summary
 from aurora.trainer.guard import check_validation
 from aurora.trainer.momentum import Dump, record_momentum
 from aurora.trainer.neurons import Neurons
@@ -34,7 +35,7 @@ class Journal:
         self.validation_steps = sorted(validation_steps)
         self.record = RecordWriter(run.out / f"{run.start['run_id']}.jsonl", run.ranks)
         self.step_log = StepLog(run.config.train.log_every, run.ranks)
-        self.console = Console(run.config, run.ranks, run.clock)
+        self.console = Console(run.config, run.ranks, run.clock, self.cost)
         self.neurons = Neurons(run.config, self.validation_steps, run.model, run.rule, run.ranks)
 
     def __enter__(self) -> Self:
@@ -66,7 +67,8 @@ class Journal:
                 unsaved = save_weights(run)
                 run.clock.charge("checkpoint")
                 run.timeline.mark("end", run.progress.step)
-                self.record.write(end_event("done", run))
+                self.end = end_event("done", run)
+                self._write(self.end)
             elif isinstance(error, HarnessError) and error.reason in ENDINGS:
                 if error.reason == Exit.NON_FINITE:  # all ranks notice at once; time and steps before it still count
                     run.clock.charge("train")
@@ -76,8 +78,15 @@ class Journal:
             self.tracker.finish()
         if error is None:
             run.ranks.say(f"{summary(run)}; record {self.record.path}")
+            run.ranks.say(speed_summary(self.end, run, self.args.price_per_gpu_hour))
         if unsaved:
             raise unsaved
+
+    def cost(self, step_s: float, total_s: float) -> str:
+        """What steps of so many seconds, and a run of so many, are in tokens/s, MFU and money."""
+        speed = speed_of(1, step_s, 1, self.run.start)
+        words = speed_words(speed, total_s, self.run.start, self.args.price_per_gpu_hour)
+        return f"{in_words(total_s)} of training and validation, {words}"
 
     def write_steps(self) -> None:
         """The train events of the steps since the last call. Collective."""

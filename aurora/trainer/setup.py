@@ -19,7 +19,9 @@ from aurora.tokens.shards import ShardError
 from aurora.trainer.batch import BatchPlan, plan_batch, stage
 from aurora.trainer.checkpoint import newest_checkpoint, take_over
 from aurora.trainer.clock import Clock
-from aurora.trainer.describe import check_same_start, dry_run_report, greeting, run_event
+from aurora.trainer.cost import time_lines
+from aurora.trainer.describe import check_same_start, device_name, dry_run_report, greeting, run_event
+from aurora.trainer.memory import params_by_role
 from aurora.trainer.momentum import Dump, checked_dump
 from aurora.trainer.optimizers import (
     build_optimizers,
@@ -78,6 +80,8 @@ def check_run(args: argparse.Namespace, ranks: Ranks, make_model: MakeModel, sch
         dump = args.dump_momentum and checked_dump(optimizers[0], config.train.steps, *args.dump_momentum)
         if args.dry_run:
             ranks.say(dry_run_report(config, params, optimizers, ranks.world_size, plan.micro_steps, plan.micro_batch))
+            terms = params_by_role(params), ranks.world_size, device_name(ranks.device), args.price_per_gpu_hour
+            ranks.say("\n".join(time_lines(config, *terms)))
         return Checked(config, plan, dump, track, no_resume)
 
     return ranks.all_or_none(check)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from aurora.schedule import pieces_of, settings_at
+from aurora.trainer.cost import speed_of
 from aurora.trainer.record import Validation, first_at_target
 from scripts.verification.events import OTHER_STACK_TOLERANCE, Events, stack_of
 from scripts.verification.external import LR_TOLERANCE, is_external
@@ -261,3 +262,8 @@ def check_end(run: Events) -> Iterator[str]:
         yield f"end event: {end['segments']} segments, the resumed ones are {resumed}"
     if end.get("data_wait_s", 0) > spent_s:
         yield f"end event: data_wait_s {end['data_wait_s']} is more than all of the run took"
+    if "tokens_per_s" in end:
+        speed = speed_of(end["step"], end["train_time_s"], end["segments"], run.start)
+        for key, value in speed._asdict().items():
+            if end.get(key) != value:
+                yield f"end event: {key} is {end.get(key)}, by steps, seconds and FLOP {value}"

@@ -152,6 +152,8 @@ FIELDS: dict[str, dict[str, Field]] = {
         "data_wait_s": number(),
         "weights_sha256": SHA256,
         "peak_mem_mib": number(0, 2**30),
+        "tokens_per_s": optional(number(0, 1e12)),
+        "mfu": optional(number(0, 1)),
     },
 }
 MATRIX = {
