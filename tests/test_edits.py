@@ -34,7 +34,7 @@ EDITS = {
     "attention scale": {SCALE: SCALE.replace("config.attention", "0.5 * config.attention")},
     "init": {"math.sqrt(0.33 / layer": "math.sqrt(0.5 / layer"},
     "head tied to the embedding": {"    def trunk": "        self.head.weight = self.embed.weight\n\n    def trunk",
-                                   'name == "head" or name.ends': "name.ends"},
+                                   '0.0 if name == "head" else math': "math"},
     "MLP width": {"config.mlp_expansion * config.model_dim": "3 * config.model_dim"},
     "gated by another function": {"F.silu(": "F.gelu("},
     "a helper that the model calls": {"up.relu().square()": "squared(up)",

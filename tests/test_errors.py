@@ -10,7 +10,13 @@ from aurora.errors import Exit, HarnessError
 from tests.conftest import events, make_run, start_process, train_here
 
 
-def test_non_finite_loss_exits_5_naming_step_and_parameter(tiny_track, tmp_path, capsys):
+@pytest.fixture
+def any_number(monkeypatch):
+    """Rates that break weights in a step are refused before a run."""
+    monkeypatch.setattr("aurora.config.LARGEST_HPARAM", 1e40)
+
+
+def test_non_finite_loss_exits_5_naming_step_and_parameter(tiny_track, tmp_path, capsys, any_number):
     arguments = ["--optimizer", "muon", "--set", "optimizer.muon.lr=1e30"]
     assert train_here(tiny_track, tmp_path, *arguments) == Exit.NON_FINITE
     error = capsys.readouterr().err
@@ -33,7 +39,7 @@ def test_non_finite_gradient_is_named_before_it_is_applied(tiny_track, bad):
         run.guard.check(7, run.rule)
 
 
-def test_non_finite_validation_names_step_and_parameter(tiny_track, tmp_path, capsys):
+def test_non_finite_validation_names_step_and_parameter(tiny_track, tmp_path, capsys, any_number):
     """The last update breaks the weights, and no gradient after it tells."""
     arguments = ["--optimizer", "muon", "--set", "train.steps=1", "--set", "optimizer.muon.vector_lr=1e38"]
     assert train_here(tiny_track, tmp_path, *arguments) == Exit.NON_FINITE

@@ -70,7 +70,9 @@ def test_every_command_that_is_printed_can_be_pasted_whatever_the_folder_is_call
     shutil.copy(ROOT / "configs" / "quick.toml", folder)
     args = tune.parse_args(["--config", str(folder / "quick.toml")])
     page = tune.report(tune.Ledger(folder / "ledger.json", []), read_space(args.space), args)
-    by_runs = benchmark_runs(argparse.Namespace(seeds=[], optimizers=[], out=folder)).partition(": ")[2]
+    by_runs = benchmark_runs(
+        argparse.Namespace(seeds=[], optimizers=[], overrides=[], pilot=None, out=folder)
+    ).partition(": ")[2]
     for command, word in (
         (by_local, f"data.train={folder}/local_train_*.bin"),
         (by_fineweb, f"data.val={folder}/fineweb_val_*.bin"),

@@ -369,7 +369,7 @@ def test_compare_runs_skips_what_is_finished_and_goes_on_after_a_failure(
         return outcome.codes[0]
 
     monkeypatch.setattr(runs.Workers, "run_one", run_one)
-    arguments = ["--optimizers", "muon", "aurora", "--set", "optimizer.muon.lr=1e30", "--set", "train.steps=10"]
+    arguments = ["--optimizers", "muon", "aurora", "--set", "optimizer.muon.lr=1e12", "--set", "train.steps=10"]
     assert run_compare(monkeypatch, "--config", tiny_track, "--out", tmp_path, *arguments) == 1
     out, err = capsys.readouterr()
     assert "failed: muon, seed 0: exit code 5" in err

@@ -51,11 +51,8 @@ def broken_sources(sources: dict[str, str]) -> Iterator[str]:
         name: text for name, text in sources.items() if name.endswith(".py") and not name.startswith(f"{EXTERNAL}/")
     }
     for name, text in modules.items():
-        tree = parsed(text)
-        if tree is None:
-            yield f"the source {name} is no Python"
-        elif not tree.body and not name.endswith("__init__.py"):
-            yield f"the source {name} is empty"
+        if flaw := flaw_of(text, may_be_empty=name.endswith("__init__.py")):
+            yield f"the source {name} {flaw}"
         elif lacking := sorted(set(imports_of(name, text)) - modules.keys() - LACKING.keys()):
             options = [other for other in lacking if other.replace(".py", "/__init__.py") not in modules]
             if options:
@@ -64,7 +61,14 @@ def broken_sources(sources: dict[str, str]) -> Iterator[str]:
         yield "the sources lack train_gpt.py"
 
 
-@functools.lru_cache(maxsize=1000)  # hundreds of records share their sources
+# Hundreds of records share their sources, each record has a hundred, and a syntax tree takes megabytes.
+@functools.lru_cache(maxsize=10_000)
+def flaw_of(text: str, may_be_empty: bool) -> str:
+    tree = parsed(text)
+    return "is no Python" if tree is None else "" if tree.body or may_be_empty else "is empty"
+
+
+@functools.lru_cache(maxsize=10_000)
 def imports_of(name: str, text: str) -> tuple[str, ...]:
     """Files of the project that a source surely imports: at its top, by their full name or relative to itself."""
     tree = parsed(text)
