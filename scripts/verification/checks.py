@@ -18,7 +18,7 @@
 | step time against 6 N FLOP a token | impossible speed | a merely flattering one |
 | a val loss is a sum of float32 over its tokens | losses typed in or rounded | a sum that was forged on purpose |
 | loss of an untrained model, train against val loss | another vocabulary, leaked validation | slight leaks |
-| end event against the validations | edited results | - |
+| end event against the validations; its speed against steps, seconds, FLOP | edited results | another GPU named |
 | weights beside the record, against its weights_sha256 | cut, edited or swapped weights | both changed alike |
 | records together: run_id, losses, weights, training losses | copies, twins under another seed or val loss | - |
 | records together: shards of one task | another second shard | a task of which all runs read it |
