@@ -33,7 +33,8 @@ def identity_of(start: dict[str, Any]) -> dict[str, Any]:
     files = {name: text for name, text in start["sources"].items() if name.endswith(".py")}
     code = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()}
     rule = {"rule": start["rule"]} if "rule" in start else {}  # of another package: its version
-    return {key: start[key] for key in ("config", "seed")} | data | rule | {"code": code}
+    train = {key: value for key, value in start["config"]["train"].items() if key != "shard"}  # it may go on otherwise
+    return {"config": start["config"] | {"train": train}, "seed": start["seed"]} | data | rule | {"code": code}
 
 
 def save_run(run: Run) -> None:
