@@ -49,9 +49,10 @@ from .loading import (
 from .polar import COMPUTE_DTYPES, SCHEDULES, compute_dtype, polar
 from .shapes import check_shape, is_one_matrix, joined_rows, matrix_shapes, split_rows, to_matrices
 from .sharding import (
+    GathersUnderWay,
     assign_owners,
+    begin_gathers,
     complete,
-    gather_from_owners,
     gather_states,
     polar_cost,
     sum_to_all,
@@ -246,7 +247,7 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
                 loss = closure()
         self._whole_state = None
         self._have_flags()
-        gathers = []
+        gathers = GathersUnderWay()
         for group in self.param_groups:
             if group["algorithm"] == "adamw":
                 adamw_step([p for p in group["params"] if p.grad is not None], self.state, group)
@@ -264,9 +265,8 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
                         self._update(stack, [self.state[p] for p in stack], group)
                 if self._is_sharded:
                     owners = [self.owner_of(p) for p in same_size]
-                    gathers.append(gather_from_owners(same_size, owners, self.process_group))
-        for wait in gathers:
-            wait()
+                    gathers.add(begin_gathers(same_size, owners, self.process_group))
+        gathers.wait()
         for process_group in [*([self.process_group] if self._is_sharded else []), *self._shard_loads]:
             for flag in self._non_finite.values():
                 count = flag.to(torch.int32)
