@@ -96,6 +96,7 @@ def track_path(text: str) -> Path:
 
 DTYPES = ("float32", "bfloat16")
 MLPS = ("relu2", "swiglu")
+SHARDS = ("owners", "fsdp2")
 HEAD_DTYPES = ("activation", "float8")
 
 
@@ -164,6 +165,8 @@ class TrainConfig:
         checkpoint_every: Interval between checkpoints, with one more at the end; 0: only when asked to stop [steps].
         save_model: Whether a finished run leaves its weights beside its record, as <run_id>.safetensors: four bytes a
             parameter.
+        shard: What several ranks share out. owners: whole matrices, each with its gradient and state on one owner; all
+            ranks hold all weights. fsdp2: the rows of weights, gradients and state, by torch's fully_shard.
     """
 
     steps: int
@@ -173,6 +176,7 @@ class TrainConfig:
     log_every: int
     checkpoint_every: int
     save_model: bool = True
+    shard: str = "owners"
 
     def saves_at(self, step: int) -> bool:
         """Whether the run saves a checkpoint before this step, or after its last."""
@@ -379,8 +383,11 @@ def parse_config(track: str, path: Path, optimizer: str, overrides: Iterable[str
 
 
 def recorded(config: Config) -> dict[str, Any]:
-    """The config as a record has it: of the schedule, what is declared."""
+    """The config as a record has it: of the schedule, what is declared. Older records have no train.shard, so it is
+    there if it is not the default."""
     tables = dataclasses.asdict(config)
+    if config.train.shard == "owners":
+        del tables["train"]["shard"]
     return tables | {"schedule": {key: value for key, value in tables["schedule"].items() if value is not None}}
 
 
@@ -585,6 +592,7 @@ def check_bounds(config: Config) -> None:
         ("model.mlp", model.mlp, model.mlp in MLPS, " or ".join(MLPS)),
         ("model.head_dtype", model.head_dtype, model.head_dtype in HEAD_DTYPES, " or ".join(HEAD_DTYPES)),
         ("train.compile", train.compile, train.compile in ("auto", "on", "off"), "auto, on or off"),
+        ("train.shard", train.shard, train.shard in SHARDS, " or ".join(SHARDS)),
         ("train.batch_tokens", train.batch_tokens, train.batch_tokens % model.seq_len == 0, whole_sequences),
         ("eval.tokens", evaluation.tokens, evaluation.tokens % model.seq_len == 0, whole_sequences),
         ("eval.target", evaluation.target, evaluation.target > 0, "a positive loss"),

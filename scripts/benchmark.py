@@ -7,6 +7,7 @@ python scripts/benchmark.py memory      memory of a training step by micro-batch
 python scripts/benchmark.py runs        whole runs, one after the other, with one compilation for all
 python scripts/benchmark.py kernels     our step with and without each of our kernels, in turns, at trained weights
 python scripts/benchmark.py turns       the public script and ours on the same tokens, in turns
+python scripts/benchmark.py scale       bytes and memory of a rank by model and number of ranks, by count
 """
 
 import argparse
@@ -138,6 +139,18 @@ def add_turns(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=turns)
 
 
+def add_scale(command: argparse.ArgumentParser) -> None:
+    from scripts.benchmarks.scale import MODELS, scale
+
+    command.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL")
+    command.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 1024], help="numbers of ranks (8 64 1024)")
+    command.add_argument(
+        "--wire-bytes", type=int, choices=(2, 4), default=4, help="of optimizer.wire_dtype with fsdp2 (4)"
+    )
+    add_output(command)
+    command.set_defaults(run=scale)
+
+
 COMMANDS = {
     "harness": ("the trainer's step against bare loops, or against another checkout's", add_harness),
     "optim": ("optimizer steps on the matrices of a track, and the quality of the updates", add_optim),
@@ -146,6 +159,7 @@ COMMANDS = {
     "runs": ("whole runs; --out is the folder of their records", add_runs),
     "kernels": ("our step with and without each kernel, in turns on one trained model", add_kernels),
     "turns": ("the public script and ours on the same tokens, in turns", add_turns),
+    "scale": ("bytes and memory of a rank by model and number of ranks, by count", add_scale),
 }
 
 

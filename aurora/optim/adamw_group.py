@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from .fsdp import is_dtensor
+from .stacks import group_by
+
 ADAMW_DEFAULTS: dict[str, Any] = {"weight_decay": 0.0, "betas": (0.9, 0.95), "eps": 1e-8}
 
 
@@ -26,7 +29,9 @@ def check_adamw_group(group: dict[str, Any]) -> None:
 
 def adamw_step(params: Sequence[Tensor], states: dict[Tensor, dict[str, Tensor]], group: dict[str, Any]) -> None:
     """One step of parameters that have gradients."""
-    if not params:
+    if len(by_kind := group_by(params, lambda p: getattr(p, "device_mesh", None) if is_dtensor(p) else None)) != 1:
+        for same_kind in by_kind:  # torch's AdamW takes no DTensors beside plain tensors
+            adamw_step(same_kind, states, group)
         return
     if any(p.grad is not None and p.grad.layout != torch.strided for p in params):
         raise RuntimeError("AdamW does not take sparse gradients; give these parameters to torch.optim.SparseAdam")

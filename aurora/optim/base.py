@@ -16,7 +16,8 @@ Groups with algorithm = "adamw" are updated by torch's AdamW: one optimizer for 
 import abc
 import collections
 import copy
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -24,6 +25,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .adamw_group import ADAMW_DEFAULTS, adamw_step, check_adamw_group
+from .fsdp import (
+    Exchange,
+    is_by_rows,
+    is_dtensor,
+    local,
+    pipeline,
+    rounds,
+    shard_group,
+    split_as,
+)
 from .inputs import check_inputs, inputs_of, new_step, stacked_inputs, stacked_weights
 from .loading import (
     check_arguments,
@@ -38,9 +49,10 @@ from .loading import (
 from .polar import COMPUTE_DTYPES, SCHEDULES, compute_dtype, polar
 from .shapes import check_shape, is_one_matrix, joined_rows, matrix_shapes, split_rows, to_matrices
 from .sharding import (
+    GathersUnderWay,
     assign_owners,
+    begin_gathers,
     complete,
-    gather_from_owners,
     gather_states,
     polar_cost,
     sum_to_all,
@@ -56,7 +68,7 @@ from .stacks import (
     update_momentum,
     without_autocast,
 )
-from .update import check_ball, is_modified, lr_factor, modified_step, take_off
+from .update import check_ball, is_modified, lr_factor, lr_of, modified_step, take_off
 
 ADJUST_LR_FNS = ("spectral", "original", "match_rms_adamw")
 
@@ -72,6 +84,9 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
     new weights to all ranks. step(), reduce_gradients() and consolidate_state_dict() are then collectives. Gradients
     must already be summed (or averaged) over ranks: by DDP, or by reduce_gradients(), which sends a matrix's to its
     owner only. All ranks must hold the same weights.
+
+    Parameters that torch's fully_shard has split need no process_group: for its update each matrix is put together on
+    one owner, and ranks keep their rows of all state. step() is then a collective; see fsdp.py.
 
     Args:
         params: 2-D parameters, (name, parameter) pairs or parameter groups, as for any torch optimizer.
@@ -99,6 +114,8 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
     """
 
     optional_state: tuple[str, ...] = ()  # keys of a rule's state that some settings do without
+    # Of momentum, gradients and directions that travel between ranks under fully_shard; None: float32.
+    wire_dtype: torch.dtype | None = None
     _inputs: frozenset[str] = frozenset()  # what direction() asks for beside the momentum
 
     def __init_subclass__(cls, **arguments: Any) -> None:
@@ -129,6 +146,7 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
         self.owners: dict[Tensor, int] = {}  # of all matrices; 0 without process_group
         self._rank = dist.get_rank(process_group) if process_group else 0
         self._rank_loads = [0] * (dist.get_world_size(process_group) if process_group else 1)
+        self._shard_loads: dict[Any, list[int]] = {}  # of the groups over whose ranks fully_shard has split matrices
         self._whole_state: dict[Tensor, Any] | None = {}  # there is none before the first step
         self._non_finite: dict[torch.device, Tensor] = {}
         defaults = dict(
@@ -229,12 +247,14 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
                 loss = closure()
         self._whole_state = None
         self._have_flags()
-        gathers = []
+        gathers = GathersUnderWay()
         for group in self.param_groups:
             if group["algorithm"] == "adamw":
                 adamw_step([p for p in group["params"] if p.grad is not None], self.state, group)
                 continue
-            params, share = [p for p in group["params"] if p.numel()], self._share(STACK_SHARE, group)
+            self._step_by_rows([p for p in group["params"] if is_dtensor(p) and p.numel()], group)
+            params = [p for p in group["params"] if not is_dtensor(p) and p.numel()]
+            share = self._share(STACK_SHARE, group)
             # Equal sizes together, whatever the shape: each rank owns about as many of them.
             for same_size in group_by(params, lambda p: (p.numel(), p.dtype, p.device)):
                 own = [p for p in same_size if p.grad is not None and self.owner_of(p) == self._rank]
@@ -245,15 +265,13 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
                         self._update(stack, [self.state[p] for p in stack], group)
                 if self._is_sharded:
                     owners = [self.owner_of(p) for p in same_size]
-                    gathers.append(gather_from_owners(same_size, owners, self.process_group))
-        flags = list(self._non_finite.values()) if self._is_sharded else []
-        counts = [flag.to(torch.int32) for flag in flags]
-        sums = [dist.all_reduce(count, group=self.process_group, async_op=True) for count in counts]
-        for wait in gathers:
-            wait()
-        for flag, count, work in zip(flags, counts, sums, strict=True):
-            work.wait()
-            flag.copy_(count > 0)
+                    gathers.add(begin_gathers(same_size, owners, self.process_group))
+        gathers.wait()
+        for process_group in [*([self.process_group] if self._is_sharded else []), *self._shard_loads]:
+            for flag in self._non_finite.values():
+                count = flag.to(torch.int32)
+                dist.all_reduce(count, group=process_group)
+                flag.copy_(count > 0)
         return loss
 
     def _share(self, share: float, group: dict[str, Any]) -> float:
@@ -274,23 +292,101 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
             if not state:
                 state.update(self._new_state(p, group))
         buffers = [state["momentum_buffer"] for state in states]
-        update_momentum(stack, buffers, group)
-        lr = group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
-        step_size, decay = lr, lr * group["weight_decay"] if group["weight_decay"] else 0.0
+        update_momentum(gradients_of(stack), buffers, group)
         with without_autocast(stack[0].device):
-            if is_one_matrix(group):
-                inputs = stacked_inputs(self._inputs, stack, group, states)
-                O_K = self._checked(self.direction(lookahead(stack, buffers, group), states, group, **inputs))
-                if is_modified(group):
-                    O_K = modified_step(O_K, stacked_weights(stack, group), lr, group)
-                else:
-                    step_size = lr * lr_factor(stack[0].size(0), stack[0].size(1), group)
-            else:
-                O_K = self._steps_of_parts(stack, states, lr, group)
+            O_K = self._change(stack, lambda: lookahead(gradients_of(stack), buffers, group), states, group)
         if "step" in self._inputs:
             for state in states:
                 state["step"] += 1
-        take_off(stack, O_K, *((1.0, 0.0) if is_modified(group) else (step_size, decay)))
+        take_off(stack, O_K, *step_of(stack[0].shape, group))
+
+    def _change(
+        self, stack: list[Tensor], new_X_K: Callable[[], Tensor], states: list[dict[str, Any]], group: dict[str, Any]
+    ) -> Tensor:
+        """(K, *shape): what step_of() multiplies and take_off() takes off the weights of parameters of one shape.
+
+        new_X_K: makes (K, *shape) momentum, which is held nowhere else.
+        """
+        if not is_one_matrix(group):
+            return self._change_of_parts(stack, new_X_K().contiguous(), states, group)
+        inputs = stacked_inputs(self._inputs, stack, group, states)
+        O_KMN = self._checked(self.direction(new_X_K(), states, group, **inputs))
+        return modified_step(O_KMN, stacked_weights(stack, group), group) if is_modified(group) else O_KMN
+
+    def _step_by_rows(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """Update parameters that fully_shard has split. Collective."""
+        params = [p for p in params if p.grad is not None]
+        tasks = []
+        for same_shape in group_by(params, lambda p: (shard_group(p), p.shape, p.dtype, p.device)):
+            for p in same_shape:
+                self._have_state(p, group)
+            for same_steps in group_by(same_shape, self._steps_taken):
+                owners = [self.owner_of(p) for p in same_steps]
+                world_size = dist.get_world_size(shard_group(same_steps[0]))
+                tasks += [self._round(members, group) for members in rounds(same_steps, owners, world_size)]
+        pipeline(tasks)
+
+    def _round(self, params: list[Tensor], group: dict[str, Any]) -> Iterator[None]:
+        """A step of parameters of one shape: rows go to the owners, owners compute, rows of directions come back."""
+        states, shape, device = [self.state[p] for p in params], params[0].shape, params[0].device
+        weights, grads = [local(p) for p in params], [local(p.grad) for p in params]
+        buffers = [local(state["momentum_buffer"]) for state in states]
+        exchange = Exchange([self.owner_of(p) for p in params], device, shard_group(params[0]))
+        keys = {key: states[0][key].shape for key in sorted(states[0]) if key not in ("momentum_buffer", "step")}
+        has_weights, has_grads = "W_KMN" in self._inputs or is_modified(group), "G_KMN" in self._inputs
+
+        update_momentum(grads, buffers, group)
+        exchange.send("X_KMN", shape, list(lookahead(grads, buffers, group).unbind()), self.wire_dtype)
+        if has_grads:
+            exchange.send("G_KMN", shape, [grad.float() for grad in grads], self.wire_dtype)
+        if has_weights:
+            exchange.send("W_KMN", shape, weights)
+        for key in keys:
+            exchange.send(key, keys[key], [local(state[key]) for state in states])
+        yield
+        X, own = exchange.arrived("X_KMN"), exchange.own
+        stand_ins = [torch.empty((), device=device).expand(shape) for _ in own]  # parameters of which only this is read
+        if has_grads:
+            for stand_in, G in zip(stand_ins, exchange.arrived("G_KMN"), strict=True):
+                stand_in.grad = G
+        if has_weights:
+            for i, W in enumerate(exchange.arrived("W_KMN")):
+                W = W.float()
+                W.grad, stand_ins[i] = stand_ins[i].grad, W
+        own_states = [{key: states[i][key] for key in ("step",) if key in states[i]} for i in own]
+        for key in keys:
+            for state, value in zip(own_states, exchange.arrived(key), strict=True):
+                state[key] = value
+        directions: list[Tensor] = []
+        share, is_cpu = self._share(STACK_SHARE, group), device.type == "cpu"
+        with without_autocast(device):
+            for chunk in split_for_memory(list(range(len(own))), shape.numel(), is_cpu, share):
+                new_X_K = functools.partial(torch.stack, [X[k] for k in chunk])
+                O_K = self._change([stand_ins[k] for k in chunk], new_X_K, [own_states[k] for k in chunk], group)
+                directions += O_K.float().unbind()
+        exchange.send_back("O_KMN", shape, directions, torch.float32, self.wire_dtype)
+        for key in keys:
+            exchange.send_back(key, keys[key], [state[key] for state in own_states], states[0][key].dtype)
+        del X, stand_ins, own_states, directions
+        yield
+        take_off(weights, exchange.came_back("O_KMN"), *step_of(shape, group))
+        for key in keys:
+            torch._foreach_copy_([local(state[key]) for state in states], exchange.came_back(key))
+        if "step" in self._inputs:
+            for state in states:
+                state["step"] += 1
+
+    def _have_state(self, p: Tensor, group: dict[str, Any]) -> None:
+        """See to it that a split parameter has the state that the group's settings ask for, every rank its rows."""
+        state = self.state[p]
+        if state and not self.optional_state:
+            return
+        wanted = self._new_state(torch.empty(p.shape, device="meta"), group)
+        for key in [key for key in self.optional_state if key in state and key not in wanted]:
+            del state[key]
+        if wanted.keys() - state.keys():
+            fresh = self._new_state(torch.empty(p.shape, dtype=p.dtype, device=p.device), group)
+            state |= {key: value for key, value in split_as("its state", p, fresh).items() if key not in state}
 
     def _checked(self, O_KMN: Tensor) -> Tensor:
         """A direction as it is, with the flag set where it is not finite."""
@@ -298,13 +394,12 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
         self._non_finite[O_KMN.device].logical_or_(is_bad)  # in place: before torch 2.13 no compiled step may set one
         return O_KMN
 
-    def _steps_of_parts(
-        self, stack: list[Tensor], states: list[dict[str, Any]], lr: float | Tensor, group: dict[str, Any]
+    def _change_of_parts(
+        self, stack: list[Tensor], X_K: Tensor, states: list[dict[str, Any]], group: dict[str, Any]
     ) -> Tensor:
         """(K, *shape): direction() times lr_factor(), or modified_step(), of parameters of one shape that hold several
-        matrices each."""
+        matrices each. X_K is overwritten."""
         shapes = matrix_shapes(stack[0].shape, group)
-        X_K = lookahead(stack, [state["momentum_buffer"] for state in states], group).contiguous()
         parts = [part for X in X_K for part in to_matrices(X, group)]  # views of it, overwritten one after the other
         part_states = [
             part for p, state in zip(stack, states, strict=True) for part in self._split_state(p, state, group)
@@ -316,7 +411,7 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
                 inputs = stacked_inputs(self._inputs, stack, group, states, chunk)
                 O_KMN = self._checked(self.direction(X_KMN, chunk_states, group, **inputs))
                 if is_modified(group):
-                    O_KMN, factor = modified_step(O_KMN, stacked_weights(stack, group, chunk), lr, group), 1.0
+                    O_KMN, factor = modified_step(O_KMN, stacked_weights(stack, group, chunk), group), 1.0
                 else:
                     factor = lr_factor(*shape, group)
                 for i, O_MN in zip(chunk, O_KMN.unbind(), strict=True):
@@ -357,7 +452,7 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
 
         Between step() and the next zero_grad() it gives what the step has used.
         """
-        return lookahead(stack, [self.state[p]["momentum_buffer"] for p in stack], group)
+        return lookahead(gradients_of(stack), [self.state[p]["momentum_buffer"] for p in stack], group)
 
     # ---- sharding over ranks ----
 
@@ -366,8 +461,9 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
         return len(self._rank_loads) > 1
 
     def owner_of(self, p: Tensor) -> int:
-        """The rank of the process group that holds the state of this parameter and computes its update."""
-        if not self._is_sharded:
+        """The rank of the process group that holds the state of this parameter and computes its update; under
+        fully_shard the rank that computes the update, of those with whom this one shares the rows."""
+        if not self._is_sharded and not is_dtensor(p):
             return 0
         if p not in self.owners:
             raise RuntimeError("a parameter was exchanged; build a sharded optimizer after the model is wrapped")
@@ -394,6 +490,8 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
                 group["adjust_lr_fn"] = group["adjust_lr_fn"] or "original"  # what torch.optim.Muon means by None
                 for name, p in zip(names_of(group), group["params"], strict=True):
                     check_shape(name, p, group)
+                    if is_dtensor(p) and self.process_group:
+                        raise ValueError(f"{name} is split by fully_shard, which needs no process_group: leave it out")
                     check_ball(name, p, group)
                 self.check_hparams(group)
         except BaseException:
@@ -402,9 +500,18 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
         finally:
             self.defaults = defaults
         if not is_adamw:
-            costs = [sum(map(polar_cost, matrix_shapes(p.shape, group))) for p in group["params"]]
-            self.owners.update(zip(group["params"], assign_owners(costs, self._rank_loads), strict=True))
+            self._assign_owners(group)
             self._have_flags()
+
+    def _assign_owners(self, group: dict[str, Any]) -> None:
+        by_shard_group = group_by(group["params"], lambda p: shard_group(p) if is_dtensor(p) else None)
+        for params in by_shard_group:
+            costs = [sum(map(polar_cost, matrix_shapes(p.shape, group))) for p in params]
+            loads = self._rank_loads
+            if is_dtensor(params[0]):
+                shards = shard_group(params[0])
+                loads = self._shard_loads.setdefault(shards, [0] * dist.get_world_size(shards))
+            self.owners.update(zip(params, assign_owners(costs, loads), strict=True))
 
     def _named_params(self) -> list[tuple[str, Tensor]]:
         """All parameters with their names, or their positions where they were given without."""
@@ -454,18 +561,29 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
 
         Returns the norm of all gradients before.
         """
-        grads, counted = [], []
+        grads: list[Tensor] = []
+        counted: dict[Any, list[Tensor]] = {}  # what this rank adds to the sum over each process group
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is not None:
-                    grads.append(p.grad)
-                    if (0 if group["algorithm"] == "adamw" else self.owner_of(p)) == self._rank:
-                        counted.append(p.grad)
-        norm_sq = grads[0].new_zeros((), dtype=torch.float32) if grads else torch.zeros(())
-        for grad in counted:
-            norm_sq += torch.linalg.vector_norm(grad, dtype=torch.float32).square()
-        if self._is_sharded:
-            dist.all_reduce(norm_sq, group=self.process_group)
+                if p.grad is None:
+                    continue
+                grads.append(local(p.grad))
+                if is_dtensor(p.grad):
+                    if not is_by_rows(p.grad):
+                        raise ValueError("clip_grad_norm_: a DTensor is not split by rows; use torch's clip_grad_norm_")
+                    counted.setdefault(shard_group(p.grad), []).append(grads[-1])
+                elif (0 if group["algorithm"] == "adamw" else self.owner_of(p)) == self._rank:
+                    counted.setdefault(self.process_group, []).append(grads[-1])
+        zero = grads[0].new_zeros((), dtype=torch.float32) if grads else torch.zeros(())
+        process_groups = [*dict.fromkeys([self.process_group, *counted])]
+        norm_sq = zero.clone()
+        for process_group in process_groups:
+            part = zero.clone()
+            for grad in counted.get(process_group, []):
+                part += torch.linalg.vector_norm(grad, dtype=torch.float32).square()
+            if process_group is not None:
+                dist.all_reduce(part, group=process_group)
+            norm_sq += part
         norm = norm_sq.sqrt()
         if grads:
             torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
@@ -475,9 +593,9 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         # torch's version drops everything but groups and state; a copy must know its flags, too.
-        if self._is_sharded:
+        if self._is_sharded or self._shard_loads:
             raise TypeError("a sharded optimizer cannot be copied or pickled; save its state_dict()")
-        own = {key: self.__dict__[key] for key in ("_rank", "_rank_loads", "owners", "_non_finite")}
+        own = {key: self.__dict__[key] for key in ("_rank", "_rank_loads", "_shard_loads", "owners", "_non_finite")}
         return {**super().__getstate__(), **own, "process_group": None, "_whole_state": None}
 
     def consolidate_state_dict(self, to: int | None = None) -> None:
@@ -517,7 +635,8 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
 
         As torch's loader, but a matrix's state keeps its dtype, whatever the weights' is. Settings that the saved
         groups lack stay as they are. What others have added to groups is kept, from both sides. Names count without the
-        prefixes of torch.compile and DDP. Where one side has none, parameters are matched by position.
+        prefixes of torch.compile and DDP. Where one side has none, parameters are matched by position. Of a parameter
+        that fully_shard has split, each rank takes its rows of state that is whole.
 
         Raises:
             ValueError: another rule, other parameters, or state of other keys, shape or dtype; names what differs.
@@ -538,9 +657,12 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
             name, p, group = by_index[index]
             if saved:
                 is_adamw = group["algorithm"] == "adamw"
-                new_state = None if is_adamw else self._new_state(torch.empty_like(p, device="meta"), group)
+                new_state = None
+                if not is_adamw:
+                    new_state = self._new_state(torch.empty(p.shape, dtype=p.dtype, device="meta"), group)
+                saved = split_as(name, p, saved)
                 saved = checked_state(name, p, saved, group, new_state, self.optional_state)
-                if is_adamw or self.owner_of(p) == self._rank:
+                if is_adamw or is_dtensor(p) or self.owner_of(p) == self._rank:
                     state[p] = {
                         key: copied_to(device_of_state(key, p, is_adamw), value) for key, value in saved.items()
                     }
@@ -550,6 +672,15 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
             flag.zero_()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+
+def step_of(shape: torch.Size, group: dict[str, Any]) -> tuple[float | Tensor, float | Tensor]:
+    """Step size and decay that take_off() gets with what _change() returns for parameters of this shape."""
+    if is_modified(group):
+        return 1.0, 0.0
+    lr = lr_of(group)
+    decay = lr * group["weight_decay"] if group["weight_decay"] else 0.0
+    return lr * lr_factor(shape[0], shape[1], group) if is_one_matrix(group) else lr, decay
 
 
 def check_hparam(is_valid: bool, key: str, wanted: str, group: dict[str, Any]) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .fsdp import check_placements, is_dtensor
+
 VIEWS = ("matrix", "conv", "experts")
 LAYOUTS = ("out_in", "in_out")
 SHAPE_OPTIONS = ("view", "layout", "split")
@@ -25,10 +27,10 @@ def check_shape(name: str, p: Tensor, group: dict[str, Any]) -> None:
         raise ValueError(
             f"view must be one of {', '.join(VIEWS)}, layout one of {', '.join(LAYOUTS)}; got {view, layout}"
         )
-    if _is_wrapper(p):
-        raise ValueError(
-            f"{name} is a {type(p.data).__name__}; parameters that are sharded or quantized are not supported"
-        )
+    if is_dtensor(p):
+        check_placements(name, p)
+    elif _is_wrapper(p):
+        raise ValueError(f"{name} is a {type(p.data).__name__}; quantized parameters are not supported")
     is_plain = p.is_floating_point() and p.layout == torch.strided
     if not is_plain or not {"matrix": p.ndim == 2, "conv": p.ndim > 2, "experts": p.ndim == 3}[view]:
         raise ValueError(
@@ -43,7 +45,7 @@ def check_shape(name: str, p: Tensor, group: dict[str, Any]) -> None:
 
 
 def _is_wrapper(p: Tensor) -> bool:
-    """DTensors, quantized weights: their data is another tensor's. A FakeTensor's is not."""
+    """Quantized weights: their data is another tensor's. A FakeTensor's is not."""
     return torch.utils._python_dispatch.is_traceable_wrapper_subclass(p.data)
 
 

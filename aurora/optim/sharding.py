@@ -2,19 +2,27 @@
 
 Every matrix has one owner, which alone holds its optimizer state and computes its update. Gradients are summed into
 the owner, new weights go back to everyone while the next matrices are worked on. With S weights and W ranks, a rank
-sends S (W-1)/W numbers in the gradients' wire dtype and as many in the weights' dtype a step; an all-reduce of
-gradients and an all-gather of weights would send three times S (W-1)/W. For gpt2_small on 8 ranks, bfloat16 on the
-wire: 149 + 297 MB for the matrices, and 271 MB for the all-reduce of embedding, head and vectors.
+receives (W-1) times what it owns in the gradients' wire dtype, on the mean S (W-1)/W, and S without what it owns in the
+weights' dtype. An all-reduce of gradients and an all-gather of weights would send three times S (W-1)/W. For gpt2_small
+on 8 ranks, bfloat16 on the wire: 149 + 297 MB for the matrices, and 271 MB for the all-reduce of embedding, head and
+vectors. `python scripts/benchmark.py scale` tells of other sizes.
+
+Gradients arrive from all ranks before they are summed: an owner holds W times its largest matrix. With more ranks than
+matrices of a size, few ranks do all the work of that size. fully_shard has no such limits: see fsdp.py.
 """
 
 from __future__ import annotations  # a torch without torch.distributed has no dist.Work
 
+import collections
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+# The most that all-gathers hold beside the weights: enough that a collective's latency does not count.
+GATHER_BYTES = 2**28
 
 
 def _all_gather(output: Tensor, input: Tensor, group: Any) -> dist.Work:
@@ -112,13 +120,51 @@ def _sum_of_rows(rows: Tensor) -> Tensor:
     return total
 
 
-def gather_from_owners(tensors: Sequence[Tensor], owners: Sequence[int], group: Any = None) -> Callable[[], None]:
-    """Begin to overwrite tensors of one dtype with their owners' content; call the result to wait. Collective."""
+class Gather(NamedTuple):
+    """Tensors of one size on their way from their owners to all."""
+
+    wait: Callable[[], None]  # until they are there
+    num_bytes: int  # that are held until then
+
+
+def begin_gathers(tensors: Sequence[Tensor], owners: Sequence[int], group: Any = None) -> Iterator[Gather]:
+    """Begin, one after the other, to overwrite tensors of one size and dtype with their owners' content. Collective.
+
+    Nothing is padded: see gather_plan().
+    """
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-    ((dtype, chunks),) = _chunks_by_dtype(tensors, owners, world_size).items()
-    received = _new_buffer(chunks, dtype)
-    send = torch.zeros_like(received[rank])
+    rounds, single = gather_plan(owners, world_size, tensors[0].numel() * tensors[0].element_size())
+    for members in rounds:
+        chunks = [[tensors[i] for i in members if owners[i] == owner] for owner in range(world_size)]
+        yield _all_gather_of(chunks, rank, group)
+    for i in single:
+        yield _broadcast(tensors[i], owners[i], rank, group)
+
+
+def gather_plan(owners: Sequence[int], world_size: int, num_bytes: int) -> tuple[list[list[int]], list[int]]:
+    """How tensors of num_bytes each, by their numbers, go from their owners to all.
+
+    Returns:
+        What goes by one all-gather each, as many tensors of every rank and at most GATHER_BYTES; and what is broadcast,
+        in place: what is left where owners have more than others, and all where one of each would be more.
+    """
+    by_owner: list[list[int]] = [[] for _ in range(world_size)]
+    for i, owner in enumerate(owners):
+        by_owner[owner].append(i)
+    each = GATHER_BYTES // (world_size * num_bytes)
+    num_even = min(map(len, by_owner)) if each else 0
+    rounds = [
+        [i for own in by_owner for i in own[first : min(first + each, num_even)]]
+        for first in range(0, num_even, each or 1)
+    ]
+    return rounds, sorted(i for own in by_owner for i in own[num_even:])
+
+
+def _all_gather_of(chunks: list[list[Tensor]], rank: int, group: Any) -> Gather:
+    """Of as many numbers of each rank."""
+    send = chunks[rank][0].new_empty(_size(chunks[rank]))
     _copy(_views(send, chunks[rank]), chunks[rank])
+    received = send.new_empty((len(chunks), send.numel()))
     work = _all_gather(received.view(-1), send, group)
 
     def wait() -> None:
@@ -127,7 +173,38 @@ def gather_from_owners(tensors: Sequence[Tensor], owners: Sequence[int], group: 
             if owner != rank:
                 _copy(chunk, _views(received[owner], chunk))
 
-    return wait
+    return Gather(wait, received.numel() * received.element_size())
+
+
+def _broadcast(tensor: Tensor, owner: int, rank: int, group: Any) -> Gather:
+    content = tensor.detach().contiguous()  # memory is sent, whatever its order
+    is_copy = content.data_ptr() != tensor.data_ptr()
+    work = dist.broadcast(content, group_src=owner, group=group, async_op=True)
+
+    def wait() -> None:
+        work.wait()
+        if is_copy and owner != rank:
+            tensor.copy_(content)
+
+    return Gather(wait, content.numel() * content.element_size() if is_copy else 0)
+
+
+class GathersUnderWay:
+    """Gathers that have begun; they are awaited in order, so that what they hold stays below GATHER_BYTES, or is one
+    alone."""
+
+    def __init__(self) -> None:
+        self.begun: collections.deque[Gather] = collections.deque()
+
+    def add(self, gathers: Iterable[Gather]) -> None:
+        for gather in gathers:
+            self.begun.append(gather)
+            while sum(one.num_bytes for one in self.begun) > GATHER_BYTES and len(self.begun) > 1:
+                self.begun.popleft().wait()
+
+    def wait(self) -> None:
+        while self.begun:
+            self.begun.popleft().wait()
 
 
 def gather_states(
@@ -164,13 +241,6 @@ def _chunks_by_dtype(
     for tensor, owner in zip(tensors, owners, strict=True):
         by_dtype.setdefault(tensor.dtype, [[] for _ in range(world_size)])[owner].append(tensor)
     return by_dtype
-
-
-def _new_buffer(chunks: list[list[Tensor]], dtype: torch.dtype) -> Tensor:
-    """Zeros of shape (ranks, elements of the largest chunk)."""
-    size = max(map(_size, chunks))
-    like = next(tensor for chunk in chunks for tensor in chunk)
-    return like.new_zeros((len(chunks), size), dtype=dtype)
 
 
 def _size(tensors: Sequence[Tensor]) -> int:

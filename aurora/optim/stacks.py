@@ -33,24 +33,23 @@ def split_for_memory(members: list[Any], num_elements: int, is_cpu: bool, share:
     return [members[first : first + size] for first in range(0, len(members), size)]
 
 
-def update_momentum(stack: list[Tensor], buffers: list[Tensor], group: dict[str, Any]) -> None:
-    """The buffers take in their parameters' gradients, in place."""
-    grads = [grad.float() for grad in gradients_of(stack)]
-    torch._foreach_lerp_(buffers, grads, _weights(1 - group["momentum"], stack))
+def update_momentum(grads: list[Tensor], buffers: list[Tensor], group: dict[str, Any]) -> None:
+    """The buffers take in these gradients, in place."""
+    torch._foreach_lerp_(buffers, [grad.float() for grad in grads], _weights(1 - group["momentum"], buffers))
 
 
-def lookahead(stack: list[Tensor], buffers: list[Tensor], group: dict[str, Any]) -> Tensor:
+def lookahead(grads: list[Tensor], buffers: list[Tensor], group: dict[str, Any]) -> Tensor:
     """(K, *shape) float32: what rules see of K parameters' momentum."""
     if not group["nesterov"]:
         return torch.stack(buffers)
-    X_K = torch.stack([grad.float() for grad in gradients_of(stack)])
-    torch._foreach_lerp_(list(X_K.unbind()), buffers, _weights(group["momentum"], stack))
+    X_K = torch.stack([grad.float() for grad in grads])
+    torch._foreach_lerp_(list(X_K.unbind()), buffers, _weights(group["momentum"], buffers))
     return X_K
 
 
-def _weights(weight: float | Tensor, stack: list[Tensor]) -> float | list[Tensor]:
-    """The weight as foreach_lerp takes it for this stack."""
-    return [weight] * len(stack) if isinstance(weight, Tensor) else weight
+def _weights(weight: float | Tensor, buffers: list[Tensor]) -> float | list[Tensor]:
+    """The weight as foreach_lerp takes it for these buffers."""
+    return [weight] * len(buffers) if isinstance(weight, Tensor) else weight
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .fsdp import is_dtensor
 from .shapes import to_matrices
 
 # A norm to divide by where there is no direction; what it divides is zero and stays so.
@@ -34,7 +35,9 @@ def lr_factor(rows: int, columns: int, group: dict[str, Any]) -> float:
 def check_ball(name: str, p: Tensor, group: dict[str, Any]) -> None:
     """Raise ValueError where hyperball would keep a matrix zero."""
     if group["hyperball"] and not p.is_meta and p.numel():
-        largest = torch.stack([matrix.detach().abs().max() for matrix in to_matrices(p, group)])
+        whole: Any = p.detach()
+        whole = whole.full_tensor() if is_dtensor(p) else whole  # a norm may be of rows elsewhere
+        largest = torch.stack([matrix.abs().max() for matrix in to_matrices(whole, group)])
         if not largest.all():
             raise ValueError(
                 f"hyperball keeps norms, but {name} of shape {tuple(p.shape)} has one of 0; start it from other values"
@@ -46,7 +49,12 @@ def is_modified(group: dict[str, Any]) -> bool:
     return bool(group["hyperball"] or group["update_floor"] or (group["cautious_decay"] and group["weight_decay"]))
 
 
-def modified_step(O_KMN: Tensor, W_KMN: Tensor, lr: float | Tensor, group: dict[str, Any]) -> Tensor:
+def lr_of(group: dict[str, Any]) -> float | Tensor:
+    """A number, or a 0-dim tensor."""
+    return group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
+
+
+def modified_step(O_KMN: Tensor, W_KMN: Tensor, group: dict[str, Any]) -> Tensor:
     """(K, M, N) float32: what a step takes off the weights, decay and all.
 
     Args:
@@ -63,8 +71,8 @@ def modified_step(O_KMN: Tensor, W_KMN: Tensor, lr: float | Tensor, group: dict[
         decay_KMN = group["weight_decay"] * W_KMN
         U_KMN += decay_KMN.masked_fill_(U_KMN * W_KMN < 0, 0) if group["cautious_decay"] else decay_KMN
     if not group["hyperball"]:
-        return lr * U_KMN
-    V_KMN = W_KMN - lr * U_KMN
+        return lr_of(group) * U_KMN
+    V_KMN = W_KMN - lr_of(group) * U_KMN
     return W_KMN - V_KMN * (norm_K11 / norms(V_KMN))
 
 
@@ -73,9 +81,11 @@ def norms(X_KMN: Tensor) -> Tensor:
     return torch.linalg.vector_norm(X_KMN, dim=(-2, -1), keepdim=True).clamp(min=TINY_NORM)
 
 
-def take_off(stack: list[Tensor], O_K: Tensor, step_size: float | Tensor, decay: float | Tensor) -> None:
+def take_off(stack: list[Tensor], O_K: Tensor | list[Tensor], step_size: float | Tensor, decay: float | Tensor) -> None:
     """stack <- (1 - decay) stack - step_size O_K, in place."""
-    updates = list(O_K.to(torch.promote_types(O_K.dtype, stack[0].dtype)).unbind())
+    if isinstance(O_K, Tensor):
+        O_K = list(O_K.to(torch.promote_types(O_K.dtype, stack[0].dtype)).unbind())
+    updates = O_K
     if isinstance(decay, Tensor) or decay:
         torch._foreach_mul_(stack, 1 - decay)
     if isinstance(step_size, Tensor):  # which alpha may not be

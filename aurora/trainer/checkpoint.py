@@ -36,7 +36,8 @@ def identity_of(start: dict[str, Any]) -> dict[str, Any]:
     files = {name: text for name, text in start["sources"].items() if name.endswith(".py")}
     code = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()}
     rule = {"rule": start["rule"]} if "rule" in start else {}  # of another package: its version
-    return {key: start[key] for key in ("config", "seed")} | data | rule | {"code": code}
+    train = {key: value for key, value in start["config"]["train"].items() if key != "shard"}  # it may go on otherwise
+    return {"config": start["config"] | {"train": train}, "seed": start["seed"]} | data | rule | {"code": code}
 
 
 def save_run(run: Run) -> None:
@@ -110,9 +111,8 @@ def save_weights(run: Run) -> HarnessError | None:
     metadata = {"format": "pt", "run_id": run.start["run_id"]}  # "pt" is what other readers of the format look for
     try:
         with run.judged_weights():
-            run.ranks.all_or_none(
-                lambda: write_weights(path, run.model.state_dict(), metadata) if run.ranks.is_main else None
-            )
+            weights = run.weights()
+            run.ranks.all_or_none(lambda: write_weights(path, weights, metadata) if run.ranks.is_main else None)
     except HarnessError as error:
         return error
     return None

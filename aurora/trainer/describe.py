@@ -87,7 +87,7 @@ def check_same_start(run: Run) -> None:
     """Raise HarnessError where ranks differ in task, code, data, software or initial weights. Collective."""
     start = run.start
     stack = {key: start["env"][key] for key in ("torch", "numpy", "python", "torch_threads")}
-    variables, weights = shared_variables(start["env"]), digest(run.model.state_dict())
+    variables, weights = shared_variables(start["env"]), digest(run.weights())  # split ones were compared before
     run.ranks.check_agree(code_hash=start["code_hash"], **identity_of(start), **stack, env=variables, weights=weights)
 
 
@@ -129,7 +129,7 @@ def end_event(status: str, run: Run) -> dict[str, Any]:
         torch.tensor(largest, device=run.ranks.device), dist.ReduceOp.MAX
     ).tolist()
     with run.judged_weights():
-        weights_sha256 = digest(run.model.state_dict())
+        weights_sha256 = digest(run.weights())
     clock.charge("end")
     spent_ns, wall_ns = clock.of_slowest_rank()
     train_s = spent_ns["train"] / 1e9

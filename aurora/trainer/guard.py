@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from aurora.errors import Exit, HarnessError
 from aurora.fast.mirror import strange_parts
 from aurora.optim.base import gradients_of
+from aurora.optim.fsdp import local
 from aurora.trainer.ranks import Ranks, digest
 from aurora.trainer.stops import stops
 
@@ -22,8 +23,9 @@ class Guard:
     over norms can lose a NaN.
     """
 
-    def __init__(self, model: nn.Module, ranks: Ranks):
-        self.model = model
+    def __init__(self, model: nn.Module, ranks: Ranks, is_split: bool = False):
+        """is_split: whether each rank holds rows of the weights, and of sums of gradients."""
+        self.model, self.is_split = model, is_split
         self.names, self.params = zip(*model.named_parameters(), strict=True)
         self.ranks = ranks
         self.must_stop = False  # agreed upon by all ranks
@@ -45,13 +47,14 @@ class Guard:
 
     def first_bad(self) -> Tensor:
         """Code of the first parameter here whose gradient is not finite, or more than any code."""
-        found = iter(torch._foreach_norm(gradients_of(self.params)))
+        found = iter(torch._foreach_norm([local(grad) for grad in gradients_of(self.params)]))
         norms = torch.stack([self.zero if p.grad is None else next(found).float() for p in self.params])
         return torch.where(norms.isfinite(), len(self.params) * self.ranks.world_size, self.codes).min()
 
     def observe(self, loss: Tensor) -> None:
         """Call after backward, before gradients are summed over ranks: then nothing would tell whose was bad."""
-        self.found = [loss.isfinite().long(), *([self.first_bad()] if self.ranks.world_size > 1 else [])]
+        are_parts = self.ranks.world_size > 1 and not self.is_split
+        self.found = [loss.isfinite().long(), *([self.first_bad()] if are_parts else [])]
 
     def check(self, step: int, rule: torch.optim.Optimizer) -> None:
         """Call after observe(), when all is ready for the update.
@@ -106,12 +109,16 @@ class Guard:
         """
         if self.must_stay_unedited:
             self.ranks.all_or_none(lambda: check_still_unedited(step, self.model))
-        if self.ranks.world_size > 1:
+        if self.ranks.world_size > 1 and not self.is_split:
             self.ranks.check_agree(weights=digest(self.model.state_dict()))
-        bad = next((name for name, p in self.model.named_parameters() if not p.isfinite().all()), None)
-        if bad:
-            message = f"step {step}: after the update {bad} is not finite; lower the learning rate"
-            raise HarnessError(Exit.NON_FINITE, message)
+
+        def check() -> None:
+            bad = next((name for name, p in self.model.named_parameters() if not local(p).isfinite().all()), None)
+            if bad:
+                message = f"step {step}: after the update {bad} is not finite; lower the learning rate"
+                raise HarnessError(Exit.NON_FINITE, message)
+
+        self.ranks.all_or_none(check) if self.is_split else check()
 
 
 def check_still_unedited(step: int, model: nn.Module) -> None:

@@ -98,6 +98,10 @@ def fit_micro_batch(run: Run, try_plan: Callable[[BatchPlan], None], keeps_littl
     # Where the host's memory is used, no attempt fails: the kernel would kill this process, or others.
     limit_gib = (2 if ranks.device.type == "cuda" else 0.5) * available_gib(ranks)
     sizes = [size for size in sizes if sum(gib[size].values()) < limit_gib] or sizes[-1:]
+    if run.is_split:  # its passes are collective: a rank that failed alone would keep the others waiting
+        limit_gib = available_gib(ranks)
+        sizes = [size for size in sizes if sum(gib[size].values()) < limit_gib] or sizes[-1:]
+        return plan_batch(run.config, ranks.world_size, sizes[0])
     # Warm-up keeps a copy of the weights, and gradients on their way to other ranks are copies, too.
     later_gib = gib[1]["optimizer state"] + gib[1]["weights"] * (2 if ranks.world_size > 1 else 1)
     return plan_batch(run.config, ranks.world_size, first_that_fits(sizes, try_size, ranks, later_gib))
@@ -127,6 +131,9 @@ def memory_estimate_gib(
     # AdamW keeps two floats a weight, a matrix rule one, on its owner.
     state: float = 2 * (num_params - counts["matrix"])
     state += counts["matrix"] / world_size if is_sharded_rule else 2 * counts["matrix"]
+    rows = 1.0
+    if config.train.shard == "fsdp2":  # matrices that are together at a time, some blocks, come with activations
+        rows, state = 1 / world_size, (2 * num_params - counts["matrix"] * is_sharded_rule) / world_size
     width = 4 if model.activation_dtype == "float32" else 2
     kept_by_mlp = (4 if model.mlp == "swiglu" else 2) * model.mlp_expansion
     per_token = model.num_layers * (12 + kept_by_mlp) * model.model_dim * width
@@ -134,8 +141,8 @@ def memory_estimate_gib(
     per_token += model.vocab_size * (width + (model.head_dtype == "float8"))
     logits = micro_batch * model.seq_len * model.vocab_size
     sizes = {
-        "weights": 4 * num_params + (width * (counts["matrix"] + counts["head"]) if width < 4 else 0),
-        "gradients": 4 * num_params,
+        "weights": 4 * num_params * rows + (width * (counts["matrix"] + counts["head"]) if width < 4 else 0) * rows,
+        "gradients": 4 * num_params * rows,
         "optimizer state": 4 * state,
         "activations": micro_batch * model.seq_len * per_token,
         # float32 copies of a part of the logits, or of all, with their gradients.

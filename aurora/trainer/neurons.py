@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import aurora
 from aurora.config import Config
+from aurora.optim.fsdp import is_dtensor
 from aurora.optim.telemetry import applied_update, layer_event, matrix_event, momentum_of
 from aurora.trainer.ranks import Ranks
 
@@ -57,7 +58,13 @@ class Neurons:
         }
         if not self.matrices:
             self.steps = set()
-        self.own = {name: p for i, (name, p) in enumerate(self.matrices.items()) if self._owner(i, p) == ranks.rank}
+        # Where they are split, ranks put them together and look at all of them alike.
+        self.is_split = any(is_dtensor(p) for p in self.matrices.values())
+        self.own = {
+            name: p
+            for i, (name, p) in enumerate(self.matrices.items())
+            if self.is_split or self._owner(i, p) == ranks.rank
+        }
         self.before: dict[str, Tensor] = {}
         self.dead_before: dict[nn.Module, Tensor] | None = None
 
@@ -79,7 +86,7 @@ class Neurons:
         """
         own = {name: self._matrix(name, p) for name, p in self.own.items()}
         self.before = {}
-        layers = self._layers(inputs_BT, targets_BT) if self.ranks.is_main else []
+        layers = self._layers(inputs_BT, targets_BT) if self.ranks.is_main or self.is_split else []
         found: dict[str, dict[str, Any]] = {}
         for part in self.ranks.all_gather_object(own):
             found |= part
@@ -98,7 +105,11 @@ class Neurons:
 
     def _matrix(self, name: str, p: Tensor) -> dict[str, Any]:
         """Of the applied update, without its decay, and of momentum and weights, with neurons as rows."""
-        update, momentum = applied_update(self.before[name], p, self.group_of[p], self.rule), momentum_of(self.rule, p)
+        group = self.group_of[p]
+        before, momentum = self.before[name], momentum_of(self.rule, p)
+        if self.is_split:
+            p, before, momentum = (tensor.full_tensor() for tensor in (p, before, momentum))  # type: ignore[union-attr]
+        update = applied_update(before, p, group, self.rule)
         if name.endswith("down"):
             return matrix_event(update.T, p.T, momentum if momentum is None else momentum.T)
         return matrix_event(update, p, momentum)
@@ -118,7 +129,7 @@ class Neurons:
         hooks = [down.register_forward_pre_hook(measure) for down in self.downs]
         self.model.eval()
         try:
-            if hasattr(self.model, "trunk"):  # without the loss, which takes much memory
+            if hasattr(self.model, "trunk") and not self.is_split:  # without the loss, which takes much memory
                 self.model.trunk(inputs_BT)
             else:
                 self.model(inputs_BT, targets_BT)

@@ -52,7 +52,8 @@ def is_number(value: Any) -> bool:
 
 def build_optimizers(config: Config, params: list[aurora.Param]) -> list[torch.optim.Optimizer]:
     """The rule first, see aurora.build(); its matrices are shared out over all ranks."""
-    process_group = dist.group.WORLD if dist.is_initialized() else None
+    is_whole = config.train.shard == "owners"
+    process_group = dist.group.WORLD if dist.is_initialized() and is_whole else None
     try:
         optimizers = aurora.build(config.rule, params, config.hparams, process_group, config.parameters)
     except ValueError as error:

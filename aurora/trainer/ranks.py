@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aurora.errors import Exit, HarnessError
+from aurora.optim.fsdp import local
 from aurora.trainer.launcher import read_launch
 from aurora.trainer.process import print_line
 from aurora.trainer.rendezvous import connect_group, limit_from, meet
@@ -183,7 +184,7 @@ def is_peer_failure(error: Exception) -> bool:
 
 
 def digest(value: Any) -> str:
-    """sha256 over all keys, numbers and tensor bytes of nested dicts and lists."""
+    """sha256 over all keys, numbers and tensor bytes of nested dicts and lists; of what is split, this rank's rows."""
     sha = hashlib.sha256()
 
     def add(item: Any) -> None:
@@ -195,6 +196,7 @@ def digest(value: Any) -> str:
             for entry in item:
                 add(entry)
         elif isinstance(item, Tensor):
+            item = local(item)
             sha.update(f"{item.dtype}{tuple(item.shape)}".encode())
             sha.update(item.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         else:

@@ -13,6 +13,7 @@ from aurora.config import ROOT, Config, ModelConfig, is_path, parse_config, read
 from aurora.errors import Exit, HarnessError
 from aurora.fast import hopper
 from aurora.fast.float8 import check_float8
+from aurora.fast.mirror import edits
 from aurora.schedule import ROLES, pieces_of
 from aurora.tokens.loader import RunData, TokenLoader, open_run_data
 from aurora.tokens.shards import ShardError
@@ -33,7 +34,7 @@ from aurora.trainer.optimizers import (
 )
 from aurora.trainer.probe import force_eager
 from aurora.trainer.process import check_writable, lock_folder
-from aurora.trainer.ranks import Ranks
+from aurora.trainer.ranks import Ranks, digest
 from aurora.trainer.state import Run
 
 if TYPE_CHECKING:
@@ -77,6 +78,10 @@ def check_run(args: argparse.Namespace, ranks: Ranks, make_model: MakeModel, sch
             ranks.say(f"{config.optimizer} is not resumable, so no checkpoint is written: {no_resume}")
         if config.model.head_dtype == "float8":
             check_float8(ranks.device)
+        if config.train.shard == "fsdp2":
+            from aurora.trainer.fsdp import check_fsdp
+
+            check_fsdp(config, bool(args.dump_momentum))
         dump = args.dump_momentum and checked_dump(optimizers[0], config.train.steps, *args.dump_momentum)
         if args.dry_run:
             ranks.say(dry_run_report(config, params, optimizers, ranks.world_size, plan.micro_steps, plan.micro_batch))
@@ -197,6 +202,13 @@ def new_run(
     config = checked.config
     model = make_model(config.model)
     model.init_weights(args.seed, config.projection_init)
+    model_edits = None
+    if config.train.shard == "fsdp2" and ranks.world_size > 1:
+        from aurora.trainer.fsdp import split_model
+
+        model_edits = edits(model)
+        ranks.check_agree(weights=digest(model.state_dict()))
+        split_model(model, config, ranks)  # each block goes to the device by itself
     model.to(ranks.device)
     optimizers = build_optimizers(config, model.roles())
     fix_polar_dtype(optimizers, ranks)
@@ -209,6 +221,7 @@ def new_run(
         allow_epochs=config.data.allow_epochs,
     )
     run = Run(config, checked.plan, ranks, clock, model, optimizers, loader, data.val_tokens, args.out)
+    run.model_edits = model_edits
     run.no_resume = run.guard.no_resume = checked.no_resume
     return run
 

@@ -15,6 +15,7 @@ import aurora
 from aurora.config import Config
 from aurora.optim.base import MatrixOptimizer
 from aurora.optim.external import give, has_eval_weights
+from aurora.optim.fsdp import split_as
 from aurora.tokens.loader import TokenLoader
 from aurora.trainer.batch import BatchPlan, stage, to_device
 from aurora.trainer.clock import Clock
@@ -45,13 +46,15 @@ class Run:
     checkpoint: dict[str, Any] | None = None  # from which it goes on
     progress: Progress = field(default_factory=Progress)
     timeline: Timeline = timeline
+    model_edits: list[str] | None = None  # of a model that has been split, which tells of none any more
     no_resume: str = ""  # why the run cannot go on from a checkpoint, as its optimizer keeps more than it saves
 
     def __post_init__(self) -> None:
-        self.guard = Guard(self.model, self.ranks)
+        self.guard = Guard(self.model, self.ranks, self.is_split)
         params = reversed(list(self.model.parameters()))  # as gradients arrive; with several ranks, they get hooks
         wire_dtype = getattr(torch, self.config.model.activation_dtype)  # to which a backward pass has rounded anyway
-        self.gradients = GradientSum(params, self.optimizers, wire_dtype, self.ranks.world_size)
+        num_summed = 1 if self.is_split else self.ranks.world_size  # fully_shard has its own sums
+        self.gradients = GradientSum(params, self.optimizers, wire_dtype, num_summed)
         self.renew(self.optimizers)
 
     def renew(self, optimizers: list[torch.optim.Optimizer]) -> None:
@@ -66,9 +69,14 @@ class Run:
         return not aurora.is_ours(self.rule)
 
     @property
+    def is_split(self) -> bool:
+        """Whether each rank holds rows of everything alone."""
+        return self.config.train.shard == "fsdp2" and self.ranks.world_size > 1
+
+    @property
     def may_compile(self) -> bool:
         mode = self.config.train.compile
-        return mode == "on" or (mode == "auto" and self.ranks.device.type == "cuda")
+        return not self.is_split and mode == "on" or (mode == "auto" and self.ranks.device.type == "cuda")
 
     @property
     def rule(self) -> torch.optim.Optimizer:
@@ -112,17 +120,38 @@ class Run:
             self.timeline.mark("validate_batch")
             yield inputs, targets
 
-    def state_dict(self) -> dict[str, Any]:
-        """The whole state, the same on every rank and for any number of them. Collective: sharded state is gathered."""
+    def weights(self) -> dict[str, Tensor]:
+        """The whole weights. Collective where they are split."""
+        return self._whole(self.model.state_dict())
+
+    def _whole(self, value: Any) -> Any:
+        if not self.is_split:
+            return value
+        from aurora.trainer.fsdp import whole  # and with it torch's fully_shard, which takes a second
+
+        return whole(value)
+
+    def state_dict(self, is_whole: bool = True) -> dict[str, Any]:
+        """The whole state, the same on every rank and for any number of them. Collective: sharded state is gathered.
+
+        is_whole: False leaves what is split by rows as it is, to be loaded again by the same ranks.
+        """
         for optimizer in self.optimizers:
             if isinstance(optimizer, MatrixOptimizer):
                 optimizer.consolidate_state_dict()
+        gathered = self._whole if is_whole else lambda value: value
         return {
-            "model": self.model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "model": gathered(self.model.state_dict()),
+            "optimizers": gathered([optimizer.state_dict() for optimizer in self.optimizers]),
             "loader": self.loader.state_dict(),
             "rng": torch.get_rng_state(),
         }
+
+    @staticmethod
+    def _split(optimizer: torch.optim.Optimizer, states: dict[int, Any]) -> dict[int, Any]:
+        """Saved states by the number of their parameter, split as that is."""
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        return {i: split_as(f"parameter {i}", params[i], state) for i, state in states.items()}
 
     def load_state_dict(
         self, state: dict[str, Any], new_optimizers: Callable[[], list[torch.optim.Optimizer]] | None = None
@@ -132,11 +161,18 @@ class Run:
         new_optimizers: makes those that take the place of the old ones with what these were saved with; once the
             weights are there, which they may read.
         """
-        self.model.load_state_dict(state["model"])
+        if self.is_split:
+            from aurora.trainer.fsdp import load_weights
+
+            load_weights(self.model, state["model"])
+        else:
+            self.model.load_state_dict(state["model"])
         if new_optimizers:
             self.renew(new_optimizers())
         else:
             for optimizer, optimizer_state in zip(self.optimizers, copy.deepcopy(state["optimizers"]), strict=True):
+                if self.is_split:
+                    optimizer_state["state"] = self._split(optimizer, optimizer_state["state"])
                 optimizer.load_state_dict(optimizer_state)
         self.loader.load_state_dict(state["loader"])
         torch.set_rng_state(state["rng"])

@@ -50,7 +50,7 @@ def prepare(run: Run, forward_backward: ForwardBackward) -> Model:
         HarnessError: CONFIG, train.compile = "on" and no compiled way works.
     """
     run.timeline.mark("warm_up", 0)
-    changes = edits(run.model)
+    changes = edits(run.model) if run.model_edits is None else run.model_edits
     run.start["attention"] = choose_attention(run.config.model, run.ranks.device)
     run.ranks.check_agree(attention=run.start["attention"], model_edits=changes)
     name = f"model edited ({'; '.join(changes[:3])}{', ...' * (len(changes) > 3)})" if changes else "model"
@@ -90,7 +90,7 @@ def ways(run: Run, is_edited: bool) -> Iterator[Way]:
         yield Way(f"compiled{by_blocks}, plain forward", lambda: compiled_plain(model, run), True, False)
         if run.config.train.compile == "on":
             return
-    if not is_edited:
+    if not is_edited and not run.is_split:  # fully_shard gathers weights where modules are called
         yield Way("eager, fast forward", lambda: FastForward(model), False, True)
     yield Way("eager, plain forward", lambda: model, False, False)
 
@@ -186,7 +186,7 @@ def validation_passes(model: Model, plan: BatchPlan, run: Run) -> None:
 
 def warm_up(model: Model, run: Run, forward_backward: ForwardBackward, is_compiled: bool = False) -> None:
     """Run every shape once on made-up tokens (compilers, allocators, first collectives), then undo it all."""
-    before, plan = copy.deepcopy(run.state_dict()), run.plan
+    before, plan = copy.deepcopy(run.state_dict(is_whole=False)), run.plan
     device = run.ranks.device
     device_rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     try:
@@ -210,7 +210,7 @@ def warm_up(model: Model, run: Run, forward_backward: ForwardBackward, is_compil
         if device_rng is not None:
             torch.cuda.set_rng_state(device_rng, device)
     parts = [key for key in before if key != "optimizers" or not run.is_external]
-    after = run.state_dict()
+    after = run.state_dict(is_whole=False)
     if any(digest(after[key]) != digest(before[key]) for key in parts):
         raise RuntimeError("warm-up left a trace in weights, optimizer state, RNG or loader")
 
