@@ -134,7 +134,7 @@ def eight_ranks(monkeypatch):
         monkeypatch.setattr(dist, name, lambda group=None, value=value: value)
     monkeypatch.setattr(dist, "group", SimpleNamespace(WORLD="world"))
     done = SimpleNamespace(wait=lambda: None)
-    monkeypatch.setattr(dist, "all_reduce", lambda flag, group, async_op: done)  # four bytes
+    monkeypatch.setattr(dist, "all_reduce", lambda flag, group, async_op=False: done)  # four bytes
     # (received, send, ...): each rank's share of what it sends stays at home.
     monkeypatch.setattr(dist, "all_to_all_single", count("all_to_all", 7 / 8))
     monkeypatch.setattr("aurora.optim.sharding._all_gather", count("all_gather", 7))
