@@ -133,9 +133,10 @@ def final_loss(run: Run) -> float:
 
 
 def board_steps(results: Path) -> dict[str, int]:
-    """Steps to the target that the board states, by row."""
+    """Steps to the target that the board states, by row, or by pull request."""
     reference = tomllib.loads((results / "reference.toml").read_text(encoding="utf-8"))
-    return {str(entry["row"]): entry["steps"] for track in reference["track"] for entry in track["result"]}
+    rows = [entry for track in reference["track"] for entry in track["result"]]
+    return {str(entry.get("row", entry.get("pull"))): entry["steps"] for entry in rows}
 
 
 def main(argv: list[str] | None = None) -> int:
