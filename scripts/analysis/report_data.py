@@ -94,7 +94,8 @@ def page_data(
     folders: in which ledgers of tuning are looked for.
     verdicts: of the records by path; None where they were not verified.
     """
-    tasks = sorted(group_runs(runs).items(), key=lambda task: -sum(len(group.runs) for group in task[1]))
+    # First what can be tested, then the trials of tuning, which are many, but one of each setting.
+    tasks = sorted(group_runs(runs).items(), key=lambda task: -max(len(group.runs) for group in task[1]))
     data = {
         "tasks": [task_data(task, groups, out, verdicts) for task, groups in tasks],
         "tuning": [found for folder in folders for found in tunings(folder)],
