@@ -21,6 +21,7 @@ comparison.json, loss_curves.png and report.html are written to --out. scripts/R
 import argparse
 import itertools
 import json
+import shlex
 import statistics
 import sys
 import threading
@@ -53,6 +54,7 @@ from scripts.runs import (
     track_name,
 )
 
+MOST_REPORTED = 200  # of more runs the report takes longer than all else at the end, for each is verified
 DEFAULT_OPTIMIZERS = ["adamw", "muon", "unormuon", "aurora"]
 
 
@@ -329,6 +331,9 @@ def run_and_report(
             print(f"no curves: {error}; pip install -e '.[report]'", file=sys.stderr)
         except (OSError, ValueError) as error:
             print(f"no curves: {error}", file=sys.stderr)
+    if len(done) > MOST_REPORTED:
+        print(f"report: {shlex.join(['python', 'scripts/report.py', str(args.out)])}", file=progress)
+        return 1 if failures or num_tasks > 1 and not args.grid else 0
     try:
         from scripts.report import write_report
 
