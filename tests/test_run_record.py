@@ -4,6 +4,7 @@ import contextlib
 import json
 import socket
 import struct
+import time
 
 import pytest
 
@@ -178,22 +179,31 @@ def test_wandb_offline_file_holds_the_values_of_the_record(tiny_track, tmp_path,
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     assert train_here(tiny_track, tmp_path / "out", "--wandb", "offline") == 0
     (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    rows, step_metrics = [], {}
-    for content in leveldb_log(path.read_bytes()):
-        record = pb.Record.FromString(content)
-        if record.WhichOneof("record_type") == "history":
-            items = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-            rows.append({key: value for key, value in items.items() if not key.startswith("_")})
-        elif record.WhichOneof("record_type") == "metric":
-            step_metrics[record.metric.glob_name or record.metric.name] = record.metric.step_metric
     mirrored = [event for event in events(tmp_path / "out") if event["event"] in ("train", "val", "neurons", "end")]
     expected = [
         {"step": event["step"]}
         | {f"{event['event']}/{k}": v for k, v in event.items() if isinstance(v, int | float) and k != "step"}
         for event in mirrored
     ]
+    rows, step_metrics, deadline_s = [], {}, time.monotonic() + 30
+    while len(rows) < len(expected) and time.monotonic() < deadline_s:  # a process of wandb's own writes it
+        time.sleep(0.1)
+        rows, step_metrics = offline_rows(pb, path.read_bytes())
     assert rows == expected
     assert step_metrics["*"] == "step", "the x axis of every chart"
+
+
+def offline_rows(pb, content):
+    """The rows of an offline file, and which metric is the x axis of which."""
+    rows, step_metrics = [], {}
+    for one in leveldb_log(content):
+        record = pb.Record.FromString(one)
+        if record.WhichOneof("record_type") == "history":
+            items = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            rows.append({key: value for key, value in items.items() if not key.startswith("_")})
+        elif record.WhichOneof("record_type") == "metric":
+            step_metrics[record.metric.glob_name or record.metric.name] = record.metric.step_metric
+    return rows, step_metrics
 
 
 def leveldb_log(content: bytes):
