@@ -79,7 +79,7 @@ def version_of(module: str) -> str:
     """Of a module that can be imported; else empty."""
     try:
         return str(importlib.import_module(module).__version__)
-    except Exception:
+    except Exception:  # a broken installation may raise anything, and its line then says that the module is missing
         return ""
 
 
