@@ -11,6 +11,7 @@ statistics.
 import argparse
 import hashlib
 import json
+import math
 import sys
 import tomllib
 from pathlib import Path
@@ -33,8 +34,9 @@ Do optimizers come in the same order on a laptop as on eight GPUs? For each rule
 steps it reaches its target. On each laptop track below every rule was tuned with the same number of trials, and then
 run with seeds that tuning had not seen.
 
-- *rho* is Spearman's: 1 if both orders are the same, 0 if they have nothing to do with each other. Here the order is
-  that of the mean loss at the end of equally long schedules, so that a rule that misses the target has a place, too.
+- *rho* is Spearman's: 1 if both orders are the same, 0 if they have nothing to do with each other.
+- The order here is that of the mean *loss at the end* of equally long schedules. Beside it stands the order by *steps*
+  to a loss that every run reaches: the highest that a run ends with. Steps between two validations are interpolated.
 - Brackets hold 95 %: rules drawn anew, each with its seeds drawn anew. *p* is the share of random orders that agree as
   well.
 - *Repeat* is the rho between two measurements of the same track with other seeds: noise allows no more.
@@ -55,20 +57,23 @@ class Page:
         self.plots: dict[Path, tuple[str, str, dict[str, list[float]]]] = {}
         rows, sections = [], []
         for track in evidence["track"]:
-            losses, section = self.track(results, **track)
-            rows.append((track["title"], *(self.cells(losses, half) for half in (*HALVES, None))))
+            orders, section = self.track(results, **track)
+            rows += [
+                (track["title"], title, *(self.cells(values, half) for half in (*HALVES, None)))
+                for title, values in orders.items()
+            ]
             sections += section
-        header = ("track", *(f"{half} half" for half in HALVES), "all rules")
+        header = ("track", "order here by", *(f"{half} half" for half in HALVES), "all rules")
         lines = [f"<!-- Written by scripts/prediction.py from the records named in {EVIDENCE}; do not edit. -->", ""]
         lines += ["# Does the laptop predict the board?", "", INTRODUCTION, "", evidence["verdict"].strip(), ""]
         self.text = "\n".join([*lines, markdown_table(header, rows), "", *sections])
 
-    def of_half(self, losses: dict[str, list[float]], half: str | None) -> Agreement | None:
-        chosen = {name: values for name, values in losses.items() if half in (None, self.rules[name]["half"])}
+    def of_half(self, values: dict[str, list[float]], half: str | None) -> Agreement | None:
+        chosen = {name: values[name] for name in values if half in (None, self.rules[name]["half"])}
         return agreement(chosen, {name: self.steps[name] for name in chosen}) if len(chosen) >= FEWEST_RULES else None
 
-    def cells(self, losses: dict[str, list[float]], half: str | None) -> str:
-        found = self.of_half(losses, half)
+    def cells(self, values: dict[str, list[float]], half: str | None) -> str:
+        found = self.of_half(values, half)
         if found is None:
             return "too few rules"
         low, high, _ = found.interval
@@ -76,8 +81,8 @@ class Page:
 
     def track(
         self, results: Path, title: str, folder: str, command: str, note: str
-    ) -> tuple[dict[str, list[float]], list[str]]:
-        """The losses by rule, and the section of one track."""
+    ) -> tuple[dict[str, dict[str, list[float]]], list[str]]:
+        """What orders the rules, by its name: values of each rule, one for each seed; and the section of one track."""
         runs, errors = read_folder(results / folder) if (results / folder).is_dir() else ([], [])
         if errors:
             raise ValueError(str(errors[0]))
@@ -85,11 +90,14 @@ class Page:
         if len(tasks := {run.start["task_hash"] for run in runs}) > 1:
             raise ValueError(f"{folder} holds runs of {len(tasks)} tasks, which no order can compare")
         losses: dict[str, list[float]] = {}
+        steps: dict[str, list[float]] = {}
+        level = max((run.end_event["val_loss"] for run in runs if run.is_done), default=math.nan)
         for run in sorted(runs, key=lambda run: run.start["seed"]):
             losses.setdefault(run.start["optimizer"], []).append(final_loss(run))
+            steps.setdefault(run.start["optimizer"], []).append(steps_to(level, run))
         lines = [f"## {title}", "", note.strip(), "", *(f"    {line}" for line in command.strip().splitlines()), ""]
         if not losses:
-            return losses, [*lines, "No record yet.", ""]
+            return {}, [*lines, "No record yet.", ""]
         path = results / folder / "prediction.png"
         digest = hashlib.sha256(json.dumps([title, losses, self.steps], sort_keys=True).encode()).hexdigest()
         self.plots[path] = digest, title, losses
@@ -98,10 +106,12 @@ class Page:
             low, high, _ = mean_interval(losses[name])
             interval = f"{np.mean(losses[name]):.4f} [{low:.4f}, {high:.4f}]"
             there = f"{self.steps[name]:,}", str(self.rules[name]["row"]), self.rules[name]["half"]
-            rows.append((cell(name), str(len(losses[name])), interval, *there))
-        header = ("optimizer", "runs", "mean loss at the end [95 %]", "steps on the board", "row", "half")
+            rows.append((cell(name), str(len(losses[name])), interval, f"{np.mean(steps[name]):.0f}", *there))
+        by_steps = f"steps to {level:.4f}"
+        header = ("optimizer", "runs", "mean loss at the end [95 %]", by_steps, "steps on the board", "row", "half")
         links = f"[plot]({folder}/prediction.png), [details]({folder}/README.md)"
-        return losses, [*lines, markdown_table(header, rows), "", links, ""]
+        orders = {"loss at the end": losses, by_steps: steps}
+        return orders, [*lines, markdown_table(header, rows), "", links, ""]
 
     def draw(self, path: Path) -> None:
         """Loss here against steps there, a dot for each rule."""
@@ -130,6 +140,17 @@ class Page:
 def final_loss(run: Run) -> float:
     """Infinite where training diverged."""
     return run.end_event["val_loss"] if run.is_done else float("inf")
+
+
+def steps_to(level: float, run: Run) -> float:
+    """The step at which the validation loss came down to level, interpolated; infinite where it never did."""
+    before = None
+    for now in run.validations:
+        if now.val_loss <= level:
+            share = (before.val_loss - level) / (before.val_loss - now.val_loss) if before else 1.0
+            return now.step - (1 - share) * (now.step - before.step) if before else float(now.step)
+        before = now
+    return math.inf
 
 
 def board_steps(results: Path) -> dict[str, int]:

@@ -70,11 +70,15 @@ def test_page_has_each_track_with_its_rho_and_is_stale_when_a_record_changes(res
     arguments = ["--results", str(results)]
     assert prediction.main(arguments) == 0
     page = (results / "PREDICTION.md").read_text()
-    (first,) = re.findall(r"\| First +\|(.*)\|", page)
-    design, confirmation, both = (text.strip() for text in first.split("|"))
-    assert design.startswith("rho 1.00 [") and confirmation == "too few rules" and both.startswith("rho 1.00 [")
+    rows = re.findall(r"\| First +\|(.*)\|", page)
+    for row, title in zip(rows, ("loss at the end", "steps to 1.4660"), strict=True):
+        order, design, confirmation, both = (text.strip() for text in row.split("|"))
+        assert order == title
+        assert design.startswith("rho 1.00 [") and confirmation == "too few rules" and both.startswith("rho 1.00 [")
     assert "No record yet." in page
-    assert re.search(r"\| d +\| 2 +\| 1\.4605 \[1\.3906, 1\.5304\] +\| 400 +\| 3 +\| design +\|", page), page
+    assert re.search(r"\| d +\| 2 +\| 1\.4605 \[1\.3906, 1\.5304\] +\| 200 +\| 400 +\| 3 +\| design +\|", page), page
+    # From 3.005 at step 100 to 1.155 at step 200, and from 3.006 to 1.166: at 1.466 at 183.2 and 183.7.
+    assert re.search(r"\| a +\| 2 +\| 1\.1605 \[1\.0906, 1\.2304\] +\| 183 +\| 100 +\|", page), page
     assert prediction.main([*arguments, "--check"]) == 0
 
     start, *rest = (results / "first" / "a-5.jsonl").read_text().splitlines()
