@@ -6,6 +6,7 @@ import enum
 class Exit(enum.IntEnum):
     """Exit codes."""
 
+    DONE = 0  # there is nothing left to do
     CONFIG = 2
     DATA = 3
     CHECKPOINT = 4

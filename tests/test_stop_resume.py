@@ -1,5 +1,6 @@
 """Signals, and which run --resume takes. Kills and broken checkpoints are in test_faults.py."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -119,8 +120,12 @@ def test_launch_script_refuses_numbers_that_are_none(tmp_path):
 def test_launch_script_hears_a_signal_while_it_checks_the_arguments(twelve_steps, tmp_path, after_s):
     process = launch_script(*twelve_steps, "--out", tmp_path)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    while not any(b"--dry-run" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children.read_text().split()):
+    is_checking = False
+    while not is_checking:
         time.sleep(0.001)
+        with contextlib.suppress(FileNotFoundError):  # a child that has ended meanwhile
+            commands = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children.read_text().split()]
+            is_checking = any(b"--dry-run" in command for command in commands)
     time.sleep(after_s)
     process.send_signal(signal.SIGHUP)
     _, said = process.communicate(timeout=30)
@@ -171,14 +176,18 @@ def test_resume_validations_at_checkpoints_of_its_own_seed_and_rule_alone(tiny_t
         next(tmp_path.glob("*.jsonl")).unlink()
 
 
-def test_resume_leaves_finished_runs_alone(tiny_track, tmp_path):
+def test_resume_of_a_run_that_is_done_does_nothing(tiny_track, tmp_path, capsys):
     arguments = ["--set", "train.checkpoint_every=10", "--set", "train.steps=20"]
     assert train_here(tiny_track, tmp_path, *arguments) == 0
     (finished,) = tmp_path.glob("*.jsonl")
     before = finished.read_bytes()
     assert train_here(tiny_track, tmp_path, *arguments, "--resume") == 0
-    assert finished.read_bytes() == before
-    assert len(list(tmp_path.glob("*.jsonl"))) == 2
+    assert f"done: --resume: {finished} is this run from its start to its end" in capsys.readouterr().err
+    assert list(tmp_path.glob("*.jsonl")) == [finished] and finished.read_bytes() == before
+
+    assert train_here(tiny_track, tmp_path, *arguments, "--resume", "--seed", "1") == 0, "another run"
+    assert train_here(tiny_track, tmp_path, *arguments) == 0, "this one again, as --resume was not asked for"
+    assert len(list(tmp_path.glob("*.jsonl"))) == 3 and finished.read_bytes() == before
 
 
 def test_resume_without_its_record_writes_the_start_again(tiny_track, tmp_path):

@@ -244,6 +244,19 @@ def differences(identity: dict[str, Any], other: dict[str, Any]) -> list[str]:
     return [key for key, value in other.items() if key != "code" and identity.get(key) != value] + sorted(files)
 
 
+def check_not_done(out: Path, start: dict[str, Any]) -> None:
+    """Raise HarnessError, DONE, where out has the record of this very run from its start to its end.
+
+    So a job that is queued again, or a list of commands that is given again, repeats no run. start: its run event.
+    """
+    identity, name = identity_of(start), start["run_id"].rsplit("-", 2)[0]
+    for path in sorted(out.glob(f"{glob.escape(name)}-*.jsonl")):
+        with contextlib.suppress(RecordError, KeyError, TypeError, AttributeError):  # another's file may hold anything
+            run = read_record(path)
+            if run.is_done and not differences(identity_of(run.start), identity):
+                raise HarnessError(Exit.DONE, f"--resume: {path} is this run from its start to its end")
+
+
 def is_finished(run_folder: Path) -> bool:
     """Whether the record beside these checkpoints says that the run was done."""
     try:

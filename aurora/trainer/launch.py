@@ -16,6 +16,7 @@ from aurora.trainer.ranks import Ranks, is_peer_failure, join_ranks, leave_ranks
 from aurora.trainer.stops import stops
 from aurora.trainer.watch import Watch
 
+KINDS = {Exit.DONE: "done", Exit.PREEMPTED: "stopped"}  # what is said first of an exit; of all others "error"
 IMPORT_NS = time.perf_counter_ns() - aurora.IMPORT_BEGIN_NS  # most of what a run imports
 
 
@@ -38,7 +39,7 @@ def run_rank(train: Callable[[argparse.Namespace, Ranks, Clock], None], args: ar
         return report_exit(0)
     except HarnessError as error:  # raised by all ranks alike once they have joined
         if rank == "0" or not dist.is_initialized():
-            print_line(f"{'stopped' if error.reason == Exit.PREEMPTED else 'error'}: {error}")
+            print_line(f"{KINDS.get(error.reason, 'error')}: {error}")
         leave_ranks()
         return report_exit(int(error.reason))
     except KeyboardInterrupt:

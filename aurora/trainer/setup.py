@@ -18,7 +18,7 @@ from aurora.schedule import ROLES, pieces_of
 from aurora.tokens.loader import RunData, TokenLoader, open_run_data
 from aurora.tokens.shards import ShardError
 from aurora.trainer.batch import BatchPlan, plan_batch, stage
-from aurora.trainer.checkpoint import newest_checkpoint, take_over
+from aurora.trainer.checkpoint import check_not_done, newest_checkpoint, take_over
 from aurora.trainer.clock import Clock
 from aurora.trainer.cost import time_lines
 from aurora.trainer.describe import check_same_start, device_name, dry_run_report, greeting, run_event
@@ -180,6 +180,7 @@ def open_run(
                 message = f"--resume: the checkpoint does not fit this run: its {error}; start over in another --out"
                 raise HarnessError(Exit.CHECKPOINT, message) from error
         if args.resume and not run.checkpoint:
+            ranks.all_or_none(lambda: check_not_done(args.out, run.start) if ranks.is_main else None)
             ranks.say(f"resume: no unfinished run with a checkpoint in {args.out}, starting at step 0")
         ranks.say(greeting(run.start))
         clock.charge("setup")
