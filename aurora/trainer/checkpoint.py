@@ -249,7 +249,8 @@ def check_not_done(out: Path, start: dict[str, Any]) -> None:
 
     So a job that is queued again, or a list of commands that is given again, repeats no run. start: its run event.
     """
-    identity, name = identity_of(start), start["run_id"].rsplit("-", 2)[0]
+    name = start["run_id"].rsplit("-", 2)[0]
+    identity = json.loads(json.dumps(identity_of(start)))  # as a record has it
     for path in sorted(out.glob(f"{glob.escape(name)}-*.jsonl")):
         with contextlib.suppress(RecordError, KeyError, TypeError, AttributeError):  # another's file may hold anything
             run = read_record(path)
