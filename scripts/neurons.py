@@ -1,4 +1,4 @@
-"""Plot and table of `scripts/plot.py neurons`: starved rows and dead neurons over training, by layer and optimizer."""
+"""Plots and table of `scripts/plot.py neurons` and `leverage`: neurons over training, by layer and optimizer."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from aurora.optim.diagnostics import LEVERAGE_EDGES, STARVED_FRAC
 from scripts.analysis.text import cell, markdown_table
 from scripts.analysis.verdict import Group
 from scripts.plot import printable, save_figure, styles_of
@@ -28,8 +29,10 @@ def update_cv(event: dict[str, Any], layer: int) -> float:
     return event["matrices"][f"blocks.{layer}.mlp.up"]["update_cv"]
 
 
-def over_training(group: Group, value: Callable[[dict[str, Any], int], float]) -> tuple[list[int], np.ndarray]:
-    """Steps that all runs have measured, and values (runs, layers, steps).
+def over_training(
+    group: Group, value: Callable[[dict[str, Any], int], float | list[int]]
+) -> tuple[list[int], np.ndarray]:
+    """Steps that all runs have measured, and values (runs, layers, steps), or lists of values (..., values).
 
     Raises:
         ValueError: a run has no telemetry, or runs of unlike models.
@@ -41,14 +44,14 @@ def over_training(group: Group, value: Callable[[dict[str, Any], int], float]) -
         raise ValueError(f"runs of {group.label} have no telemetry of neurons in common (eval.telemetry)")
     layers = range(depths.pop())
     try:
-        values = [[[float(value(events[s], i)) for s in steps] for i in layers] for events in by_step]
+        values = [[[np.array(value(events[s], i), float) for s in steps] for i in layers] for events in by_step]
     except (KeyError, TypeError, IndexError, ZeroDivisionError) as error:
         raise ValueError(f"runs of {group.label}: telemetry is not whole ({error!r})") from error
     return steps, np.array(values)
 
 
 TABLE_HEADER = (
-    *("optimizer", "runs", "step", "starved rows (%)", "rows without leverage (%)", "dead neurons (%)"),
+    *("optimizer", "runs", "step", "starved rows (%)", "rows of low leverage (%)", "dead neurons (%)"),
     "sd / mean of row norms",
 )
 
@@ -56,8 +59,9 @@ TABLE_HEADER = (
 def neurons_table(groups: Sequence[Group], steps: Sequence[int]) -> str:
     """How neurons fare at these steps: means over seeds, with their range in brackets, all layers together.
 
-    Starved: rows of up, and of the gate, with under 10 % of an even row's share of the update's energy. Without
-    leverage: with under 10 % of an even row's leverage in the momentum. Runs that did not reach their end are left out.
+    Starved: rows of up, and of the gate, with under 10 % of an even row's share of the update's energy. Of low
+    leverage: with under 10 % of an even row's leverage in what the rule saw. Runs that did not reach their end are
+    left out.
 
     Raises:
         ValueError: a run has no telemetry of one of the steps.
@@ -71,7 +75,11 @@ def neurons_table(groups: Sequence[Group], steps: Sequence[int]) -> str:
                 raise ValueError(f"a run of {group.label} has no telemetry at step {step}; see eval.every")
             found = [event for event in events if event is not None]
             norms = [[m["update_cv"] for name, m in e["matrices"].items() if not name.endswith("down")] for e in found]
-            cells = [in_percent([event.get(key) for event in found]) for key in ("starved", "starved_momentum", "dead")]
+            shares = [[event.get(key) for event in found] for key in ("starved", "dead")]
+            shares.insert(
+                1, [event.get("low_leverage", event.get("starved_momentum")) for event in found]
+            )  # of older ones
+            cells = list(map(in_percent, shares))
             cells.append(with_range([float(np.mean(of_run)) for of_run in norms], 3))
             rows.append((cell(group.label), str(len(found)), str(step), *cells))
     return markdown_table(TABLE_HEADER, rows)
@@ -137,3 +145,51 @@ def plot_neurons(groups: Sequence[Group], path: Path, description: str = "") -> 
         curves[0].legend()
         save_figure(figure, path, description)
         plt.close(figure)
+
+
+def plot_leverage(groups: Sequence[Group], path: Path, description: str = "") -> None:
+    """Histograms of the rows' leverage over training: layers below each other, a column for each group.
+
+    Of up and of the gate, in what the rule saw, in units of an even row's. Shares of rows are means over seeds, on a
+    scale of logarithms, since a few rows matter. Below the dashed line leverage is called low.
+
+    Raises:
+        ValueError: a run has no such telemetry.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import LogNorm
+
+    found = [over_training(group, histogram_of_tall) for group in groups]
+    depth = len(found[0][1][0])
+    size = max(6.0, 2.4 * len(groups) + 1.2), 1.7 * depth + 0.8
+    with matplotlib.rc_context({"text.parse_math": False, "svg.hashsalt": "", "font.size": 9}):
+        figure, axes = plt.subplots(
+            depth, len(groups), figsize=size, squeeze=False, sharex="col", sharey=True, layout="constrained"
+        )
+        decades = (-3, -2, -1, 0, 1)
+        for column, (group, (steps, counts)) in enumerate(zip(groups, found, strict=True)):
+            shares = counts.mean(axis=0) / counts.mean(axis=0).sum(axis=-1, keepdims=True)
+            for layer, (axis, of_layer) in enumerate(zip(axes[:, column], shares, strict=True)):
+                norm = LogNorm(1e-3, 1)
+                image = axis.pcolormesh(np.where(of_layer.T > 0, of_layer.T, np.nan), cmap="cividis", norm=norm)
+                axis.set_facecolor("white")
+                axis.axhline(1 + LEVERAGE_EDGES.index(STARVED_FRAC), color="black", lw=0.8, linestyle="--")
+                shown = range(0, len(steps), max(1, len(steps) // 4))
+                axis.set_xticks([i + 0.5 for i in shown], [str(steps[i]) for i in shown])
+                axis.set_yticks([1 + 4 * (k + 3) for k in decades], [f"{10.0**k:g}" for k in decades])
+                if column == 0:
+                    axis.set_ylabel(f"layer {layer}")
+            axes[0][column].set_title(f"{printable(group.label)} (n = {len(group.runs)})")
+            axes[-1][column].set_xlabel("step")
+        figure.supylabel("leverage of rows, in units of an even one")
+        figure.colorbar(image, ax=list(axes.flat), label="share of rows")
+        save_figure(figure, path, description)
+        plt.close(figure)
+
+
+def histogram_of_tall(event: dict[str, Any], layer: int) -> list[int]:
+    matrices = [event["matrices"].get(f"blocks.{layer}.mlp.{kind}") for kind in ("gate", "up")]
+    return np.sum([matrix["leverage_histogram"] for matrix in matrices if matrix], axis=0).tolist()

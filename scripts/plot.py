@@ -3,6 +3,7 @@
 python scripts/plot.py results/quick --out curves.png
 python scripts/plot.py neurons results/quick --out neurons.svg      starved and dead neurons, see scripts/neurons.py
 python scripts/plot.py neurons results/quick --steps 100 200        the same at these steps, as a table
+python scripts/plot.py leverage results/quick --out leverage.svg    histograms of the rows' leverage over training
 """
 
 import argparse
@@ -226,7 +227,9 @@ def draw_steps_to_target(axis, groups: Sequence[Group], styles: Sequence[tuple])
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=("loss", "neurons"), default="loss", help="what to draw (loss)")
+    parser.add_argument(
+        "what", nargs="?", choices=("loss", "neurons", "leverage"), default="loss", help="what to draw (loss)"
+    )
     parser.add_argument("folder", type=Path, help="records of one task")
     parser.add_argument("--out", type=Path, help="PNG or SVG to write")
     parser.add_argument("--steps", type=int, nargs="+", metavar="N", help="with neurons: print a table of these steps")
@@ -257,10 +260,10 @@ def main() -> int:
             return 0
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        if args.what == "neurons":
-            from scripts.neurons import plot_neurons
+        if args.what in ("neurons", "leverage"):
+            from scripts.neurons import plot_leverage, plot_neurons
 
-            plot_neurons(groups, args.out)
+            (plot_neurons if args.what == "neurons" else plot_leverage)(groups, args.out)
         else:
             plot_loss_curves(runs, args.out)
     except ImportError as error:

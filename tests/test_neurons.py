@@ -80,6 +80,21 @@ def test_dead_and_silent_neurons_equal_brute_force():
     assert silent_neurons(gated, is_gated=True).nonzero().flatten().tolist() == [7]
 
 
+def of_matrices(run):
+    return [(name, p) for name, p in run.model.named_parameters() if ".mlp." in name and p.ndim == 2]
+
+
+def relative_leverage(run, optimizer, name, p, grads):
+    """(M,) leverage in what the rule saw at the last step, in units of an even row's; by float64 and an SVD."""
+    if optimizer == "adamw":
+        seen = run.rule.state[p]["exp_avg"].double().numpy()
+    else:
+        momentum = run.rule.param_groups[0]["momentum"]
+        seen = (1 - momentum) * grads[p] + momentum * run.rule.state[p]["momentum_buffer"].double().numpy()
+    seen = seen.T if "down" in name else seen
+    return brute_leverage(seen) / min(1, seen.shape[1] / seen.shape[0])
+
+
 def telemetry_of(run, data):
     """The telemetry of a run, and the inputs and targets that it looks at."""
     neurons = Neurons(run.config, train_gpt.validation_steps(run.config), run.model, run.rule, run.ranks)
@@ -94,31 +109,39 @@ def test_event_of_a_real_step_equals_brute_force(tiny_track, optimizer, mlp):
     neurons, shown = telemetry_of(run, data)
     for _ in range(4):
         step(run)
-    before = {name: p.detach().double().numpy().copy() for name, p in run.model.named_parameters()}
-    neurons.before_update()
-    step(run)
-    event = neurons.measure(5, *shown)
+    grads, streaks = {}, {}
+    keep = lambda *_: grads.update({p: p.grad.double().numpy().copy() for p in run.model.parameters()})  # noqa: E731
+    run.rule.register_step_post_hook(keep)
+    for look in range(3):
+        before = {name: p.detach().double().numpy().copy() for name, p in run.model.named_parameters()}
+        neurons.before_update()
+        step(run)
+        event = neurons.measure(look, *shown)
+        for name, p in of_matrices(run):
+            low = relative_leverage(run, optimizer, name, p, grads) < 0.1
+            streaks[name] = (streaks.get(name, 0) + 1) * low
     group = run.rule.param_groups[0]
     assert group["weight_decay"] == 0.01 and group["lr"] > 0
     assert sorted(event["matrices"]) == sorted(
         f"blocks.{i}.mlp.{kind}" for i in (0, 1) for kind in ("gate", "up", "down")[mlp == "relu2" :]
     )
-    for name, p in run.model.named_parameters():
-        found = event["matrices"].get(name.removesuffix(".weight"))
-        if found is None:
-            continue
-        state, after = run.rule.state[p], p.detach().double().numpy()
+    for name, p in of_matrices(run):
+        found = event["matrices"][name.removesuffix(".weight")]
+        after = p.detach().double().numpy()
         update = before[name] * (1 - group["lr"] * 0.01) - after
-        momentum = state["exp_avg" if optimizer == "adamw" else "momentum_buffer"].double().numpy()
         if "down" in name:
-            update, momentum, after = update.T, momentum.T, after.T
-        norms, leverage = np.linalg.norm(update, axis=1), brute_leverage(momentum)
+            update, after = update.T, after.T
+        norms, leverage = np.linalg.norm(update, axis=1), relative_leverage(run, optimizer, name, p, grads)
         assert found["update_cv"] == pytest.approx(norms.std() / norms.mean(), rel=1e-3)
         assert found["update_quantiles"] == pytest.approx(
             np.quantile(norms / norms.mean(), [0, 0.1, 0.5, 0.9, 1]), rel=1e-3
         )
         assert found["starved"] == (norms**2 < 0.1 * (norms**2).mean()).sum()
-        assert found["starved_momentum"] == (leverage < 0.1 * after.shape[1] / after.shape[0]).sum()
+        edges = [-np.inf, *(10 ** (k / 4) for k in range(-12, 5)), np.inf]
+        assert found["leverage_histogram"] == np.histogram(leverage, edges)[0].tolist()
+        assert found["low_leverage"] == (leverage < 0.1).sum()
+        lengths = range(1, streaks[name].max() + 1)
+        assert found["low_streaks"] == [(streaks[name] >= length).sum() for length in lengths]
         assert found["effective_rank"] == pytest.approx(brute_effective_rank(after), rel=1e-3)
 
 
@@ -150,14 +173,17 @@ def test_a_planted_dead_neuron_and_a_planted_starved_row_are_reported_and_only_t
     event = neurons.measure(5, *shown)
     assert [layer["dead"] for layer in event["layers"]] == [0, 1]
     assert [layer["silent"] for layer in event["layers"]][1] >= 1 and event["dead"] == 1 / 256
-    starved = {name: (m["starved"], m["starved_momentum"]) for name, m in event["matrices"].items()}
+    starved = {name: (m["starved"], m["low_leverage"]) for name, m in event["matrices"].items()}
     assert starved.pop("blocks.0.mlp.up") == (1, 1)
     # The dead neuron's rows got an update of zero: they are starved too, though their momentum is not.
     planted = {f"blocks.1.mlp.{kind}" for kind in ("gate", "up", "down")}
     assert all(found == ((1, 0) if name in planted else (0, 0)) for name, found in starved.items())
     assert event["layers"][1]["still_dead"] is None
     neurons.before_update()
-    assert neurons.measure(6, *shown)["layers"][1]["still_dead"] == 1
+    event = neurons.measure(6, *shown)
+    assert event["layers"][1]["still_dead"] == 1
+    streaks = {name: matrix["low_streaks"] for name, matrix in event["matrices"].items()}
+    assert streaks.pop("blocks.0.mlp.up") == [1, 1] and not any(streaks.values())
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "aurora"])
@@ -214,6 +240,11 @@ def test_ranks_give_the_numbers_of_one_process(tiny_track, launch, tmp_path):
         lambda event: event.update(starved=0.5),
         lambda event: event["matrices"]["blocks.0.mlp.up"].update(effective_rank=40),
         lambda event: event["matrices"]["blocks.0.mlp.up"].update(update_cv=float("nan")),
+        lambda event: event["matrices"]["blocks.0.mlp.up"].update(low_streaks=[128, 1]),
+        lambda event: event["matrices"]["blocks.0.mlp.down"]["leverage_histogram"].append(0),
+        lambda event: event["matrices"]["blocks.1.mlp.down"].update(low_leverage=128),
+        lambda event: event.update(low_leverage=1.0),
+        lambda event: event["matrices"]["blocks.1.mlp.down"].pop("leverage_histogram"),
         lambda event: event["matrices"].pop("blocks.1.mlp.down"),
         lambda event: event.update(step=11),
         lambda event: event.update(matrices={"blocks.0.mlp.up": None}),
@@ -234,12 +265,16 @@ def test_table_of_neurons_at_some_steps(tiny_track, tmp_path, monkeypatch, capsy
     monkeypatch.setattr("sys.argv", ["plot.py", "neurons", str(tmp_path), "--steps", "10", "30"])
     assert plot.main() == 0
     header, _, *rows = capsys.readouterr().out.splitlines()
-    assert "rows without leverage (%)" in header and [row.split("|")[1:4] for row in rows]
+    assert "rows of low leverage (%)" in header and [row.split("|")[1:4] for row in rows]
     cells = [[word.strip() for word in row.strip("|").split("|")] for row in rows]
     assert [row[:3] for row in cells] == [["muon", "2", "10"], ["muon", "2", "30"]]
     events = [event for run in read_folder(tmp_path)[0] for event in run.neuron_events if event["step"] == 30]
     starved = [100 * event["starved"] for event in events]
     assert cells[1][3] == f"{sum(starved) / 2:.1f} [{min(starved):.1f}, {max(starved):.1f}]"
+
+    picture = tmp_path / "leverage.png"
+    monkeypatch.setattr("sys.argv", ["plot.py", "leverage", str(tmp_path), "--out", str(picture)])
+    assert plot.main() == 0 and picture.read_bytes().startswith(b"\x89PNG")
 
     monkeypatch.setattr("sys.argv", ["plot.py", "neurons", str(tmp_path), "--steps", "11"])
     assert plot.main() == 2

@@ -149,6 +149,11 @@ def test_an_event_equals_brute_force(kind, optimizer):
     for _ in range(2):
         train_step(model, rule)
     assert telemetry.events == []
+    grads = {}
+    keep = lambda *_: grads.update(  # noqa: E731
+        {p: p.grad.double().numpy().copy() for p in model.parameters() if p.grad is not None}
+    )
+    rule.register_step_post_hook(keep)
     before = {name: p.detach().double().numpy().copy() for name, p in model.named_parameters()}
     train_step(model, rule)
     (event,) = telemetry.events
@@ -167,14 +172,15 @@ def test_an_event_equals_brute_force(kind, optimizer):
             assert found["starved"] == (norms**2 < 0.1 * (norms**2).mean()).sum()
             assert found["effective_rank"] == pytest.approx(brute_effective_rank(eval(view, {"W": after})), rel=1e-3)
             if momentum_key is None:
-                assert found["starved_momentum"] is None and found["leverage_quantiles"] is None
+                assert found["low_leverage"] is None and found["leverage_histogram"] is None
                 continue
-            momentum = eval(view, {"W": rule.state[p][momentum_key].double().numpy()})
-            leverage = brute_leverage(momentum) / min(1.0, momentum.shape[1] / momentum.shape[0])
-            assert found["starved_momentum"] == (leverage < 0.1).sum()
-            assert found["leverage_quantiles"] == pytest.approx(
-                np.quantile(leverage, [0, 0.1, 0.5, 0.9, 1]), rel=1e-3, abs=1e-5
-            )
+            average = rule.state[p][momentum_key].double().numpy()
+            seen = eval(view, {"W": 0.05 * grads[p] + 0.95 * average if optimizer == "aurora" else average})
+            leverage = brute_leverage(seen) / min(1.0, seen.shape[1] / seen.shape[0])
+            assert found["low_leverage"] == (leverage < 0.1).sum()
+            assert found["low_streaks"] == [found["low_leverage"]] * (found["low_leverage"] > 0)
+            edges = [-np.inf, *(10 ** (k / 4) for k in range(-12, 5)), np.inf]
+            assert found["leverage_histogram"] == np.histogram(leverage, edges)[0].tolist()
 
 
 def test_planted_dead_neurons_are_reported_with_their_share():

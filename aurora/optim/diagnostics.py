@@ -19,6 +19,8 @@ SILENT_FRAC = 0.001
 # Directions whose singular value is below this share of the largest are rounding errors of float32.
 RANK_TOLERANCE = 1e-6
 QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
+# Of histograms of leverage, in units of an even row's: four bins a decade, and one for what lies below and above.
+LEVERAGE_EDGES = tuple(10 ** (k / 4) for k in range(-12, 5))
 
 
 def wide(X: Tensor) -> Tensor:
@@ -44,6 +46,13 @@ def leverage_scores(X_MN: Tensor) -> Tensor:
         return (vectors * is_kept).square().sum(dim=1)
     scale = torch.where(is_kept, squares.clamp(min=torch.finfo(torch.float64).tiny).rsqrt(), 0.0)
     return ((X @ vectors) * scale).square().sum(dim=1)
+
+
+def leverage_histogram(relative_M: Tensor) -> list[int]:
+    """How many rows have a leverage, in units of an even one, in each bin; an edge belongs to the bin above it."""
+    edges = torch.tensor(LEVERAGE_EDGES, dtype=relative_M.dtype, device=relative_M.device)
+    bins = torch.bucketize(relative_M, edges, right=True)
+    return torch.bincount(bins, minlength=len(LEVERAGE_EDGES) + 1).tolist()
 
 
 def starved(shares_M: Tensor, even: float | Tensor) -> Tensor:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from .base import MatrixOptimizer
 from .diagnostics import (
-    QUANTILES,
     dead_neurons,
     effective_rank,
+    leverage_histogram,
     leverage_scores,
     norm_quantiles,
     row_energies,
@@ -57,10 +57,10 @@ class NeuronTelemetry:
         dead            share of the neurons whose part in their layer's output is next to nothing
         silent          share of the neurons that are active on almost no token
         starved         share of the rows of up and gate whose update has under 0.1 of an even row's squared norm
-        starved_momentum  share of those rows whose leverage in the momentum is under 0.1 of an even one
+        low_leverage    share of those rows whose leverage in what the rule saw is under 0.1 of an even one
         mlps            {name: {"width", "dead", "silent"}}, of the last training forward pass before the step
-        matrices        {name: {"update_cv", "update_quantiles", "starved", "leverage_quantiles", "starved_momentum",
-                        "effective_rank"}}, see matrix_event()
+        matrices        {name: {"update_cv", "update_quantiles", "starved", "leverage_histogram", "low_leverage",
+                        "low_streaks", "effective_rank"}}, see matrix_event()
 
     What cannot be seen is None: activations within a layer of experts or compiled code, momentum that another rank
     holds or that the optimizer does not keep, and what is not finite. Matrices that a step leaves alone are left out.
@@ -100,7 +100,8 @@ class NeuronTelemetry:
         self.step = 0
         self.events: list[dict[str, Any]] = []
         self.layers: dict[str, dict[str, Any]] = {}
-        self.before: dict[nn.Parameter, Tensor] = {}
+        self.before: dict[nn.Parameter, tuple[Tensor, Tensor | None]] = {}
+        self.streaks: dict[str, Tensor] = {}
         self.handles = [optimizer.register_step_pre_hook(self._keep), optimizer.register_step_post_hook(self._measure)]
         for name, mlp in self.mlps.items():
             if mlp.down is not None:
@@ -127,7 +128,7 @@ class NeuronTelemetry:
         if self.is_due:
             groups = self._groups()
             params = [matrix.param for matrix in self.matrices.values() if matrix.param in groups]
-            self.before = {p: p.detach().clone() for p in params}
+            self.before = {p: (p.detach().clone(), copy_of(momentum_of(self.optimizer, p))) for p in params}
 
     @torch.no_grad()
     def _measure(self, *_: Any) -> None:
@@ -138,31 +139,30 @@ class NeuronTelemetry:
         groups = self._groups()
         for name, matrix in self.matrices.items():
             p = matrix.param
-            if p not in self.before or torch.equal(self.before[p], p):  # frozen, or an expert without tokens
+            if p not in self.before or torch.equal(self.before[p][0], p):  # frozen, or an expert without tokens
                 continue
-            group = groups[p]
-            update = applied_update(self.before[p], p, group, self.optimizer)
-            average = momentum_of(self.optimizer, p)
-            views = [matrix.view(X) if X is not None else [] for X in (update, p, average)]
-            parts = [
-                matrix_event(U, W, views[2][i] if views[2] else None)
-                for i, (U, W) in enumerate(zip(*views[:2], strict=True))
-            ]
-            for i, part in enumerate(parts):
-                matrices[name if len(parts) == 1 else f"{name}[{i}]"] = part | {"rows": views[0][i].size(0)}
+            group, (weights, average) = groups[p], self.before[p]
+            update = applied_update(weights, p, group, self.optimizer)
+            seen = seen_by_rule(average, momentum_of(self.optimizer, p), group, self.optimizer)
+            views = [matrix.view(X) if X is not None else [] for X in (update, p, seen)]
+            for i, (U, W) in enumerate(zip(*views[:2], strict=True)):
+                part = name if len(views[0]) == 1 else f"{name}[{i}]"
+                streaks = self.streaks.setdefault(part, new_streaks(U))
+                event = matrix_event(U, W, views[2][i] if views[2] else None, streaks)
+                matrices[part] = event | {"rows": U.size(0)}
         layers, self.layers, self.before = self.layers, {}, {}
         makers = [entry for name, entry in matrices.items() if self.matrices[name.partition("[")[0]].makes_neurons]
-        event = {
+        looked = {
             "step": self.step,
             **{key: _share(list(layers.values()), key, "width") for key in ("dead", "silent")},
-            **{key: _share(makers, key, "rows") for key in ("starved", "starved_momentum")},
+            **{key: _share(makers, key, "rows") for key in ("starved", "low_leverage")},
             "mlps": layers,
             "matrices": matrices,
         }
         if self.report:
-            self.report(event)
+            self.report(looked)
         else:
-            self.events.append(event)
+            self.events.append(looked)
 
 
 class _Look:
@@ -206,16 +206,48 @@ def momentum_of(optimizer: torch.optim.Optimizer, p: Tensor) -> Tensor | None:
     return state.get("momentum_buffer", state.get("exp_avg"))
 
 
-def matrix_event(update_MN: Tensor, weights_MN: Tensor, momentum_MN: Tensor | None) -> dict[str, Any]:
+def seen_by_rule(
+    before: Tensor | None, after: Tensor | None, group: Mapping[str, Any], optimizer: torch.optim.Optimizer
+) -> Tensor | None:
+    """What a matrix rule has seen in a step, float64: its momentum, with Nesterov's look-ahead if it has one.
+
+    before, after: the average of the gradients B before and after the step, B' = m B + (1 - m) G; the look-ahead
+    (1 - m) G + m B' is made of both. Of other optimizers the average itself.
+    """
+    if after is None or not (isinstance(optimizer, LOOKING_AHEAD) and group.get("nesterov")):
+        return after
+    momentum = group["momentum"]
+    ahead = wide(after) * (1 + momentum)
+    return ahead if before is None else ahead - wide(before) * momentum
+
+
+LOOKING_AHEAD = MatrixOptimizer, torch.optim.Muon  # which mix the gradient into the average alike
+
+
+def copy_of(X: Tensor | None) -> Tensor | None:
+    return None if X is None else X.detach().clone()
+
+
+def new_streaks(X_MN: Tensor) -> Tensor:
+    """(M,) for how many looks in a row each row has had low leverage: none yet."""
+    return torch.zeros(X_MN.size(0), dtype=torch.int64, device="cpu" if X_MN.device.type == "mps" else X_MN.device)
+
+
+def matrix_event(update_MN: Tensor, weights_MN: Tensor, seen_MN: Tensor | None, streaks_M: Tensor) -> dict[str, Any]:
     """What an update does to M neurons, the rows. The quantiles are 0, 0.1, 0.5, 0.9 and 1.
 
     update_cv: standard deviation of the row norms of the update over their mean; update_quantiles: of the row norms,
-    in units of their mean; starved: rows with under a tenth of the mean squared norm. leverage_quantiles: what rows
-    polar(momentum) would give, squared, in units of an even row's; starved_momentum: rows with under a tenth of it.
+    in units of their mean; starved: rows with under a tenth of the mean squared norm. leverage_histogram: of what rows
+    polar(seen) would give, squared, in units of an even row's, see LEVERAGE_EDGES; low_leverage: rows with under a
+    tenth of it; low_streaks: rows that had as little at this look, at this and the one before, and so on.
     effective_rank: of the weights.
+
+    seen_MN: see seen_by_rule(). streaks_M: is brought up to date.
     """
-    keys = "update_cv", "update_quantiles", "starved", "leverage_quantiles", "starved_momentum", "effective_rank"
-    event: dict[str, Any] = dict.fromkeys(keys)
+    keys = "update_cv", "update_quantiles", "starved"
+    event: dict[str, Any] = dict.fromkeys(
+        (*keys, "leverage_histogram", "low_leverage", "low_streaks", "effective_rank")
+    )
     if update_MN.isfinite().all():
         energies = row_energies(update_MN)
         cv, quantiles = norm_quantiles(energies)
@@ -223,13 +255,15 @@ def matrix_event(update_MN: Tensor, weights_MN: Tensor, momentum_MN: Tensor | No
         event["starved"] = int(starved(energies, energies.mean()).sum())
     if weights_MN.isfinite().all():
         event["effective_rank"] = rounded(effective_rank(weights_MN))
-    if momentum_MN is not None and momentum_MN.isfinite().all():
-        rows, columns = momentum_MN.shape
-        even = min(1.0, columns / rows)
-        leverage = leverage_scores(momentum_MN)
-        levels = torch.tensor(QUANTILES, dtype=leverage.dtype, device=leverage.device)
-        event["leverage_quantiles"] = list(map(rounded, (leverage / even).quantile(levels).tolist()))
-        event["starved_momentum"] = int(starved(leverage, even).sum())
+    if seen_MN is not None and seen_MN.isfinite().all():
+        rows, columns = seen_MN.shape
+        relative = leverage_scores(seen_MN) / min(1.0, columns / rows)
+        low = starved(relative, 1.0)
+        streaks_M.add_(1).mul_(low.to(streaks_M.device))
+        event["leverage_histogram"] = leverage_histogram(relative)
+        event["low_leverage"] = int(low.sum())
+        # Of the lengths: how many are at least 1, 2, and so on, up to the longest.
+        event["low_streaks"] = torch.bincount(streaks_M).flip(0).cumsum(0).flip(0)[1:].tolist()
     return event
 
 

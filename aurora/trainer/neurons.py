@@ -13,7 +13,15 @@ from torch import Tensor, nn
 import aurora
 from aurora.config import Config
 from aurora.optim.fsdp import is_dtensor
-from aurora.optim.telemetry import applied_update, layer_event, matrix_event, momentum_of
+from aurora.optim.telemetry import (
+    applied_update,
+    copy_of,
+    layer_event,
+    matrix_event,
+    momentum_of,
+    new_streaks,
+    seen_by_rule,
+)
 from aurora.trainer.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -26,7 +34,7 @@ class Neurons:
     """The telemetry of one run.
 
     steps: after which it measures: the validations at multiples of eval.every, and the last. Which neurons
-    were dead before is not kept over a resume.
+    were dead before, and for how long rows had low leverage, is not kept over a resume.
     """
 
     def __init__(
@@ -65,7 +73,8 @@ class Neurons:
             for i, (name, p) in enumerate(self.matrices.items())
             if self.is_split or self._owner(i, p) == ranks.rank
         }
-        self.before: dict[str, Tensor] = {}
+        self.before: dict[str, tuple[Tensor, Tensor | None]] = {}
+        self.streaks: dict[str, Tensor] = {}
         self.dead_before: dict[nn.Module, Tensor] | None = None
 
     def _owner(self, index: int, p: Tensor) -> int:
@@ -75,8 +84,8 @@ class Neurons:
 
     @torch.no_grad()
     def before_update(self) -> None:
-        """Keep the weights, to see what the next update does to them."""
-        self.before = {name: p.detach().clone() for name, p in self.own.items()}
+        """Keep weights and momentum, to see what the next update does to them."""
+        self.before = {name: (p.detach().clone(), copy_of(momentum_of(self.rule, p))) for name, p in self.own.items()}
 
     @torch.no_grad()
     def measure(self, step: int, inputs_BT: Tensor, targets_BT: Tensor) -> dict[str, Any]:
@@ -98,21 +107,23 @@ class Neurons:
         if rows := [name for name in found if not name.endswith("down")]:  # shares of the rows of up (and gate)
             count = sum(widths[name] for name in rows)
             keys = ["starved"]
-            if found[rows[0]]["starved_momentum"] is not None:  # a rule may keep no momentum
-                keys.append("starved_momentum")
+            if found[rows[0]]["low_leverage"] is not None:  # a rule may keep no momentum
+                keys.append("low_leverage")
             event |= {key: sum(found[name][key] for name in rows) / count for key in keys}
         return event | {"layers": layers, "matrices": {name: found[name] for name in self.matrices}}
 
     def _matrix(self, name: str, p: Tensor) -> dict[str, Any]:
-        """Of the applied update, without its decay, and of momentum and weights, with neurons as rows."""
+        """Of the applied update, without its decay, of what the rule saw, and of weights, with neurons as rows."""
         group = self.group_of[p]
-        before, momentum = self.before[name], momentum_of(self.rule, p)
+        tensors: list[Any] = [*self.before[name], p, momentum_of(self.rule, p)]
         if self.is_split:
-            p, before, momentum = (tensor.full_tensor() for tensor in (p, before, momentum))  # type: ignore[union-attr]
-        update = applied_update(before, p, group, self.rule)
+            tensors = [X if X is None else X.full_tensor() for X in tensors]
+        weights, average, p, momentum = tensors
+        update = applied_update(weights, p, group, self.rule)
+        seen = seen_by_rule(average, momentum, group, self.rule)
         if name.endswith("down"):
-            return matrix_event(update.T, p.T, momentum if momentum is None else momentum.T)
-        return matrix_event(update, p, momentum)
+            update, p, seen = update.T, p.T, seen if seen is None else seen.T
+        return matrix_event(update, p, seen, self.streaks.setdefault(name, new_streaks(update)))
 
     def _layers(self, inputs_BT: Tensor, targets_BT: Tensor) -> list[dict[str, Any]]:
         """Of each MLP, what its down-projection multiplies, seen by a hook while the model itself runs once."""

@@ -279,7 +279,7 @@ FIELD_TYPES: dict[str, dict[str, Any]] = {
     },
     "neurons": {
         **dict.fromkeys(("step", "tokens", "width"), int),
-        **dict.fromkeys(("dead", "silent", "starved", "starved_momentum"), NUMBER),
+        **dict.fromkeys(("dead", "silent", "starved", "low_leverage", "starved_momentum"), NUMBER),
         "layers": list,
         "matrices": dict,
     },

@@ -25,6 +25,9 @@ from scripts.verification.checks import Verification
 DASHES = {"-": (), "--": (6, 3), "-.": (7, 3, 1.5, 3), ":": (1.5, 2.5)}
 
 
+PERSISTENT_LOOKS = 4
+
+
 class Measure(NamedTuple):
     """What telemetry tells of a layer at a step."""
 
@@ -38,8 +41,14 @@ def of_up(key: str) -> Callable[[dict[str, Any], int], float]:
     return lambda event, layer: event["matrices"][f"blocks.{layer}.mlp.up"][key]
 
 
-def lowest_leverage(event: dict[str, Any], layer: int) -> float:
-    return event["matrices"][f"blocks.{layer}.mlp.up"]["leverage_quantiles"][0]
+def low_leverage(event: dict[str, Any], layer: int) -> float:
+    """Older records know it of the momentum alone."""
+    return of_up("low_leverage" if "low_leverage" in event else "starved_momentum")(event, layer)
+
+
+def persistent(event: dict[str, Any], layer: int) -> float:
+    streaks = event["matrices"][f"blocks.{layer}.mlp.up"]["low_streaks"]
+    return streaks[PERSISTENT_LOOKS - 1] if len(streaks) >= PERSISTENT_LOOKS else 0
 
 
 def share_of(value: Callable[[dict[str, Any], int], float]) -> Callable[[dict[str, Any], int], float]:
@@ -64,13 +73,13 @@ MEASURES = {
     ),
     "leverage": Measure(
         "rows of low leverage (%)",
-        "Rows of the up-projection whose leverage in the momentum is under a tenth of an even one.",
-        *(100, share_of(of_up("starved_momentum"))),
+        "Rows of the up-projection whose leverage in the momentum that the rule saw is under a tenth of an even one.",
+        *(100, share_of(low_leverage)),
     ),
-    "lowest_leverage": Measure(
-        "lowest leverage of a row",
-        "Leverage in the momentum of the row of the up-projection that has least, in units of an even one.",
-        *(1, lowest_leverage),
+    "persistent": Measure(
+        f"rows of low leverage for {PERSISTENT_LOOKS} looks (%)",
+        f"The same, if it was so at this look and at the {PERSISTENT_LOOKS - 1} before.",
+        *(100, share_of(persistent)),
     ),
     "uneven": Measure(
         "unevenness of the update",

@@ -41,6 +41,9 @@ class Events:
         return bool(self.start.get("model_edits"))
 
 
+LEVERAGE_KEYS = "low_leverage", "starved_momentum"  # of rules with momentum; the second in older records
+
+
 def stack_of(segment: dict[str, Any]) -> str:
     """What the bits of a loss depend on, of a run or resume event."""
     parts = {key: segment.get(key) for key in ("world_size", "micro_batch", "attention", "compiled", "forward")}
@@ -50,7 +53,7 @@ def stack_of(segment: dict[str, Any]) -> str:
 
 def missing_fields(events: list[dict[str, Any]]) -> list[str]:
     # Other versions, rules without momentum and edited models have no such fields.
-    optional = {"tokens", "segments", "untimed", "wall_s", "dead", "silent", "starved", "starved_momentum"}
+    optional = {"tokens", "segments", "untimed", "wall_s", "dead", "silent", "starved", *LEVERAGE_KEYS}
     lacking = {
         f"{event['event']} event lacks {key}": None
         for event in events

@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
-from scripts.verification.events import Events
+from aurora.optim.diagnostics import LEVERAGE_EDGES, STARVED_FRAC
+from scripts.verification.events import LEVERAGE_KEYS, Events
 from scripts.verification.numbers import declared_validations
 
 
@@ -30,16 +32,18 @@ def check_neurons(run: Events) -> Iterator[str]:
     layers = range(num_layers if events else 0)
     kinds = ("gate", "up", "down") if model.get("mlp") == "swiglu" else ("up", "down")
     names = [f"blocks.{i}.mlp.{kind}" for i in layers for kind in kinds]
-    for step, event in events.items():
+    before: dict[str, list[int]] = {}
+    for index, (step, event) in enumerate(events.items()):
         found, tall = event["matrices"], [name for name in names if not name.endswith("down")]
         if sorted(found) != sorted(names):
             yield f"step {step}: neurons are not of the model in the config"
             continue
-        if ("starved_momentum" in event) != (found[tall[0]].get("starved_momentum") is not None):
-            yield f"step {step}: starved_momentum is of all matrices or of none"
+        leverage = [key for key in LEVERAGE_KEYS if key in event]
+        if leverage != [key for key in LEVERAGE_KEYS if found[tall[0]].get(key) is not None] or len(leverage) > 1:
+            yield f"step {step}: leverage is of all matrices or of none"
             continue
         sums = {key: sum(layer[key] for layer in event["layers"]) / (width * len(layers)) for key in ("dead", "silent")}
-        shares = ("starved", "starved_momentum") if "starved_momentum" in event else ("starved",)
+        shares = ["starved", *leverage]
         for key in shares:
             sums[key] = sum(found[name][key] for name in tall) / (width * len(tall))
         is_possible = [0 < event["tokens"] <= validations["tokens"], *(0 <= event[key] <= 1 for key in sums)]
@@ -56,5 +60,24 @@ def check_neurons(run: Events) -> Iterator[str]:
             ]
             is_possible += [low == high == 0 or 0 <= low <= 1.001 and 0.999 <= high <= width]
             is_possible.append(matrix["update_quantiles"] == sorted(matrix["update_quantiles"]))
+        if "low_leverage" in event:
+            is_possible += [
+                is_possible_leverage(matrix, width, before.get(name, [width] * index)) for name, matrix in found.items()
+            ]
+            before = {name: matrix["low_streaks"] for name, matrix in found.items()}
         if not all(is_possible):
             yield f"step {step}: numbers on neurons cannot be"
+
+
+def is_possible_leverage(matrix: dict[str, Any], width: int, before: list[int]) -> bool:
+    """Whether all rows are in the histogram, those below a tenth of an even one are counted, and no row was low for
+    longer than at the look before, whose low_streaks are given."""
+    histogram, low, streaks = (matrix[key] for key in ("leverage_histogram", "low_leverage", "low_streaks"))
+    num_low_bins = LEVERAGE_EDGES.index(STARVED_FRAC) + 1
+    return (
+        (len(histogram), sum(histogram)) == (len(LEVERAGE_EDGES) + 1, width)
+        and low == sum(histogram[:num_low_bins]) == (streaks[0] if streaks else 0)
+        and len(streaks) <= len(before) + 1
+        and all(now <= then for now, then in zip(streaks[1:], before, strict=False))
+        and streaks == sorted(streaks, reverse=True)
+    )

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from aurora.trainer.record import EXTERNAL
-from scripts.verification.events import Events
+from scripts.verification.events import LEVERAGE_KEYS, Events
 
 DEVICES = ("cuda", "mps", "cpu")
 ATTENTIONS = ("flash", "flash (FA3)", "cudnn", "efficient", "math")
@@ -134,7 +134,7 @@ FIELDS: dict[str, dict[str, Field]] = {
     },
     "neurons": {
         **{"step": whole(1), "tokens": whole(1), "width": whole(1), "layers": LIST, "matrices": TABLE},
-        **dict.fromkeys(("dead", "silent", "starved", "starved_momentum"), number(0, 1)),
+        **dict.fromkeys(("dead", "silent", "starved", *LEVERAGE_KEYS), number(0, 1)),
     },
     "resume": {"step": whole(), "segment": whole(2), **SEGMENT},
     "end": {
@@ -159,7 +159,10 @@ FIELDS: dict[str, dict[str, Field]] = {
 MATRIX = {
     **{"update_cv": number(), "update_quantiles": all_of(number()), "starved": whole()},
     **{
-        "leverage_quantiles": optional(all_of(number())),
+        "leverage_histogram": optional(all_of(whole())),
+        "low_leverage": optional(whole()),
+        "low_streaks": optional(all_of(whole())),
+        "leverage_quantiles": optional(all_of(number())),  # this and the next in older records
         "starved_momentum": optional(whole()),
         "effective_rank": number(),
     },
@@ -169,7 +172,7 @@ SHARD = {"file": text(), "num_tokens": whole(1), "max_token": whole(0, 2**16 - 1
 OPEN = ("config", "hparams", "params_by_role", "sources", "env.variables")  # tables of which others decide the keys
 # Fields that not every event of a kind has: of an edited model, a rule without momentum, schedules of pieces, an
 # optimizer of others.
-SELDOM = {"dead", "silent", "starved", "starved_momentum", "scheduled", "rule", "resumable"}
+SELDOM = {"dead", "silent", "starved", *LEVERAGE_KEYS, "scheduled", "rule", "resumable"}
 
 
 def check_fields(run: Events) -> Iterator[str]:
