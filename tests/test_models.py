@@ -466,13 +466,18 @@ def test_items_that_are_none_are_named(tmp_path, change):
 
 
 def test_an_export_is_whole_harmless_and_overwrites_nothing(copied, tmp_path, capsys):
-    change_record(copied, lambda start, end: start["env"].update(device_name="<script>x</script> [a](http://b)"))
+    def change(start, end):
+        start["env"].update(device_name="<script>x</script> [a](http://b)")
+        start["rule"] = {"class": "heavyball.Soap", "packages": {"heavyball": "heavyball 1.2", "own_file": ""}}
+
+    change_record(copied, change)
     out = tmp_path / "models" / "a"
     assert scripts.export_model.main([str(copied), "--to", str(out)]) == 0
     names = {"config.json", "generation_config.json", "model.safetensors", "modeling_speedrun.py", "tokenizer.json"}
     assert {path.name for path in out.iterdir()} == names | {"tokenizer_config.json", "README.md", "LICENSE"}
     card = (out / "README.md").read_text()
     assert "<script>" not in card and "](http" not in card and "validation loss" in card
+    assert "heavyball.Soap, heavyball 1.2" in card and r"cooldown\_frac" in card
     stored = {name.removeprefix("model.") for name in read_header(out / "model.safetensors")}
     assert stored > set(read_header(weights_of(copied))) and any("rotary" in name for name in stored)
     compile((out / "modeling_speedrun.py").read_text(), "x", "exec")

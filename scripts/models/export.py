@@ -248,7 +248,7 @@ def card(trained: Trained) -> str:
         ("data", source),
         ("training tokens", f"{steps:,} steps x {batch:,} = {steps * batch:,}"),
         ("parameters", f"{sum(p.numel() for p in trained.model.parameters()):,}"),
-        ("optimizer", f"{cell(start['optimizer'])}, seed {start['seed']}"),
+        ("optimizer", f"{cell(start['optimizer'])}{cell(code_of_rule(start), 1000)}, seed {start['seed']}"),
         ("validation loss", f"{loss:.5f} nats a token, perplexity {math.exp(loss):.3f}"),
         ("target", f"{settings['eval']['target']:g}, {reached(end)}"),
         ("training time", f"{end['train_time_s']:.1f} s on {start['world_size']} x {cell(env['device_name'])}"),
@@ -256,7 +256,7 @@ def card(trained: Trained) -> str:
         ("edits of the model", cell(", ".join(map(str, start.get("model_edits", []))) or "none", 1000)),
         ("weights_sha256", f"`{trained.run.end_event['weights_sha256']}`"),
     ]
-    hparams = [(cell(key), cell(value)) for key, value in sorted(start["hparams"].items())]
+    hparams = [(cell(key), cell(value, 1000)) for key, value in sorted(trained.run.setting.items())]
     return f"""---
 license: mit
 library_name: transformers
@@ -279,13 +279,20 @@ print(tokenizer.decode(model.generate(tokens, max_new_tokens=100, do_sample=True
 
 {markdown_table(("", "of the run's record"), rows)}
 
-Hyper-parameters:
+Hyper-parameters and schedule:
 
 {markdown_table(("key", "value"), hparams)}
 
 The license of code and weights is MIT (LICENSE); that of the data is named above. `{MODULE}.py` is the model's code as
 the record embeds it. Weights are float32; the model computes in {cell(trained.config.get("activation_dtype"))}.
 """
+
+
+def code_of_rule(start: dict[str, Any]) -> str:
+    """In brackets: whose code it is, where it is not this project's, and the packages with their versions."""
+    if not (rule := start.get("rule")):
+        return ""
+    return f" ({', '.join([rule['class'], *filter(None, rule['packages'].values())])})"
 
 
 def reached(end: dict[str, Any]) -> str:
