@@ -182,7 +182,8 @@ assert "torch" not in sys.modules
 assert {"Aurora", "polar", "find_rule"} <= set(dir(aurora))
 
 finds = {"registry", "params"}
-matrix = finds | {"base", "loading", "polar", "sharding", "shapes", "stacks", "inputs", "update", "adamw_group", "fsdp"}
+matrix = finds | {"base", "rule", "loading", "polar", "sharding", "shapes", "stacks", "inputs", "update"}
+matrix |= {"adamw_group", "fsdp"}
 needed = {"adamw": finds, "muon": matrix, "normuon": matrix | {"rows"}, "unormuon": matrix | {"rows", "normuon"},
           "aurora": matrix | {"rows"}, "riemannian_aurora": matrix | {"rows"}}
 for rule, modules in needed.items():

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import MatrixOptimizer, check_hparam
+from .base import MatrixOptimizer
 from .kronecker import corrected, new_share
+from .rule import check_hparam
 
 
 class Adam(MatrixOptimizer):

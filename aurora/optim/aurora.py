@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import MatrixOptimizer, check_hparam
+from .base import MatrixOptimizer
 from .polar import INTERLUDE_GROWTH, REFINEMENT, SCHEDULES, TINY_NORM, quintic_step, rounding
 from .rows import MIN_ROW_NORM, evening_factors, row_norms
+from .rule import check_hparam
 
 VARIANTS = ("folded", "warm", "refined", "iterated")
 BALANCES = ("both", "tall")

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import MatrixOptimizer, check_hparam
+from .base import MatrixOptimizer
+from .rule import check_hparam
 
 
 class Muon2(MatrixOptimizer):

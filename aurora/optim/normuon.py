@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import MatrixOptimizer, check_hparam
+from .base import MatrixOptimizer
 from .rows import row_norms
+from .rule import check_hparam
 
 AXES = ("rows", "long")
 

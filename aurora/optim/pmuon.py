@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import MatrixOptimizer, check_hparam
+from .base import MatrixOptimizer
 from .kronecker import gathered, grams, keep, new_grams, power_step
+from .rule import check_hparam
 
 
 class PMuon(MatrixOptimizer):

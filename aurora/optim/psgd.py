@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import MatrixOptimizer, check_hparam
+from .base import MatrixOptimizer
 from .kronecker import corrected, gathered, keep, new_grams, new_share
+from .rule import check_hparam
 
 
 class PSGD(MatrixOptimizer):

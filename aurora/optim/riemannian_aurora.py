@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import MatrixOptimizer, check_hparam
+from .base import MatrixOptimizer
 from .rows import MIN_ROW_NORM, evening_factors
+from .rule import check_hparam
 
 TINY = 1e-30
 # Where conjugate gradients in float32 end: the share of the residual that is left.

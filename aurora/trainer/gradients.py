@@ -6,8 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aurora.optim.base import MatrixOptimizer, gradients_of
+from aurora.optim.base import MatrixOptimizer
 from aurora.optim.sharding import complete, sum_to_all, sum_to_owners
+from aurora.optim.stacks import gradients_of
 
 BUCKET_ELEMENTS = 2**23  # enough that a collective's latency does not count
 SMALL_ELEMENTS = 2**16  # of vectors: they wait for the last bucket

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from aurora.errors import Exit, HarnessError
 from aurora.fast.mirror import strange_parts
-from aurora.optim.base import gradients_of
 from aurora.optim.fsdp import local
+from aurora.optim.stacks import gradients_of
 from aurora.trainer.ranks import Ranks, digest
 from aurora.trainer.stops import stops
 

@@ -16,7 +16,7 @@ from aurora.fast import hopper
 from aurora.fast.attention import choose_attention
 from aurora.fast.forward import FastForward
 from aurora.fast.mirror import edits
-from aurora.optim.base import gradients_of
+from aurora.optim.stacks import gradients_of
 from aurora.trainer.attempt import Unusable, WrongNumbers, attempt
 from aurora.trainer.batch import BatchPlan, to_device
 from aurora.trainer.memory import fit_micro_batch
