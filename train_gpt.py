@@ -22,7 +22,8 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I and PYTHONSAFEPATH leave it out
 
 import aurora
-from aurora.config import Config, ModelConfig, parse_args
+from aurora.command_line import parse_args
+from aurora.config import Config, ModelConfig
 from aurora.console import steady_streams
 from aurora.trainer.launcher import check_launch
 from aurora.trainer.stops import stops

@@ -1,20 +1,17 @@
-"""What a run is told: its command line, and its track (TOML): tables, types and bounds. Needs nothing but Python."""
+"""What a run is told by its track (TOML) and --set: tables, optimizers, schedules. Needs nothing but Python."""
 
-import argparse
 import copy
 import dataclasses
 import functools
-import importlib.util
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from aurora.bounds import check_bounds
 from aurora.errors import Exit, HarnessError
-from aurora.hints import Misfit, fit, words
 from aurora.schedule import (
-    MOST_STEPS,
     PEAKS,
     ROLES,
     SHORT_FORM,
@@ -24,80 +21,10 @@ from aurora.schedule import (
     highest,
     needs_short_form,
 )
-from aurora.text import encoding_of, shown, suggest
+from aurora.text import encoding_of, suggest
+from aurora.typed import apply_override, check_bound, check_keys, coerce, typed_table, with_default
 
 ROOT = Path(__file__).resolve().parents[1]  # the checkout; data paths of tracks begin here
-
-
-def make_parser(description: str | None = None) -> argparse.ArgumentParser:
-    """Of the command line of train_gpt.py, which description explains."""
-    parser = argparse.ArgumentParser(
-        prog="train_gpt.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--config", type=track_path, default=ROOT / "configs" / "quick.toml", help="track (configs/quick.toml)"
-    )
-    parser.add_argument(
-        "--optimizer",
-        default="aurora",
-        help="name of an [optimizer.NAME] table of the track (aurora), or any other: module:Class, as torch.optim:SGD",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights (0)")
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the record <run_id>.jsonl (runs)")
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="A.B=V",
-        help="override one value of the track; configs/README.md explains the keys",
-    )
-    parser.add_argument("--resume", action="store_true", help="go on from this run's newest checkpoint in --out")
-    parser.add_argument(
-        "--wandb", choices=("online", "offline", "off"), default="off", help="mirror the metrics to wandb"
-    )
-    parser.add_argument(
-        "--dump-momentum",
-        nargs=3,
-        metavar=("PATTERN", "FIRST", "LAST"),
-        help="write the momentum of matrices of these names at these steps to <run_id>.momentum/ beside the record",
-    )
-    parser.add_argument(
-        "--price-per-gpu-hour", type=float, metavar="X", help="say what the run costs where an hour of a GPU costs X"
-    )
-    parser.add_argument(
-        "--timeout-s", type=float, default=60.0, help="seconds until a rank that stands still ends the run (60)"
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print parameters, data, memory and time that the run needs, then stop"
-    )
-    return parser
-
-
-def parse_args(description: str | None, argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line of train_gpt.py. Exits where it asks for help or is wrong."""
-    parser = make_parser(description)
-    args = parser.parse_args(argv)
-    if not 0 < args.timeout_s <= 1e6:
-        parser.error(f"--timeout-s must be above 0 and at most 1e6, got {args.timeout_s:g}")
-    if args.price_per_gpu_hour is not None and not 0 <= args.price_per_gpu_hour <= 1e6:
-        parser.error(f"--price-per-gpu-hour must be from 0 to 1e6, got {args.price_per_gpu_hour:g}")
-    if missing := [name for name in ("torch", "numpy") if importlib.util.find_spec(name) is None]:
-        remedy = "source .venv/bin/activate, which scripts/quickstart.sh makes, or pip install -e '.[train]'"
-        parser.exit(int(Exit.CONFIG), f"error: this python has no {' and no '.join(missing)}; {remedy}\n")
-    return args
-
-
-def track_path(text: str) -> Path:
-    """A track by its path from the folder where one is, or from the checkout."""
-    path = Path(text)
-    return ROOT / path if not path.exists() and (ROOT / path).exists() else path
-
-
-DTYPES = ("float32", "bfloat16")
-MLPS = ("relu2", "swiglu")
-SHARDS = ("owners", "fsdp2")
-HEAD_DTYPES = ("activation", "float8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -497,137 +424,3 @@ def pop_steps(table: dict[str, Any], overrides: Iterable[str]) -> Any:
     """Take an optimizer's own schedule length out of its table. None without one, or if --set train.steps decides."""
     steps = table.pop("steps", None)
     return None if any(override.partition("=")[0].strip() == "train.steps" for override in overrides) else steps
-
-
-def with_default(cls: type) -> set[str]:
-    """The fields of a dataclass that may be left out."""
-    return {field.name for field in dataclasses.fields(cls) if field.default is not dataclasses.MISSING}
-
-
-def apply_override(tables: dict[str, Any], override: str) -> None:
-    """Set one value in nested tables from "a.b=v"; v is read as TOML, else as a string."""
-    dotted, equals, text = override.partition("=")
-    *parents, key = dotted.strip().split(".")
-    if not equals or not parents:
-        raise HarnessError(Exit.CONFIG, f"--set {override!r} must look like train.steps=100")
-    table = tables
-    for depth, parent in enumerate(parents):
-        if depth >= 2 and parents[0] == "optimizer":
-            table.setdefault(parent, {})  # its schedule, which a track need not have
-        if not isinstance(table.get(parent), dict):
-            raise HarnessError(Exit.CONFIG, f"--set {override!r}: there is no table {parent!r}{suggest(parent, table)}")
-        table = table[parent]
-    try:
-        table[key] = tomllib.loads(f"value = {text}")["value"]
-    except (ValueError, RecursionError):  # as above
-        table[key] = text
-
-
-def typed_table(table: Any, types: dict[str, Any], label: str, optional: Iterable[str] = ()) -> dict[str, Any]:
-    """The table with every value as its type; keys that are unknown or missing are errors."""
-    check_keys(table, types, label, optional)
-    return {key: coerce(f"{label}.{key}", value, types[key]) for key, value in table.items()}
-
-
-def check_keys(table: Any, known: Iterable[str], label: str, optional: Iterable[str] = ()) -> None:
-    known = list(known)
-    if not isinstance(table, dict):
-        raise HarnessError(Exit.CONFIG, f"{label} must be a table, got {shown(table)}")
-    for key in table:
-        if key not in known:
-            raise HarnessError(
-                Exit.CONFIG, f"{label} has an unknown key {shown(key)}{suggest(key, known)}; known: {', '.join(known)}"
-            )
-    missing = [repr(key) for key in known if key not in table and key not in optional]
-    if missing:
-        raise HarnessError(Exit.CONFIG, f"{label} lacks the key{'s' * (len(missing) > 1)} {', '.join(missing)}")
-
-
-def coerce(label: str, value: Any, expected: Any) -> Any:
-    """value as the expected type: whole numbers pass as floats, lists as tuples."""
-    if expected == int | str:
-        if value == "auto" or type(value) is int:
-            return value
-        wanted = 'a whole number or "auto"'
-    else:
-        try:
-            return fit(value, expected)
-        except Misfit:
-            wanted = words(expected)
-    raise HarnessError(Exit.CONFIG, f"{label} must be {wanted}, got {shown(value)}")
-
-
-# Of whole numbers, the largest that a run can have, so that checks before it end in a second.
-LARGEST = {
-    **{"num_layers": 256, "model_dim": 65536, "num_heads": 65536, "seq_len": 2**20, "mlp_expansion": 128},
-    "steps": MOST_STEPS,
-    **dict.fromkeys(("balance_steps", "ascent_steps", "cg_steps"), 10_000),  # each in every step of the run
-}
-LARGEST_WHOLE = 2**31 - 1  # of the others; no shard holds more tokens
-LARGEST_HPARAM = 1e12  # of an optimizer's other numbers: their products stay within float32
-
-
-def check_bounds(config: Config) -> None:
-    """Raise HarnessError for a value out of range."""
-    for name in ("model", "train", "eval"):
-        for key, value in vars(getattr(config, name)).items():
-            if type(value) is int:  # no bool
-                lowest, highest = 0 if key == "checkpoint_every" else 1, LARGEST.get(key, LARGEST_WHOLE)
-                wanted = f"at least {lowest}" if value < lowest else f"at most {highest}"
-                check_bound(f"{name}.{key}", value, lowest <= value <= highest, wanted)
-
-    model, train, evaluation, schedule = config.model, config.train, config.eval, config.schedule
-    head_dim = model.model_dim / model.num_heads
-    whole_sequences, table = f"a multiple of model.seq_len = {model.seq_len}", f"optimizer.{config.optimizer}"
-    short = {key: getattr(schedule, key) for key in SHORT_FORM}
-    planned = train.steps if schedule.planned_steps is None else schedule.planned_steps
-    wanted_plan = f"at least train.steps = {train.steps}, where the run ends, and at most {MOST_STEPS}"
-    bounds = [
-        ("model.vocab_size", model.vocab_size, model.vocab_size <= 65536, "at most 65536: tokens are uint16"),
-        ("model.model_dim / num_heads", head_dim, head_dim % 4 == 0, "a multiple of 4: half a head turns, in pairs"),
-        ("model.rope_base", model.rope_base, 1 < model.rope_base <= 1e12, "above 1, and at most 1e12"),
-        ("model.attention_scale", model.attention_scale, 0 < model.attention_scale <= 1e6, "in (0, 1e6]"),
-        ("model.logit_softcap", model.logit_softcap, 0 < model.logit_softcap <= 64, "in (0, 64]"),
-        ("model.activation_dtype", model.activation_dtype, model.activation_dtype in DTYPES, " or ".join(DTYPES)),
-        ("model.mlp", model.mlp, model.mlp in MLPS, " or ".join(MLPS)),
-        ("model.head_dtype", model.head_dtype, model.head_dtype in HEAD_DTYPES, " or ".join(HEAD_DTYPES)),
-        ("train.compile", train.compile, train.compile in ("auto", "on", "off"), "auto, on or off"),
-        ("train.shard", train.shard, train.shard in SHARDS, " or ".join(SHARDS)),
-        ("train.batch_tokens", train.batch_tokens, train.batch_tokens % model.seq_len == 0, whole_sequences),
-        ("eval.tokens", evaluation.tokens, evaluation.tokens % model.seq_len == 0, whole_sequences),
-        ("eval.target", evaluation.target, evaluation.target > 0, "a positive loss"),
-        ("eval.late_frac", evaluation.late_frac, 0 <= evaluation.late_frac <= 1, "in [0, 1]"),
-        *((f"schedule.{key}", value, value is None or 0 <= value <= 1, "in [0, 1]") for key, value in short.items()),
-        ("schedule.planned_steps", planned, train.steps <= planned <= MOST_STEPS, wanted_plan),
-        (f"{table}.warmup_steps", config.warmup_steps, config.warmup_steps >= 0, "at least 0"),
-        (
-            f"{table}.warmup_steps",
-            config.warmup_steps,
-            config.warmup_steps <= LARGEST_WHOLE,
-            f"at most {LARGEST_WHOLE}",
-        ),
-        (f"{table}.projection_init", config.projection_init, 0 <= config.projection_init <= 100, "in [0, 100]"),
-    ]
-    if model.head_dtype == "float8":
-        sixteens = 'a multiple of 16 for model.head_dtype = "float8" (or set that to "activation")'
-        bounds += [
-            ("model.vocab_size", model.vocab_size, model.vocab_size % 16 == 0, sixteens),
-            ("model.model_dim", model.model_dim, model.model_dim % 16 == 0, sixteens),
-        ]
-    for bound in bounds:
-        check_bound(*bound)
-
-
-def check_hparams(name: str, hparams: dict[str, Any]) -> None:
-    """Raise HarnessError for numbers that no rule can mean; a rule's constructor knows its own bounds."""
-    for key, value in hparams.items():
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, int | float) and not isinstance(number, bool):
-                largest = LARGEST.get(key, LARGEST_WHOLE) if isinstance(number, int) else LARGEST_HPARAM
-                label, wanted = f"optimizer.{name}.{key}", f"within -{largest:g} and {largest:g}"
-                check_bound(label, value, abs(number) <= largest, wanted)
-
-
-def check_bound(key: str, value: Any, is_valid: bool, wanted: str) -> None:
-    if not is_valid:
-        raise HarnessError(Exit.CONFIG, f"{key} must be {wanted}, got {shown(value)}")

@@ -18,7 +18,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from aurora.config import Config, load_config, track_path
+from aurora.command_line import track_path
+from aurora.config import Config, load_config
 from aurora.console import run_script
 from scripts.diagnosis.checks import ERROR, OK, WARNING, Line, Task, examine
 

@@ -17,7 +17,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from aurora.config import FOLDER_VARIABLE, is_path, load_config, name_of, track_path
+from aurora.command_line import track_path
+from aurora.config import FOLDER_VARIABLE, is_path, load_config, name_of
 from aurora.errors import Exit, HarnessError
 from aurora.trainer.public import public_argv
 from aurora.trainer.record import EXTERNAL, ROOT, RecordError, Run, read_record, record_paths

@@ -8,7 +8,8 @@ import tomllib
 import pytest
 
 import train_gpt
-from aurora.config import load_config, parse_args
+from aurora.command_line import parse_args
+from aurora.config import load_config
 from aurora.errors import Exit, HarnessError
 from aurora.trainer.optimizers import checked_hparams
 from aurora.trainer.setup import check_schedule

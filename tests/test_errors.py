@@ -13,7 +13,7 @@ from tests.conftest import events, make_run, start_process, train_here
 @pytest.fixture
 def any_number(monkeypatch):
     """Rates that break weights in a step are refused before a run."""
-    monkeypatch.setattr("aurora.config.LARGEST_HPARAM", 1e40)
+    monkeypatch.setattr("aurora.bounds.LARGEST_HPARAM", 1e40)
 
 
 def test_non_finite_loss_exits_5_naming_step_and_parameter(tiny_track, tmp_path, capsys, any_number):

@@ -10,7 +10,8 @@ import sys
 import pytest
 
 import train_gpt
-from aurora.config import ROOT, load_config, track_path
+from aurora.command_line import track_path
+from aurora.config import ROOT, load_config
 from aurora.errors import Exit
 from aurora.trainer import record
 from data import fineweb, local

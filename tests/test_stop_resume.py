@@ -41,7 +41,7 @@ def test_ctrl_c_twice_means_now(twelve_steps, launch, tmp_path):
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_before_torch_is_imported_ends_in_one_line(tmp_path, signum):
     code = "import os, runpy, sys; sys.argv = ['train_gpt.py']\n"
-    code += f"import aurora.config; aurora.config.parse_args = lambda *args: os.kill(os.getpid(), {int(signum)})\n"
+    code += f"import aurora.command_line as c; c.parse_args = lambda *args: os.kill(os.getpid(), {int(signum)})\n"
     process = start_process("-c", code + "runpy.run_path('train_gpt.py', run_name='__main__')")
     _, said = process.communicate(timeout=60)
     assert process.returncode == Exit.PREEMPTED, said

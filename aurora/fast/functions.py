@@ -105,7 +105,7 @@ class SoftCapCrossEntropy(torch.autograd.Function):
 
     Keeps the logits as they came and overwrites them with their gradient, so there is one backward pass. float32
     copies of all of them would be most of a step's memory: eagerly they exist in parts, compiled not at all. Capped
-    logits (at most 64, see aurora/config.py) have exponentials that float32 holds, so a row's sum needs no maximum
+    logits (at most 64, see aurora/bounds.py) have exponentials that float32 holds, so a row's sum needs no maximum
     first, which would be one more pass; powers of two, with logits in bits, are what devices compute fastest.
     """
 

@@ -16,7 +16,8 @@ from typing import Any, BinaryIO
 import torch
 
 import aurora
-from aurora.config import AUX_KEYS, DTYPES
+from aurora.bounds import DTYPES
+from aurora.config import AUX_KEYS
 from aurora.errors import Exit, HarnessError
 from aurora.schedule import PEAKS
 from aurora.trainer.process import first_line

@@ -6,12 +6,14 @@ import torch
 import torch.distributed as dist
 
 import aurora
-from aurora.config import ALL, AUX_KEYS, Config, check_hparams, is_path, typed_table
+from aurora.bounds import check_hparams
+from aurora.config import ALL, AUX_KEYS, Config, is_path
 from aurora.errors import Exit, HarnessError
 from aurora.optim.external import make, source_of, two_gradients
 from aurora.trainer.probe import NotSuited, probe, tiny
 from aurora.trainer.ranks import Ranks
 from aurora.trainer.scheduled import keep_peaks
+from aurora.typed import typed_table
 
 
 def checked_hparams(config: Config) -> dict[str, Any]:

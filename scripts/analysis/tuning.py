@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from aurora.config import check_keys, coerce
 from aurora.errors import Exit, HarnessError
+from aurora.typed import check_keys, coerce
 
 # Kept for the last validation around lr: its neighbours, and two steps on where one of them is better.
 RESERVED_TRIALS = 4

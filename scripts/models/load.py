@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from aurora.config import LARGEST, LARGEST_WHOLE
+from aurora.bounds import LARGEST, LARGEST_WHOLE
 from aurora.errors import Exit, HarnessError
 from aurora.fast.float8 import check_float8
 from aurora.trainer.process import first_line

@@ -13,20 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from aurora.config import (
-    AUX_KEYS,
-    ROOT,
-    Config,
-    ModelConfig,
-    is_path,
-    make_parser,
-    parse_config,
-    recorded,
-    told_hparams,
-    with_default,
-)
+from aurora.command_line import make_parser
+from aurora.config import AUX_KEYS, ROOT, Config, ModelConfig, is_path, parse_config, recorded, told_hparams
 from aurora.errors import HarnessError
 from aurora.fast.definitions import definitions_of, hashes
+from aurora.typed import with_default
 from scripts.verification.events import Events
 from scripts.verification.external import default_lr, same_value
 from scripts.verification.groups import parsed
