@@ -37,7 +37,8 @@ sys.path.insert(0, str(ROOT))
 from aurora.config import name_of
 from aurora.console import run_script
 from aurora.errors import HarnessError
-from aurora.trainer.record import RecordError, Run, read_folder, read_record
+from aurora.trainer.events import RecordError
+from aurora.trainer.record import Run, read_folder, read_record
 from scripts.analysis.text import cell, plain
 from scripts.runs import (
     PREEMPTED,

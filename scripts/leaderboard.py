@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from aurora.console import run_script
-from aurora.trainer.record import STORE, RecordError, Run, read_folder, record_paths
+from aurora.trainer.events import STORE, RecordError
+from aurora.trainer.record import Run, read_folder, record_paths
 from scripts.analysis.page import PAGE, Pages
 from scripts.analysis.store import packed_files, unpack
 from scripts.analysis.text import plain

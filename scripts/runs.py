@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from aurora.command_line import track_path
-from aurora.config import FOLDER_VARIABLE, is_path, load_config, name_of
+from aurora.config import FOLDER_VARIABLE, ROOT, is_path, load_config, name_of
 from aurora.errors import Exit, HarnessError
+from aurora.trainer.events import RecordError
+from aurora.trainer.identity import EXTERNAL
 from aurora.trainer.public import public_argv
-from aurora.trainer.record import EXTERNAL, ROOT, RecordError, Run, read_record, record_paths
+from aurora.trainer.record import Run, read_record, record_paths
 
 PREEMPTED = Exit.PREEMPTED
 PRIVATE = ".run-"  # how names of the folders begin in which runs train

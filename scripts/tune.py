@@ -23,9 +23,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
 
-from aurora.config import is_path, load_config, name_of, recorded, told_hparams
+from aurora.config import ROOT, is_path, load_config, name_of, recorded, told_hparams
 from aurora.errors import Exit, HarnessError
-from aurora.trainer.record import ROOT, Run
+from aurora.trainer.record import Run
 from scripts.analysis.text import markdown_table
 from scripts.analysis.tuning import (
     Search,

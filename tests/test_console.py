@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from aurora.errors import Exit
+from aurora.trainer.identity import describe_machine
 from aurora.trainer.public import is_public, plain_line, public_argv
-from aurora.trainer.record import describe_machine
 from scripts.verification.export import export_record
 from tests.conftest import ROOT, events, start_process, train_here
 

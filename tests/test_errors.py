@@ -66,7 +66,7 @@ def test_unwritable_out_exits_7_before_training(tiny_track, tmp_path, capsys):
 
 
 def test_full_disk_at_the_record_exits_7(tiny_track, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("aurora.trainer.record.os.write", lambda handle, line: len(line) // 2)
+    monkeypatch.setattr("aurora.trainer.writer.os.write", lambda handle, line: len(line) // 2)
     assert train_here(tiny_track, tmp_path) == Exit.DISK
     assert "cannot be written: the line was cut" in capsys.readouterr().err
 

@@ -12,7 +12,7 @@ from aurora.errors import Exit, HarnessError
 from aurora.fast import functions
 from aurora.fast.float8 import check_float8, float8_linear
 from aurora.fast.forward import FastForward
-from aurora.trainer.record import task_hash
+from aurora.trainer.identity import task_hash
 from scripts.verification.checks import verify_folder
 from tests.conftest import ROOT, events, losses, train_here
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from aurora.tokens.shards import write_shard
-from aurora.trainer.record import RecordError
+from aurora.trainer.events import RecordError
 from scripts.leaderboard import add
 from scripts.verification.checks import verify_folder, verify_run
 from tests.conftest import ROOT, events, often, start_process, train_here, write_tiny_track

@@ -15,8 +15,9 @@ import pytest
 from scipy import stats
 
 from aurora.errors import HarnessError
+from aurora.trainer.events import RecordError
 from aurora.trainer.process import lock_folder
-from aurora.trainer.record import RecordError, Validation, read_folder, read_record
+from aurora.trainer.record import Validation, read_folder, read_record
 from scripts import compare, plot, runs
 from scripts.analysis import report, verdict
 from scripts.analysis.statistics import runs_needed

@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 
-from aurora.trainer.record import RecordError, read_record, record_paths
+from aurora.trainer.events import RecordError
+from aurora.trainer.record import read_record, record_paths
 from scripts import leaderboard, logs, verify
 from scripts.analysis.store import pack, packed_files, unpack
 from scripts.verification.export import LACKING

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from aurora.trainer.record import code_hash, json_hash, task_hash
+from aurora.trainer.identity import code_hash, json_hash, task_hash
 from scripts.verification.checks import verify_run
 from tests.test_verification import of, write
 

@@ -9,7 +9,8 @@ import pytest
 
 from aurora.errors import Exit
 from aurora.tokens.shards import write_shard
-from aurora.trainer.record import RecordError, read_folder
+from aurora.trainer.events import RecordError
+from aurora.trainer.record import read_folder
 from scripts import compare, leaderboard, logs, verify
 from scripts.analysis import verdict
 from scripts.verification.checks import verify_folder

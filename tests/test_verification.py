@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from aurora.trainer.record import RecordError, Run, code_hash, read_folder, read_record
+from aurora.trainer.events import RecordError
+from aurora.trainer.identity import code_hash
+from aurora.trainer.record import Run, read_folder, read_record
 from scripts import verify
 from scripts.analysis.foreign import LogError, read_log
 from scripts.analysis.report import as_json, markdown_report

@@ -20,9 +20,10 @@ from aurora.bounds import DTYPES
 from aurora.config import AUX_KEYS
 from aurora.errors import Exit, HarnessError
 from aurora.schedule import PEAKS
+from aurora.trainer.events import RecordError
 from aurora.trainer.process import first_line
 from aurora.trainer.ranks import digest, is_peer_failure
-from aurora.trainer.record import Progress, RecordError, Validation, read_record
+from aurora.trainer.record import Progress, Validation, read_record
 from aurora.trainer.scheduled import is_scheduled, limit_of
 from aurora.trainer.state import Run
 from aurora.trainer.timeline import timeline

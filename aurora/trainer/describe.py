@@ -19,21 +19,15 @@ from aurora.tokens.loader import PUBLIC_SHARD_TOKENS, RunData, find_shards, step
 from aurora.tokens.shards import ShardError, open_shard
 from aurora.trainer.checkpoint import identity_of
 from aurora.trainer.cost import Speed, speed_of, speed_words
+from aurora.trainer.identity import code_hash, describe_git, describe_machine, read_sources, task_hash
 from aurora.trainer.memory import memory_estimate_gib, params_by_role
 from aurora.trainer.provenance import describe_rule, external_sources
 from aurora.trainer.public import plain_line, public_argv
 from aurora.trainer.ranks import digest, shared_variables
-from aurora.trainer.record import (
-    SCHEMA,
-    code_hash,
-    describe_git,
-    describe_machine,
-    first_at_target,
-    read_sources,
-    task_hash,
-)
+from aurora.trainer.record import first_at_target
 from aurora.trainer.scheduled import schedule_lines
 from aurora.trainer.state import Run
+from aurora.trainer.writer import SCHEMA
 
 
 def run_event(run: Run, config_path: Path, track: str, seed: int, data: RunData) -> dict[str, Any]:

@@ -16,12 +16,13 @@ from aurora.trainer.describe import end_event, resume_event, speed_summary, summ
 from aurora.trainer.guard import check_validation
 from aurora.trainer.momentum import Dump, record_momentum
 from aurora.trainer.neurons import Neurons
-from aurora.trainer.record import RecordWriter, Validation
+from aurora.trainer.record import Validation
 from aurora.trainer.scheduled import scheduled_values
 from aurora.trainer.state import Run
 from aurora.trainer.step_log import StepLog
 from aurora.trainer.stops import stops
 from aurora.trainer.tracking import Tracker
+from aurora.trainer.writer import RecordWriter
 
 ENDINGS = {Exit.NON_FINITE: "diverged", Exit.PREEMPTED: "interrupted"}  # of which the record tells; others are crashes
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 import aurora
-from aurora.trainer.record import EXTERNAL, ROOT
+from aurora.config import ROOT
+from aurora.trainer.identity import EXTERNAL
 
 
 def describe_rule(path: str, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from aurora.trainer.record import no_number, unique_keys
+from aurora.trainer.events import no_number, unique_keys
 
 SUFFIX = ".safetensors"
 # The format's name of a dtype, what torch calls it, and the bytes of an element.

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from aurora.trainer.record import LATER_SETTINGS, RecordError, Run, model_of
+from aurora.trainer.events import RecordError
+from aurora.trainer.identity import LATER_SETTINGS, model_of
+from aurora.trainer.record import Run
 from scripts.analysis import board
 from scripts.analysis.report import LONG, PAIR_HEADER, as_p, pair_cells, remarks, to_target
 from scripts.analysis.statistics import MIN_RUNS, common_step, gate, repeated_seeds, t_below

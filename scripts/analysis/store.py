@@ -1,14 +1,14 @@
 """Records refer by hash to a store of sources that they share: the same files stand in hundreds of records.
 
 A packed record has {name: sha256} as source_hashes in the place of {name: text} as sources; all else is the same, byte
-for byte. aurora/trainer/record.py reads both forms.
+for byte. aurora/trainer/events.py reads both forms.
 """
 
 import hashlib
 import json
 from pathlib import Path
 
-from aurora.trainer.record import MAX_RECORD_BYTES, RecordError, read_event, with_sources
+from aurora.trainer.events import MAX_RECORD_BYTES, RecordError, read_event, with_sources
 
 
 def pack(content: bytes) -> tuple[bytes, dict[str, bytes]]:
@@ -61,5 +61,5 @@ def packed_files(records: dict[Path, Path], store: Path) -> dict[Path, bytes]:
 
 
 def _line(event: dict) -> bytes:
-    """As aurora/trainer/record.py writes it."""
+    """As aurora/trainer/writer.py writes it."""
     return json.dumps(event).encode()

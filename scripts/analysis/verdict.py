@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from aurora.trainer.record import Run, Validation, shards_of
+from aurora.trainer.identity import shards_of
+from aurora.trainer.record import Run, Validation
 from scripts.analysis.statistics import (
     Crossing,
     Interval,

@@ -18,7 +18,7 @@ from typing import Any
 
 from aurora.config import ROOT, load_config
 from aurora.errors import Exit, HarnessError
-from aurora.trainer.record import read_events
+from aurora.trainer.events import read_events
 from scripts.benchmarks.program import Program, ended_programs, trainer_command
 from scripts.benchmarks.train import write
 

@@ -22,8 +22,8 @@ from aurora.fast.forward import FastForward
 from aurora.fast.hopper import HopperForward
 from aurora.trainer import Model
 from aurora.trainer.clock import elapsed_ms, time_mark
+from aurora.trainer.identity import describe_git
 from aurora.trainer.ranks import join_ranks, leave_ranks
-from aurora.trainer.record import describe_git
 from aurora.trainer.warmup import compiled_fast
 from scripts.benchmarks.against import median_interval
 from scripts.benchmarks.train import describe_device, ready_run, write

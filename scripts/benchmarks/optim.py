@@ -21,8 +21,8 @@ import train_gpt
 from aurora.config import load_config
 from aurora.errors import Exit, HarnessError
 from aurora.trainer.clock import elapsed_ms, time_mark
+from aurora.trainer.identity import describe_machine
 from aurora.trainer.ranks import keep_freed_memory
-from aurora.trainer.record import describe_machine
 
 VARIANTS = {f"aurora {variant}": ("aurora", {"variant": variant}) for variant in aurora.VARIANTS}
 CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -34,8 +34,8 @@ from aurora.trainer import Clock, Model, Ranks, Run, prepare
 from aurora.trainer.batch import plan_batch
 from aurora.trainer.clock import elapsed_ms, time_mark
 from aurora.trainer.describe import peak_memory_mib
+from aurora.trainer.identity import describe_git, describe_machine
 from aurora.trainer.ranks import join_ranks, leave_ranks
-from aurora.trainer.record import describe_git, describe_machine
 from aurora.trainer.setup import Checked, new_run, open_data
 
 # The part of a step that ends at a mark of the timeline. The forward part ends where the model returns.

@@ -14,8 +14,9 @@ import torch
 from aurora.bounds import LARGEST, LARGEST_WHOLE
 from aurora.errors import Exit, HarnessError
 from aurora.fast.float8 import check_float8
+from aurora.trainer.events import RecordError
 from aurora.trainer.process import first_line
-from aurora.trainer.record import RecordError, Run, read_record, record_paths
+from aurora.trainer.record import Run, read_record, record_paths
 from aurora.trainer.weights import DTYPES, Stored, WeightsError, check_weights, read_header
 from scripts.models.source import CONFIG_CLASS, SourceError, is_same_code, model_source, source_here
 

@@ -35,7 +35,9 @@ A replay does not judge the embedded code, which is compared with its commit alo
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from aurora.trainer.record import RecordError, json_hash, read_events, record_paths, run_of, seed_gaps
+from aurora.trainer.events import RecordError, read_events
+from aurora.trainer.identity import json_hash
+from aurora.trainer.record import record_paths, run_of, seed_gaps
 from aurora.trainer.weights import WeightsError, check_weights, weights_of
 from scripts.verification.events import Events, missing_fields, wrong_numbers
 from scripts.verification.expected import check_config, notes_on_edits

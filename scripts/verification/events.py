@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from aurora.schedule import PEAKS, SHORT_FORM
-from aurora.trainer.record import FIELD_TYPES, NUMBER, is_sane, without_undone
+from aurora.trainer.events import FIELD_TYPES, NUMBER, is_sane, without_undone
 
 # Nats between val losses of one step on two stacks, such as other ranks or threads, which add in another order:
 # differences grow with steps, and a resume or replay repeats few.

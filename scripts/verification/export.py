@@ -3,8 +3,10 @@
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from aurora.config import ROOT
+from aurora.trainer.events import STORE, RecordError, stored_source
 from aurora.trainer.public import plain_line
-from aurora.trainer.record import ROOT, STORE, RecordError, Run, read_record, stored_source
+from aurora.trainer.record import Run, read_record
 from scripts.analysis.text import plain
 
 SEPARATOR = "=" * 100

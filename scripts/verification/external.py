@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from aurora.config import is_path
-from aurora.trainer.record import EXTERNAL
+from aurora.trainer.identity import EXTERNAL
 from scripts.verification.events import Events
 
 LR_TOLERANCE = 1e-6  # of a tensor, which has single precision

@@ -8,7 +8,9 @@ import subprocess
 from collections.abc import Iterator
 from typing import Any
 
-from aurora.trainer.record import EXTERNAL, ROOT, SCHEMA, code_hash, task_hash
+from aurora.config import ROOT
+from aurora.trainer.identity import EXTERNAL, code_hash, task_hash
+from aurora.trainer.writer import SCHEMA
 from scripts.verification.events import Events
 from scripts.verification.export import LACKING, is_inside
 from scripts.verification.groups import parsed

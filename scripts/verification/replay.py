@@ -12,9 +12,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from aurora.config import MATRICES, told_hparams
+from aurora.config import MATRICES, ROOT, told_hparams
 from aurora.schedule import SHORT_FORM
-from aurora.trainer.record import EXTERNAL, ROOT, RecordError, read_folder, read_record
+from aurora.trainer.events import RecordError
+from aurora.trainer.identity import EXTERNAL
+from aurora.trainer.record import read_folder, read_record
 from scripts.verification.checks import Verification
 from scripts.verification.events import OTHER_STACK_TOLERANCE
 from scripts.verification.export import is_inside, optimizer_of, whole_sources

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from aurora.trainer.record import EXTERNAL
+from aurora.trainer.identity import EXTERNAL
 from scripts.verification.events import LEVERAGE_KEYS, Events
 
 DEVICES = ("cuda", "mps", "cpu")

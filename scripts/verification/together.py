@@ -4,7 +4,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from aurora.trainer.record import Run, json_hash, shards_of
+from aurora.trainer.identity import json_hash, shards_of
+from aurora.trainer.record import Run
 
 
 class Trace(NamedTuple):
