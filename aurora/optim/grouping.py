@@ -1,7 +1,7 @@
 """param_groups(): which parameters of a model are matrices, and how they lie in memory, from the types of its layers.
 
 Nothing is read off the names of parameters. What a layer of torch does with its weights is known. Of transformers,
-timm, torchvision and mamba_ssm some layers are known by class: see PARAMETERS and FUSED. All else is the user's to say.
+timm, torchvision and mamba_ssm some layers are known by class: see layers.py. All else is the user's to say.
 """
 
 import difflib
@@ -14,45 +14,17 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-MATRIX_GROUPS = ("matrix", "conv", "experts")  # the views of a weight, too
-GROUPS = (*MATRIX_GROUPS, "embedding", "head", "vector", "adamw")
-LAYOUTS = ("out_in", "in_out")
-
-NORMS = (
-    nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.LocalResponseNorm,
-    nn.modules.batchnorm._NormBase,  # BatchNorm, SyncBatchNorm and InstanceNorm of all dimensions
-)  # fmt: skip
-CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-CONVS_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-GATES = {nn.LSTM: 4, nn.LSTMCell: 4, nn.GRU: 3, nn.GRUCell: 3, nn.RNN: 1, nn.RNNCell: 1}
-
-# Parameters that a layer of another package holds itself: package, class, parameter, group, why.
-PARAMETERS = (
-    ("transformers", "*Embedding*", "*", "embedding", "held by an embedding layer"),
-    ("transformers", "*", "relative_position_bias_table", "embedding", "positions"),
-    ("transformers", "*Router", "weight", "matrix", "linear layer of a router"),
-    ("transformers", "*", "A_log", "vector", "decay rates of a state space"),
-    ("mamba_ssm", "*", "A_log", "vector", "decay rates of a state space"),
-    ("timm", "*", "pos_embed", "embedding", "positions"),
-    ("torchvision", "*", "pos_embedding", "embedding", "positions"),
+from .heads import find_heads
+from .layers import (
+    GROUPS,
+    LAYOUTS,
+    MATRIX_GROUPS,
+    Choice,
+    Layer,
+    choose,
+    is_of,
+    num_wide,
 )
-# Layers whose outputs are those of several: package, class that holds the layer, its name there, and how many equal
-# parts, or 0 for q, k, v one after the other. q is then as wide as the attention's output projection takes.
-FUSED = (
-    ("transformers", "*Attention", "qkv", 0),
-    ("transformers", "Phi3Attention", "qkv_proj", 0),
-    ("transformers", "Phi4MultimodalAttention", "qkv_proj", 0),
-    ("transformers", "ModernBertAttention", "Wqkv", 0),
-    ("transformers", "MptAttention", "Wqkv", 0),
-    ("transformers", "DbrxAttention", "Wqkv", 0),
-    ("timm", "*Attention", "qkv", 0),
-    ("torchvision", "*Attention*", "qkv", 0),
-    ("transformers", "*", "gate_up_proj", 2),
-    ("transformers", "MambaMixer", "in_proj", 2),
-    ("transformers", "FalconMambaMixer", "in_proj", 2),
-    ("transformers", "JambaMambaMixer", "in_proj", 2),
-)
-OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "proj", "projection", "Wo")
 
 
 class Row(NamedTuple):
@@ -93,24 +65,6 @@ class ParamGroups(list[dict[str, Any]]):
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         table = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
         return "\n".join([*table, *filter(None, [self.note])])
-
-
-class Layer(NamedTuple):
-    """A parameter as one layer holds it. A tied parameter has several."""
-
-    name: str
-    attribute: str
-    module: nn.Module
-    parent: nn.Module | None
-    attribute_in_parent: str
-
-
-class Choice(NamedTuple):
-    """The group of a parameter ("" leaves it open), its options where they are not the default, and why."""
-
-    group: str
-    options: dict[str, Any]
-    why: str
 
 
 def param_groups(
@@ -180,10 +134,10 @@ def param_groups(
     overridden = _overridden(names, overrides or {})
     decided = {p: choice for p, choice in overridden.items() if choice.group}
     if head is None or head == "auto":
-        heads, note = _find_heads(model, layers, decided) if head else ({}, "")
+        heads, note = find_heads(model, layers, decided) if head else ({}, "")
     else:
         chosen = _matching(names, head, "head")
-        heads, note = {p: "named by head=" for p in chosen if _num_wide(p) > 1}, ""
+        heads, note = {p: "named by head=" for p in chosen if num_wide(p) > 1}, ""
 
     adamw = dict(algorithm="adamw", lr=adamw_lr, betas=adamw_betas, eps=adamw_eps, weight_decay=adamw_weight_decay)
     matrix = {key: value for key, value in dict(lr=lr, weight_decay=weight_decay).items() if value is not None}
@@ -199,7 +153,7 @@ def param_groups(
     for p, holders in layers.items():
         if not p.requires_grad:
             continue
-        choice = decided.get(p) or _choose(p, holders, heads, split_fused)
+        choice = decided.get(p) or choose(p, holders, heads, split_fused)
         if choice and p in overridden and p not in decided:
             more = overridden[p]
             choice = Choice(choice.group, choice.options | more.options, f"{choice.why}; {more.why}")
@@ -234,7 +188,7 @@ def _check_sortable(model: nn.Module, layers: dict[Tensor, list[Layer]]) -> None
     lazy = [layers[p][0].name for p in layers if nn.parameter.is_lazy(p)]
     if lazy:
         raise ValueError(f"{', '.join(lazy)} have no shape yet: run the model once before param_groups()")
-    if any(_is(module, "torch", "FullyShardedDataParallel") for module in model.modules()):
+    if any(is_of(module, "torch", "FullyShardedDataParallel") for module in model.modules()):
         raise ValueError(
             "FullyShardedDataParallel flattens the weights of layers, so that they are matrices no longer: use "
             "DistributedDataParallel, or an optimizer with process_group, which shards the state"
@@ -244,187 +198,7 @@ def _check_sortable(model: nn.Module, layers: dict[Tensor, list[Layer]]) -> None
 # ---- what a layer does with a parameter ----
 
 
-def _choose(p: Tensor, holders: list[Layer], heads: Mapping[Tensor, str], split_fused: bool) -> Choice | None:
-    """The group of a parameter, or None where it is not known."""
-    if any(isinstance(layer.module, nn.Embedding | nn.EmbeddingBag) for layer in holders):
-        return Choice("embedding", {}, "tied to the head" if p in heads else "embedding layer")
-    if p in heads:
-        return Choice("head", {}, heads[p])
-    if p.numel() == 0:
-        return Choice("vector", {}, "has no elements")
-    if _num_wide(p) < 2:
-        return Choice("vector", {}, "vector or scalar" if p.ndim < 2 else "at most one dimension above 1")
-    if not p.is_floating_point():
-        return Choice("adamw", {}, f"{p.dtype}: matrices must be real")
-    choices = [_choose_in(layer, tuple(p.shape)) for layer in holders]
-    choice = choices[0]
-    if choice is None or any(other is None or other[:2] != choice[:2] for other in choices):
-        return None
-    if "split" in choice.options and not split_fused:
-        options = {key: value for key, value in choice.options.items() if key != "split"}
-        return Choice(choice.group, options, choice.why + ", unsplit")
-    return choice
-
-
-def _choose_in(layer: Layer, shape: tuple[int, ...]) -> Choice | None:
-    """What one layer does with a parameter of at least two dimensions above 1."""
-    module, attribute = layer.module, layer.attribute
-    if isinstance(module, NORMS):
-        return Choice("vector", {}, "norm")
-    if isinstance(module, nn.Linear):
-        return _fused(layer, shape[0], shape[1], {}) if attribute == "weight" else None
-    if _is(module, "transformers", "Conv1D") and hasattr(module, "nf"):
-        return _fused(layer, shape[1], shape[0], dict(layout="in_out")) if attribute == "weight" else None
-    if isinstance(module, CONVS) and attribute == "weight":
-        return _conv(module, shape)
-    if isinstance(module, CONVS_TRANSPOSED) and attribute == "weight":
-        if module.groups == 1:
-            return Choice("conv", dict(view="conv", layout="in_out"), "transposed convolution")
-        return Choice("adamw", {}, "transposed convolution with groups")
-    if isinstance(module, nn.MultiheadAttention) and attribute == "in_proj_weight":
-        return Choice("matrix", _split(shape[0], 3), "q, k, v")
-    if isinstance(module, nn.MultiheadAttention) and attribute.endswith("_proj_weight"):
-        return Choice("matrix", {}, "linear layer of attention")
-    for kind, gates in GATES.items():
-        if isinstance(module, kind) and attribute.startswith("weight_"):
-            is_projection = attribute.startswith("weight_hr")
-            return Choice("matrix", {} if is_projection else _split(shape[0], gates), "recurrent layer")
-    if _is(module, "transformers", "*Experts") and hasattr(module, "is_transposed"):
-        return _experts(module, attribute, shape)
-    for package, cls, known, group, why in PARAMETERS:
-        if _is(module, package, cls) and fnmatchcase(attribute, known):
-            return Choice(group, {}, why)
-    return None
-
-
-def _is(module: nn.Module | None, package: str, pattern: str) -> bool:
-    """Whether a module is of a class of this package that the pattern matches, or of a subclass of one."""
-    return any(cls.__module__.split(".")[0] == package and fnmatchcase(cls.__name__, pattern)
-               for cls in type(module).__mro__)  # fmt: skip
-
-
-def _split(size: int, parts: int) -> dict[str, Any]:
-    return dict(split=(size // parts,) * parts) if parts > 1 else {}
-
-
-def _fused(layer: Layer, out_features: int, in_features: int, options: dict[str, Any]) -> Choice:
-    """A linear layer: one matrix, or several where the order of its outputs is known."""
-    why = "linear layer" if not options else "linear layer, (in, out)"
-    parent, attribute = layer.parent, layer.attribute_in_parent
-    if _is(parent, "transformers", "*Attention") and attribute == "c_attn" and options:  # GPT-2 and its kin
-        parts = out_features // in_features
-        return Choice("matrix", options | _split(out_features, parts), "q, k, v" if parts == 3 else "k, v")
-    for package, cls, known, parts in FUSED:
-        if attribute == known and _is(parent, package, cls):
-            if parts:
-                return Choice("matrix", options | _split(out_features, parts), f"{parts} linear layers")
-            siblings = [getattr(parent, name, None) for name in OUTPUT_PROJECTIONS]
-            q = next((sibling.in_features for sibling in siblings if isinstance(sibling, nn.Linear)), out_features)
-            if q < out_features and (out_features - q) % 2 == 0:
-                kv = (out_features - q) // 2
-                return Choice("matrix", options | dict(split=(q, kv, kv)), "q, k, v")
-    if "qkv" in attribute.lower() or attribute in ("query_key_value", "c_attn"):
-        why = "q, k, v, unsplit: their order is not known"
-    return Choice("matrix", options, why)
-
-
-def _conv(module: Any, shape: tuple[int, ...]) -> Choice:
-    outputs, inputs = shape[0] // module.groups, shape[1]  # of one group
-    if module.groups > 1 and inputs == 1:
-        return Choice("vector", {}, "depthwise convolution: a filter each, no matrix")
-    if outputs == 1:
-        return Choice("vector", {}, "convolution with one output in each group")
-    return Choice("conv", dict(view="conv", **_split(shape[0], module.groups)), "convolution")
-
-
-def _experts(module: Any, attribute: str, shape: tuple[int, ...]) -> Choice | None:
-    """The experts of transformers 5 and later, which say how their weights lie."""
-    if attribute.endswith("_bias"):
-        return Choice("vector", {}, "biases of experts")
-    if attribute not in ("gate_up_proj", "up_proj", "down_proj") or len(shape) != 3:
-        return None
-    options: dict[str, Any] = dict(view="experts", **(dict(layout="in_out") if module.is_transposed else {}))
-    if attribute != "gate_up_proj":
-        return Choice("experts", options, "linear layers of experts")
-    if not module.is_concatenated:
-        return Choice("experts", options, "linear layers of experts, gate and up interleaved: unsplit")
-    out_features = shape[2 if module.is_transposed else 1]
-    return Choice("experts", options | _split(out_features, 2), "gate and up of experts")
-
-
 # ---- the output head ----
-
-
-def _find_heads(
-    model: nn.Module, layers: dict[Tensor, list[Layer]], decided: Mapping[Tensor, Choice]
-) -> tuple[dict[Tensor, str], str]:
-    """The weights of the output heads, each with why, and a note for the table if there are none.
-
-    Raises:
-        ValueError: several linear layers could be the head.
-    """
-    if any(choice.group == "head" for choice in decided.values()):
-        return {}, ""
-    heads: dict[Tensor, str] = {}
-    inside: set[nn.Module] = set()
-    for module in model.modules():
-        if callable(getattr(type(module), "get_output_embeddings", None)):
-            inside.update(module.modules())
-            heads |= _heads_of_transformers(module)
-    if heads:
-        return heads, ""
-
-    linears = [
-        (p, layer.module) for p, holders in layers.items() for layer in holders
-        if isinstance(layer.module, nn.Linear) and layer.attribute == "weight" and layer.module not in inside
-    ]  # fmt: skip
-    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
-    if any(p is embedding.weight for p, _ in linears for embedding in embeddings):
-        return {p: "tied" for p, _ in linears if any(p is e.weight for e in embeddings)}, ""
-    linears = [(p, linear) for p, linear in linears if p not in decided and p.requires_grad]
-    widths = _input_widths(model)
-    sizes = {embedding.num_embeddings for embedding in embeddings}
-    heads = {p: f"{m.out_features} outputs, as many as an embedding has entries"
-             for p, m in linears if m.out_features in sizes - widths}  # fmt: skip
-    if heads:
-        return heads, ""
-    if linears and (last := linears[-1][1]).out_features not in widths:
-        return {linears[-1][0]: f"last linear layer; its {last.out_features} outputs are no layer's inputs"}, ""
-    candidates = [layers[p][0].name for p, linear in linears if linear.out_features in sizes]
-    if candidates:
-        raise ValueError(
-            f"param_groups cannot tell whether one of {', '.join(candidates)} is the output head: each has as many "
-            f"outputs as an embedding has entries, but so have layers within the model. "
-            f'Pass head="{candidates[-1]}", say, or head=None if there is none'
-        )
-    return {}, 'No output head was found. If there is one: param_groups(model, head="NAME.weight").'
-
-
-def _heads_of_transformers(module: Any) -> dict[Tensor, str]:
-    """What a model of transformers says of its own heads, for tokens or for classes."""
-    try:
-        output = module.get_output_embeddings()
-    except (AttributeError, NotImplementedError):
-        output = None
-    heads = {}
-    if isinstance(getattr(output, "weight", None), Tensor):
-        heads[output.weight] = "get_output_embeddings()"
-    base = getattr(module, getattr(module, "base_model_prefix", "") or "_", None)
-    num_labels = getattr(getattr(module, "config", None), "num_labels", None)
-    others = [child for child in module.children() if child is not base]
-    if isinstance(base, nn.Module):
-        others = [inner for child in others for inner in child.modules()]
-    for linear in others:
-        if isinstance(linear, nn.Linear) and linear.out_features == num_labels:
-            heads.setdefault(linear.weight, f"outside the base model, {num_labels} outputs as in config.num_labels")
-    return heads
-
-
-def _input_widths(model: nn.Module) -> set[int]:
-    """How many inputs the layers of a model take."""
-    keys = ("in_features", "in_channels", "embed_dim", "embedding_dim", "input_size")
-    widths = {getattr(module, key, None) for module in model.modules() for key in keys}
-    return {width for width in widths if isinstance(width, int)}
 
 
 # ---- what the user says ----
@@ -518,10 +292,6 @@ def _say_how(unknown: list[tuple[str, tuple[int, ...], str]], names: list[str]) 
         'Options: layout="in_out" if the input comes before the output, and split=(n1, n2) if one weight holds several '
         "matrices, n1 and n2 outputs of the whole.",
     ])  # fmt: skip
-
-
-def _num_wide(p: Tensor) -> int:
-    return sum(size > 1 for size in p.shape)
 
 
 def _pattern(name: str) -> str:
