@@ -94,6 +94,8 @@ class TrainConfig:
             parameter.
         shard: What several ranks share out. owners: whole matrices, each with its gradient and state on one owner; all
             ranks hold all weights. fsdp2: the rows of weights, gradients and state, by torch's fully_shard.
+        recompute: Whether a block's activations are computed again in its backward pass instead of kept (activation
+            checkpointing): about a third more time, much less memory. With shard = "fsdp2".
     """
 
     steps: int
@@ -104,6 +106,7 @@ class TrainConfig:
     checkpoint_every: int
     save_model: bool = True
     shard: str = "owners"
+    recompute: bool = False
 
     def saves_at(self, step: int) -> bool:
         """Whether the run saves a checkpoint before this step, or after its last."""

@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+import train_gpt
+from aurora.config import load_config
+from aurora.trainer.fsdp import recompute_blocks
 from scripts.verification.checks import verify_run
 from tests.conftest import OPTIMIZERS, events, losses, often, train_here
 from tests.fsdp_driver import RULES
@@ -96,6 +99,39 @@ def test_runs_of_the_tiny_track_agree_with_one_process(trained, optimizer, shard
     assert max((many[name] - p).abs().max().item() for name, p in one.items()) <= 1e-3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_recomputed_blocks_take_the_same_steps(trained, launch, tiny_track, tmp_path, world_size):
+    kept = trained("muon", "fsdp2", world_size, is_plain=True)[0]
+    options = ["--set", "train.steps=20", "--set", "train.shard=fsdp2", "--set", "train.recompute=true"]
+    outcome = launch("--config", tiny_track, "--optimizer", "muon", "--out", tmp_path, *options, world_size=world_size)
+    assert outcome.codes == [0] * world_size, outcome.err
+    assert losses(tmp_path) == losses(kept)
+    assert events(tmp_path)[-1]["weights_sha256"] == events(kept)[-1]["weights_sha256"]
+    assert not verify_run(next(tmp_path.glob("*.jsonl"))).reasons
+
+
+def test_recomputed_blocks_keep_their_input_alone(tiny_track):
+    model = train_gpt.GPT(load_config(tiny_track, "muon").model)
+    names = list(model.state_dict())
+    tokens = torch.zeros(4, 32, dtype=torch.int64)
+
+    def kept_bytes():
+        kept = {}
+        keep = lambda tensor: kept.update({tensor.data_ptr(): tensor.nbytes}) or tensor  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(tokens, tokens)
+        loss.backward()
+        return sum(kept.values()), [p.grad.clone() for p in model.parameters()]
+
+    before, grads = kept_bytes()
+    model.zero_grad()
+    recompute_blocks(model)
+    after, same_grads = kept_bytes()
+    assert after < before / 2 and list(model.state_dict()) == names
+    assert all(torch.equal(*pair) for pair in zip(grads, same_grads, strict=True))
+
+
 STOP = """
 from aurora.errors import Exit, HarnessError
 original = train_gpt.train_step
@@ -135,11 +171,12 @@ def test_checkpoints_move_between_ways_of_sharing_and_numbers_of_ranks(twelve_st
         ),
         (["--set", "train.compile=on"], "the model runs eager; set it to 'owners'"),
         (["--dump-momentum", "*", "1", "2"], "--dump-momentum cannot be had with it"),
+        (["--set", "train.shard=owners", "--set", "train.recompute=true"], "train.shard = 'owners'; set it to 'fsdp2'"),
         (["--set", "train.shard=rows"], "train.shard must be owners or fsdp2, got 'rows'"),
     ],
 )
 def test_what_cannot_be_had_with_fsdp2_is_told(tiny_track, tmp_path, capfd, option, message):
-    arguments = ["--dry-run", *(["--set", "train.shard=fsdp2"] if "train.shard=rows" not in option else [])]
+    arguments = ["--dry-run", *([] if "train.shard" in str(option) else ["--set", "train.shard=fsdp2"])]
     assert train_here(tiny_track, tmp_path, *arguments, *option) == 2
     error = capfd.readouterr().err
     assert message in error and error.count("\n") == 1

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed._composable import checkpoint
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
@@ -15,7 +16,12 @@ from aurora.trainer.ranks import Ranks
 
 
 def check_fsdp(config: Config, has_dump: bool) -> None:
-    """Raise HarnessError for what cannot be had together with train.shard = "fsdp2"."""
+    """Raise HarnessError for what cannot be had together with train.shard = "fsdp2", or without it."""
+    if config.train.shard != "fsdp2":
+        if config.train.recompute:
+            message = f"train.recompute = true, but train.shard = {config.train.shard!r}; set it to 'fsdp2'"
+            raise HarnessError(Exit.CONFIG, message)
+        return
     why = ""
     if not aurora.is_ours(aurora.find_rule(config.rule)):
         why = f"{config.rule} may need whole matrices"
@@ -25,6 +31,12 @@ def check_fsdp(config: Config, has_dump: bool) -> None:
         why = "--dump-momentum cannot be had with it"
     if why:
         raise HarnessError(Exit.CONFIG, f"train.shard = 'fsdp2', but {why}; set it to 'owners'")
+
+
+def recompute_blocks(model: nn.Module) -> None:
+    """Keep a block's input alone for its backward pass, and compute the block again there; names stay as they are."""
+    for block in getattr(model, "blocks", []):
+        checkpoint(block)
 
 
 def split_model(model: nn.Module, config: Config, ranks: Ranks) -> None:

@@ -136,7 +136,9 @@ def memory_estimate_gib(
         rows, state = 1 / world_size, (2 * num_params - counts["matrix"] * is_sharded_rule) / world_size
     width = 4 if model.activation_dtype == "float32" else 2
     kept_by_mlp = (4 if model.mlp == "swiglu" else 2) * model.mlp_expansion
-    per_token = model.num_layers * (12 + kept_by_mlp) * model.model_dim * width
+    per_block = (12 + kept_by_mlp) * model.model_dim * width
+    is_kept = not config.train.recompute  # else of all blocks their input alone, and one block is at work
+    per_token = model.num_layers * per_block if is_kept else model.num_layers * 4 * model.model_dim + per_block
     # Logits, which their gradient overwrites, and what a head in float8 makes of it.
     per_token += model.vocab_size * (width + (model.head_dtype == "float8"))
     logits = micro_batch * model.seq_len * model.vocab_size

@@ -78,7 +78,7 @@ def check_run(args: argparse.Namespace, ranks: Ranks, make_model: MakeModel, sch
             ranks.say(f"{config.optimizer} is not resumable, so no checkpoint is written: {no_resume}")
         if config.model.head_dtype == "float8":
             check_float8(ranks.device)
-        if config.train.shard == "fsdp2":
+        if config.train.shard == "fsdp2" or config.train.recompute:
             from aurora.trainer.fsdp import check_fsdp
 
             check_fsdp(config, bool(args.dump_momentum))
@@ -204,12 +204,15 @@ def new_run(
     model = make_model(config.model)
     model.init_weights(args.seed, config.projection_init)
     model_edits = None
-    if config.train.shard == "fsdp2" and ranks.world_size > 1:
-        from aurora.trainer.fsdp import split_model
+    if config.train.shard == "fsdp2":
+        from aurora.trainer.fsdp import recompute_blocks, split_model
 
         model_edits = edits(model)
-        ranks.check_agree(weights=digest(model.state_dict()))
-        split_model(model, config, ranks)  # each block goes to the device by itself
+        if config.train.recompute:
+            recompute_blocks(model)
+        if ranks.world_size > 1:
+            ranks.check_agree(weights=digest(model.state_dict()))
+            split_model(model, config, ranks)  # each block goes to the device by itself
     model.to(ranks.device)
     optimizers = build_optimizers(config, model.roles())
     fix_polar_dtype(optimizers, ranks)

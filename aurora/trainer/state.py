@@ -76,7 +76,8 @@ class Run:
     @property
     def may_compile(self) -> bool:
         mode = self.config.train.compile
-        return not self.is_split and mode == "on" or (mode == "auto" and self.ranks.device.type == "cuda")
+        is_eager = self.is_split or self.config.train.recompute
+        return not is_eager and (mode == "on" or (mode == "auto" and self.ranks.device.type == "cuda"))
 
     @property
     def rule(self) -> torch.optim.Optimizer:

@@ -90,7 +90,8 @@ def ways(run: Run, is_edited: bool) -> Iterator[Way]:
         yield Way(f"compiled{by_blocks}, plain forward", lambda: compiled_plain(model, run), True, False)
         if run.config.train.compile == "on":
             return
-    if not is_edited and not run.is_split:  # fully_shard gathers weights where modules are called
+    # fully_shard gathers weights, and recompute computes blocks again, where modules are called.
+    if not is_edited and not run.is_split and not run.config.train.recompute:
         yield Way("eager, fast forward", lambda: FastForward(model), False, True)
     yield Way("eager, plain forward", lambda: model, False, False)
 
