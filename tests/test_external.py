@@ -184,11 +184,6 @@ REFUSED = [
         ("!train.checkpoint_every=5",),
         "train.checkpoint_every is 5, but Forgets is not resumable",
     ),
-    (
-        "my_opts:Forgets",
-        ("!--resume",),
-        "--resume: Forgets is not resumable: it keeps more than its state_dict() holds",
-    ),
 ]
 
 
@@ -428,6 +423,13 @@ def test_a_run_that_is_not_resumable_stops_without_a_checkpoint(twelve_steps, la
     assert stopped.codes == [Exit.PREEMPTED] and not list(tmp_path.glob("*.checkpoints"))
     assert "without a checkpoint, for the optimizer is not resumable; start anew" in stopped.err[0]
     assert "Forgets is not resumable, so no checkpoint is written" in stopped.out[0]
+    again = launch(*words, "--resume", env={external.FOLDER_VARIABLE: str(mine)})
+    assert again.codes == [Exit.CONFIG]
+    assert "was cut, and Forgets is not resumable: it keeps more than its state_dict() holds" in again.err[0]
+    next(tmp_path.glob("*.jsonl")).unlink()
+    for said in ("starting at step 0", "is this run from its start to its end"):  # the second time it is done
+        again = launch(*words, "--resume", env={external.FOLDER_VARIABLE: str(mine)})
+        assert again.codes == [0] and said in again.out[0] + again.err[0]
 
 
 OF_PYTORCH_OPTIMIZER = ("Lion", "SOAP", "AdEMAMix", "ScheduleFreeAdamW", "Shampoo", "Muon")

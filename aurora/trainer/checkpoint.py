@@ -246,18 +246,25 @@ def differences(identity: dict[str, Any], other: dict[str, Any]) -> list[str]:
     return [key for key, value in other.items() if key != "code" and identity.get(key) != value] + sorted(files)
 
 
-def check_not_done(out: Path, start: dict[str, Any]) -> None:
-    """Raise HarnessError, DONE, where out has the record of this very run from its start to its end.
+def check_may_begin(out: Path, start: dict[str, Any], no_resume: str) -> None:
+    """Raise HarnessError where --resume must not begin a run: DONE, if out has the record of this very run from its
+    start to its end; CONFIG, if it has one that was cut, of an optimizer that cannot go on, for the reason given.
 
     So a job that is queued again, or a list of commands that is given again, repeats no run. start: its run event.
     """
     name = start["run_id"].rsplit("-", 2)[0]
     identity = json.loads(json.dumps(identity_of(start)))  # as a record has it
     for path in sorted(out.glob(f"{glob.escape(name)}-*.jsonl")):
-        with contextlib.suppress(RecordError, KeyError, TypeError, AttributeError):  # another's file may hold anything
+        try:
             run = read_record(path)
-            if run.is_done and not differences(identity_of(run.start), identity):
-                raise HarnessError(Exit.DONE, f"--resume: {path} is this run from its start to its end")
+            is_this = not differences(identity_of(run.start), identity)
+        except (RecordError, KeyError, TypeError, AttributeError):  # another's file may hold anything
+            continue
+        if run.is_done and is_this:
+            raise HarnessError(Exit.DONE, f"--resume: {path} is this run from its start to its end")
+        if no_resume and (run.end is None or run.end["status"] == "interrupted"):
+            message = f"--resume: {path} was cut, and {start['optimizer']} is not resumable: {no_resume}"
+            raise HarnessError(Exit.CONFIG, f"{message}; start anew in another --out")
 
 
 def is_finished(run_folder: Path) -> bool:

@@ -18,7 +18,7 @@ from aurora.schedule import ROLES, pieces_of
 from aurora.tokens.loader import RunData, TokenLoader, open_run_data
 from aurora.tokens.shards import ShardError
 from aurora.trainer.batch import BatchPlan, plan_batch, stage
-from aurora.trainer.checkpoint import check_not_done, newest_checkpoint, take_over
+from aurora.trainer.checkpoint import check_may_begin, newest_checkpoint, take_over
 from aurora.trainer.clock import Clock
 from aurora.trainer.cost import time_lines
 from aurora.trainer.describe import check_same_start, device_name, dry_run_report, greeting, run_event
@@ -74,7 +74,7 @@ def check_run(args: argparse.Namespace, ranks: Ranks, make_model: MakeModel, sch
                 ranks.say(f"--set {override} changes nothing for {config.optimizer}")
         no_resume = "" if aurora.is_ours(optimizers[0]) else probe_rule(config, params, ranks.device)
         if no_resume:
-            check_no_checkpoints(args, config, no_resume)
+            check_no_checkpoints(config, no_resume)
             ranks.say(f"{config.optimizer} is not resumable, so no checkpoint is written: {no_resume}")
         if config.model.head_dtype == "float8":
             check_float8(ranks.device)
@@ -117,11 +117,8 @@ def check_config(
     return config, plan, params, optimizers
 
 
-def check_no_checkpoints(args: argparse.Namespace, config: Config, no_resume: str) -> None:
-    """Raise HarnessError where a run that cannot go on from a checkpoint shall write or read one."""
-    if args.resume:
-        message = f"--resume: {config.optimizer} is not resumable: {no_resume}; start anew in another --out"
-        raise HarnessError(Exit.CONFIG, message)
+def check_no_checkpoints(config: Config, no_resume: str) -> None:
+    """Raise HarnessError where a run that cannot go on from a checkpoint shall write one."""
     if config.train.checkpoint_every:
         message = f"train.checkpoint_every is {config.train.checkpoint_every}, but {config.optimizer} is not resumable"
         raise HarnessError(Exit.CONFIG, f"{message}: {no_resume}; set it to 0")
@@ -180,7 +177,7 @@ def open_run(
                 message = f"--resume: the checkpoint does not fit this run: its {error}; start over in another --out"
                 raise HarnessError(Exit.CHECKPOINT, message) from error
         if args.resume and not run.checkpoint:
-            ranks.all_or_none(lambda: check_not_done(args.out, run.start) if ranks.is_main else None)
+            ranks.all_or_none(lambda: check_may_begin(args.out, run.start, run.no_resume) if ranks.is_main else None)
             ranks.say(f"resume: no unfinished run with a checkpoint in {args.out}, starting at step 0")
         ranks.say(greeting(run.start))
         clock.charge("setup")
