@@ -14,6 +14,7 @@ import json
 import math
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,6 +40,7 @@ run with seeds that tuning had not seen.
   to a loss that every run reaches: the highest that a run ends with. Steps between two validations are interpolated.
 - Brackets hold 95 %: rules drawn anew, each with its seeds drawn anew. *p* is the share of random orders that agree as
   well.
+- Where a table has one run of each rule, that is the best trial of its search.
 - *Repeat* is the rho between two measurements of the same track with other seeds: noise allows no more.
 - The track was chosen by the rules of the *design* half alone. The *confirmation* half was not looked at before."""
 
@@ -77,7 +79,8 @@ class Page:
         if found is None:
             return "too few rules"
         low, high, _ = found.interval
-        return f"rho {found.rho:.2f} [{low:.2f}, {high:.2f}], p {found.p:.2g}, repeat {found.repeat:.2f}"
+        repeat = f", repeat {found.repeat:.2f}" * any(len(of_rule) > 1 for of_rule in values.values())
+        return f"rho {found.rho:.2f} [{low:.2f}, {high:.2f}], p {found.p:.2g}{repeat}"
 
     def track(
         self, results: Path, title: str, folder: str, command: str, note: str
@@ -87,6 +90,8 @@ class Page:
         if errors:
             raise ValueError(str(errors[0]))
         runs = [run for run in runs if run.start["optimizer"] in self.rules and run.end is not None]
+        if is_search := folder.endswith("_tuning"):
+            runs = best_of_each(runs)
         if len(tasks := {run.start["task_hash"] for run in runs}) > 1:
             raise ValueError(f"{folder} holds runs of {len(tasks)} tasks, which no order can compare")
         losses: dict[str, list[float]] = {}
@@ -101,17 +106,23 @@ class Page:
         path = results / folder / "prediction.png"
         digest = hashlib.sha256(json.dumps([title, losses, self.steps], sort_keys=True).encode()).hexdigest()
         self.plots[path] = digest, title, losses
-        rows = []
-        for name in sorted(losses, key=lambda name: float(np.mean(losses[name]))):
-            low, high, _ = mean_interval(losses[name])
-            interval = f"{np.mean(losses[name]):.4f} [{low:.4f}, {high:.4f}]"
-            there = f"{self.steps[name]:,}", str(self.rules[name]["row"]), self.rules[name]["half"]
-            rows.append((cell(name), str(len(losses[name])), interval, f"{np.mean(steps[name]):.0f}", *there))
         by_steps = f"steps to {level:.4f}"
-        header = ("optimizer", "runs", "mean loss at the end [95 %]", by_steps, "steps on the board", "row", "half")
-        links = f"[plot]({folder}/prediction.png), [details]({folder}/README.md)"
         orders = {"loss at the end": losses, by_steps: steps}
-        return orders, [*lines, markdown_table(header, rows), "", links, ""]
+        columns: dict[str, Callable[[str], str]] = {
+            "optimizer": cell,
+            "runs": lambda name: str(len(losses[name])),
+            "mean loss at the end [95 %]": lambda name: with_interval(losses[name]),
+            by_steps: lambda name: f"{np.mean(steps[name]):.0f}",
+            "steps on the board": lambda name: f"{self.steps[name]:,}",
+            "row": lambda name: str(self.rules[name]["row"]),
+            "half": lambda name: self.rules[name]["half"],
+        }
+        if is_search:  # without validations on the way, and of one run each
+            del columns[by_steps], orders[by_steps]
+        names = sorted(losses, key=lambda name: float(np.mean(losses[name])))
+        rows = [tuple(column(name) for column in columns.values()) for name in names]
+        links = f"[plot]({folder}/prediction.png), [details]({folder}/README.md)"
+        return orders, [*lines, markdown_table(tuple(columns), rows), "", links, ""]
 
     def draw(self, path: Path) -> None:
         """Loss here against steps there, a dot for each rule."""
@@ -135,6 +146,21 @@ class Page:
         axis.legend()
         save_figure(figure, path, digest)
         plt.close(figure)
+
+
+def with_interval(losses: list[float]) -> str:
+    low, high, _ = mean_interval(losses)
+    return f"{np.mean(losses):.4f}" + f" [{low:.4f}, {high:.4f}]" * (len(losses) > 1)
+
+
+def best_of_each(runs: list[Run]) -> list[Run]:
+    """Of a search, the run of each optimizer with the lowest loss at its end."""
+    best: dict[str, Run] = {}
+    for run in runs:
+        name = run.start["optimizer"]
+        if name not in best or final_loss(run) < final_loss(best[name]):
+            best[name] = run
+    return list(best.values())
 
 
 def final_loss(run: Run) -> float:

@@ -81,6 +81,16 @@ def test_page_has_each_track_with_its_rho_and_is_stale_when_a_record_changes(res
     assert re.search(r"\| a +\| 2 +\| 1\.1605 \[1\.0906, 1\.2304\] +\| 183 +\| 100 +\|", page), page
     assert prediction.main([*arguments, "--check"]) == 0
 
+    (results / "first").rename(results / "first_tuning")
+    toml = results / "prediction.toml"
+    toml.write_text(toml.read_text().replace('"first"', '"first_tuning"'))
+    assert prediction.main(arguments) == 0
+    page = (results / "PREDICTION.md").read_text()
+    assert re.search(r"\| d +\| 1 +\| 1\.4550 +\| 400 +\| 3 +\| design +\|", page), "the better of both seeds"
+    assert "repeat" not in page.partition("## First")[0].partition("| track")[2] and "steps to 1" not in page
+    (results / "first_tuning").rename(results / "first")
+    toml.write_text(toml.read_text().replace('"first_tuning"', '"first"'))
+
     start, *rest = (results / "first" / "a-5.jsonl").read_text().splitlines()
     event = json.loads(start) | {"task_hash": "another"}
     (results / "first" / "a-5.jsonl").write_text("\n".join([json.dumps(event), *rest]) + "\n")
