@@ -103,7 +103,10 @@ class StackedRule(torch.optim.Optimizer, abc.ABC):
             self._non_finite = {device: was_set.to(device, copy=True) for device in devices}
 
     def _share(self, share: float, group: dict[str, Any]) -> float:
-        """Of the largest stack, where inputs and modifiers need room as well."""
+        """Of the largest stack, where inputs and modifiers need room as well.
+
+        The factors keep a step's temporary memory below 2.5 of such stacks, which tests/test_optimizer_speed.py measures.
+        """
         return share / (1 + 0.35 * len(self._inputs - {"step"})) * (0.6 if is_modified(group) else 1)
 
     def _steps_taken(self, p: Tensor) -> int:
