@@ -105,7 +105,8 @@ class StackedRule(torch.optim.Optimizer, abc.ABC):
     def _share(self, share: float, group: dict[str, Any]) -> float:
         """Of the largest stack, where inputs and modifiers need room as well.
 
-        The factors keep a step's temporary memory below 2.5 of such stacks, which tests/test_optimizer_speed.py measures.
+        The factors keep the temporary memory of a step below 2.5 of such stacks: tests/test_optimizer_speed.py measures
+        it.
         """
         return share / (1 + 0.35 * len(self._inputs - {"step"})) * (0.6 if is_modified(group) else 1)
 
