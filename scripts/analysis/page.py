@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from aurora.trainer.events import RecordError
-from aurora.trainer.identity import LATER_SETTINGS, model_of
+from aurora.trainer.identity import LATER_SETTINGS, model_of, shards_of
 from aurora.trainer.record import Run
 from scripts.analysis import board
 from scripts.analysis.report import LONG, PAIR_HEADER, as_p, pair_cells, remarks, to_target
@@ -56,8 +56,11 @@ def is_tuning(run: Run, results: Path) -> bool:
 
 
 def setting_family(run: Run) -> str:
-    """What a tuning trial has in common with the runs that profit from it: model, data, batch, rule and its form."""
-    config, data = run.start["config"], run.start["data"]["stream_id"]
+    """What a tuning trial has in common with the runs that profit from it: model, data, batch, rule and its form.
+
+    Of the data its first shard: a trial may have fewer steps, or another number of validation tokens.
+    """
+    config, data = run.start["config"], shards_of(run.start)[:1] or run.start["data"]["stream_id"]
     return json.dumps([model_of(config), config["train"]["batch_tokens"], data, run.start["optimizer"], variant(run)])
 
 
