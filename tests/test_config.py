@@ -50,7 +50,8 @@ def test_dry_run_of_every_track_with_every_optimizer(track, tmp_path, capsys):
 @pytest.mark.parametrize("track", TRACKS, ids=lambda path: path.stem)
 def test_every_track_builds_every_optimizer(track):
     optimizers = tomllib.loads(track.read_text())["optimizer"]
-    assert {*OPTIMIZERS} - {"riemannian_aurora"} <= optimizers.keys()
+    if track.stem != "trial":  # of arms of its own
+        assert {*OPTIMIZERS} - {"riemannian_aurora"} <= optimizers.keys()
     for optimizer in optimizers:
         config = load_config(track, optimizer)
         assert checked_hparams(config)["lr"] == config.hparams["lr"]

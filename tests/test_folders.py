@@ -13,7 +13,7 @@ import train_gpt
 from aurora.command_line import track_path
 from aurora.config import ROOT, load_config
 from aurora.errors import Exit
-from aurora.trainer import record
+from aurora.trainer.identity import describe_git
 from data import fineweb, local
 from scripts import compare, tune
 from scripts.analysis.tuning import read_space
@@ -94,7 +94,7 @@ def test_programs_find_the_project_without_their_folder_on_the_path(tmp_path, fl
 
 def test_a_checkout_of_another_user_has_a_commit_and_one_without_git_is_told(monkeypatch, tiny_track, tmp_path, capsys):
     monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
-    found = record.describe_git()
+    found = describe_git()
     assert found is None or len(found["commit"]) == 40
     if (ROOT / ".git").exists():
         assert found

@@ -82,7 +82,7 @@ def test_every_committed_space_fits_its_track(path):
         config = load_config(ROOT / "configs" / path.name, optimizer, [*space.overrides, *overrides])
         told = told_hparams(vars(config))
         assert all(json.loads(json.dumps(told[key])) == value for key, value in values.items()), optimizer
-        assert config.eval.every >= config.train.steps  # only the loss at the end counts
+        assert config.eval.every >= config.train.steps // 4  # the loss at the end counts
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ from scripts.analysis.verdict import (
 )
 
 PAGE, NOTES, REFERENCE_PAGE = "README.md", "notes.md", "REFERENCE.md"
+MAIN = "quick"  # the folder of the main track
 WRITTEN = "<!-- Written by scripts/leaderboard.py from the records and notes.md; edit those. -->"
 WRITTEN_FROM_REFERENCE = "<!-- Written by scripts/leaderboard.py from reference.toml; edit that. -->"
 HOW_CHECKED = (
@@ -206,13 +207,14 @@ class Pages:
         self.texts[results / PAGE] = as_text(self.main_page(trials))
 
     def main_page(self, trials: dict[str, list[Run]]) -> list[str]:
-        """Contents, and a section for each experiment: first the one with most runs, which is the main track."""
+        """Contents, and a section for each experiment: first the main track, then those with most runs."""
         notes = read_notes(self.results)
         sections: dict[str, list[list[Table]]] = {}
         for tables in self.by_task.values():
             sections.setdefault(tables[0].folder, []).append(tables)
         body: list[str] = []
-        for folder in sorted(sections, key=lambda name: -sum(t.num_runs for tables in sections[name] for t in tables)):
+        num_runs = {name: sum(t.num_runs for tables in found for t in tables) for name, found in sections.items()}
+        for folder in sorted(sections, key=lambda name: (name != MAIN, -num_runs[name])):
             body += self.section(folder, sections[folder])
         body += reference_section(self.by_task, self.tracks)
         if trials:
