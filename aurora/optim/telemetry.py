@@ -258,6 +258,7 @@ def matrix_event(update_MN: Tensor, weights_MN: Tensor, seen_MN: Tensor | None, 
     if seen_MN is not None and seen_MN.isfinite().all():
         rows, columns = seen_MN.shape
         relative = leverage_scores(seen_MN) / min(1.0, columns / rows)
+        relative = relative.round(decimals=9)  # an orthogonal square matrix is even, and 1 is the edge of a bin
         low = starved(relative, 1.0)
         streaks_M.add_(1).mul_(low.to(streaks_M.device))
         event["leverage_histogram"] = leverage_histogram(relative)
