@@ -42,7 +42,8 @@ run with seeds that tuning had not seen.
   well.
 - Where a table has one run of each rule, that is the best trial of its search.
 - *Repeat* is the rho between two measurements of the same track with other seeds: noise allows no more.
-- The track was chosen by the rules of the *design* half alone. The *confirmation* half was not looked at before."""
+- The rules of the *design* half alone decide which track is taken. Losses of the *confirmation* half in the first
+  search, and their rho, were known by then; those of the runs that follow were not."""
 
 
 class Page:
