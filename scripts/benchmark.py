@@ -48,7 +48,12 @@ def add_harness(command: argparse.ArgumentParser) -> None:
     from scripts.benchmarks.harness import harness
 
     command.add_argument("--rounds", type=int, default=40, help="turns of each (40)")
-    command.add_argument("--nanogpt", type=Path, metavar="FOLDER", help="checkout of karpathy/nanoGPT, as a third peer")
+    command.add_argument("--nanogpt", type=Path, metavar="FOLDER", help="checkout of karpathy/nanoGPT, as a peer")
+    command.add_argument(
+        "--program", nargs=2, action="append", default=[], metavar=("LABEL", "COMMAND"),
+        help="another peer: a program that makes a step for each line it reads, and then writes a line",
+    )  # fmt: skip
+    command.add_argument("--out", type=Path, help="write OUT.md and OUT.json, and with --against both consoles")
     checkout = command.add_argument_group("against another checkout")
     checkout.add_argument("--against", type=Path, metavar="FOLDER", help="another checkout of this project")
     add_config(checkout)
@@ -56,8 +61,7 @@ def add_harness(command: argparse.ArgumentParser) -> None:
     checkout.add_argument("--nproc", type=int, default=1, help="ranks of each trainer")
     checkout.add_argument("--steps", type=int, default=5, help="steps in a turn; the first is not counted")
     checkout.add_argument("--limit-s", type=float, default=1800.0, help="seconds after which both are ended")
-    checkout.add_argument("--out", type=Path, help="write OUT.md, OUT.json and both consoles")
-    command.set_defaults(run=lambda args: against(args) if args.against else harness(args.rounds, args.nanogpt))
+    command.set_defaults(run=lambda args: against(args) if args.against else harness(args))
 
 
 def add_optim(command: argparse.ArgumentParser) -> None:
@@ -72,6 +76,9 @@ def add_optim(command: argparse.ArgumentParser) -> None:
     command.add_argument("--polar-dtype", choices=COMPUTE_DTYPES, default="auto")
     command.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     command.add_argument("--rounds", type=int, default=9, help="timings of each rule (9)")
+    command.add_argument(
+        "--peers", nargs="+", default=[], metavar="MODULE:CLASS", help="others' optimizers, with their own defaults"
+    )
     command.add_argument("--momentum", type=Path, help="folder <run_id>.momentum that a run with --dump-momentum wrote")
     add_output(command)
     command.set_defaults(run=optim)

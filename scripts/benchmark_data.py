@@ -6,6 +6,8 @@ It needs the extra `data` and GPT-2's vocabulary, from the network or TIKTOKEN_C
 """
 
 import argparse
+import contextlib
+import itertools
 import json
 import os
 import statistics
@@ -24,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 
 from aurora.console import run_script
+from aurora.errors import Exit, HarnessError
 from aurora.tokens.loader import TokenLoader
 from aurora.tokens.overlap import check_val_is_unseen
 from aurora.tokens.shards import GPT2_VOCAB_SIZE, open_shard, verify_shard, write_shard
@@ -45,27 +48,54 @@ def seconds(action: Callable[[], object]) -> float:
     return (time.perf_counter_ns() - begin_ns) / 1e9
 
 
-def tokenizing(folder: Path, megabytes: int, rounds: int) -> list[str]:
-    """Whole processes, interleaved A B B A, on the sources of Python's library, several times over."""
-    text = folder / "text.jsonl"
-    sources = [path.read_text(encoding="utf-8") for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))]
-    with text.open("w", encoding="utf-8") as file:
-        while file.tell() < megabytes * 1e6:
-            file.writelines(json.dumps({"text": source}) + "\n" for source in sources)
-    pairs = []
+def write_text(path: Path, folders: list[Path], megabytes: int) -> int:
+    """Lines of jsonl, one for each source file in the folders, which are taken again where they do not suffice.
+
+    Returns how many times they were taken.
+    """
+    suffixes = {".py", ".md", ".txt", ".rst", ".h"}
+    files = [file for folder in folders for file in sorted(folder.rglob("*")) if file.suffix in suffixes]
+    with path.open("w", encoding="utf-8") as out:
+        for turn in itertools.count(1):
+            for file in files:
+                if out.tell() >= megabytes * 1e6:
+                    return turn
+                with contextlib.suppress(UnicodeDecodeError):
+                    out.write(json.dumps({"text": file.read_text(encoding="utf-8")}) + "\n")
+            if not out.tell():
+                raise HarnessError(Exit.DATA, f"no text files in {', '.join(map(str, folders))}")
+    raise AssertionError("itertools.count ended")
+
+
+def tokenizing(folder: Path, sources: list[Path], megabytes: int, rounds: int) -> list[str]:
+    """Whole processes, in alternating order: ours, ours without gigatoken, and a plain loop over tiktoken."""
+    text, without = folder / "text.jsonl", folder / "without"
+    turns = write_text(text, sources, megabytes)
+    without.mkdir()
+    (without / "gigatoken.py").write_text("raise ImportError('left out for a comparison')\n")
+    times: dict[str, list[float]] = {"gigatoken": [], "tiktoken": [], "loop": []}
     for number in range(rounds):
-        out = folder / f"shards{number}"
-        ours = [sys.executable, ROOT / "data" / "fineweb.py", "tokenize", "--files", text, "--out", out]
-        commands = {"ours": ours, "loop": [sys.executable, "-c", PLAIN_LOOP, text, folder / "plain.bin"]}
-        times = {}
-        for name in ("ours", "loop") if number % 2 else ("loop", "ours"):
-            times[name] = seconds(partial(subprocess.run, commands[name], check=True, stdout=subprocess.DEVNULL))
-        pairs.append((times["ours"], times["loop"]))
-    assert np.array_equal(np.fromfile(folder / "plain.bin", dtype="<u2"), open_shard(out / "fineweb_val_000000.bin"))
-    ours_s, loop_s = (statistics.median(column) for column in zip(*pairs, strict=True))
-    ratio = statistics.median(loop / ours for ours, loop in pairs)
-    name = f"tokenize {text.stat().st_size / 1e6:.0f} MB of jsonl, {len(os.sched_getaffinity(0))} cores"
-    return [f"| {name} | {ours_s:.2f} s | plain loop over tiktoken {loop_s:.2f} s | {ratio:.2f}x faster |"]
+        ours = [sys.executable, ROOT / "data" / "fineweb.py", "tokenize", "--files", text, "--out"]
+        commands = {
+            "gigatoken": [*ours, folder / f"fast{number}"],
+            "tiktoken": [*ours, folder / f"slow{number}"],
+            "loop": [sys.executable, "-c", PLAIN_LOOP, text, folder / "plain.bin"],
+        }
+        for name in commands if number % 2 else reversed(commands):
+            env = os.environ | ({"PYTHONPATH": str(without)} if name == "tiktoken" else {})
+            run = partial(subprocess.run, commands[name], check=True, stdout=subprocess.DEVNULL, env=env)
+            times[name].append(seconds(run))
+        for shard in (folder / f"slow{number}").glob("*.bin"):
+            assert shard.read_bytes() == (folder / f"fast{number}" / shard.name).read_bytes(), shard.name
+    medians = {name: statistics.median(found) for name, found in times.items()}
+    how_often = f"files taken {turns} times" if turns > 1 else "no file twice"
+    cores = len(os.sched_getaffinity(0))
+    name = f"tokenize {text.stat().st_size / 1e6:.0f} MB of jsonl ({how_often}), {cores} cores"
+    return [
+        f"| {name} | {medians['gigatoken']:.2f} s | {label} {medians[key]:.2f} s | "
+        f"{statistics.median(b / a for a, b in zip(times['gigatoken'], times[key], strict=True)):.2f}x faster |"
+        for key, label in (("tiktoken", "the same without gigatoken"), ("loop", "plain loop over tiktoken"))
+    ]
 
 
 def checking(folder: Path, num_tokens: int, rounds: int) -> list[str]:
@@ -109,12 +139,14 @@ def read_all(loader: TokenLoader) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="timings of each part (5)")
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    parser.add_argument("--sources", type=Path, nargs="+", default=[stdlib], help="folders of text (Python's library)")
     parser.add_argument("--text-mb", type=int, default=150, help="megabytes of text to tokenize (150)")
     parser.add_argument("--shard-tokens", type=int, default=100_000_000, help="tokens of a shard (100 million)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        lines = tokenizing(folder, args.text_mb, args.rounds)
+        lines = tokenizing(folder, args.sources, args.text_mb, args.rounds)
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         lines += checking(folder, args.shard_tokens, args.rounds)
         lines += loading(folder, 524_288, args.rounds)

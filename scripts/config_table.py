@@ -50,6 +50,7 @@ key: `--set train.steps=100`, `--set optimizer.muon.lr=0.03`. This page comes fr
 [aurora/config.py](../aurora/config.py) and [aurora/optim/](../aurora/optim/README.md).
 
 - [quick.toml](quick.toml): the laptop track, bytes of Python's standard library
+- [quick_bf16.toml](quick_bf16.toml): the same in bfloat16, for CPUs with instructions for it
 - [gpt2_small.toml](gpt2_small.toml): GPT-2 small on FineWeb, the public optimization benchmark's task
 - [gpt2_small_short.toml](gpt2_small_short.toml): the same model for 500 small steps, for comparisons on one GPU
 - [gpt2_medium.toml](gpt2_medium.toml): 304M parameters, the size of the public speedrun's second track; target 2.92

@@ -43,7 +43,7 @@ def ask_trainer(args: argparse.Namespace, num_ranks: int) -> tuple[Task, Any, li
     """The task, what verifies its data, and the time that it takes, all by the trainer. Raises HarnessError."""
     import train_gpt  # and with it torch, which may be missing
     from aurora.fast import hopper
-    from aurora.fast.attention import choose_attention
+    from aurora.fast.attention import blocked_pays, choose_attention
     from aurora.fast.float8 import check_float8
     from aurora.trainer.cost import time_lines
     from aurora.trainer.describe import device_name
@@ -58,11 +58,12 @@ def ask_trainer(args: argparse.Namespace, num_ranks: int) -> tuple[Task, Any, li
         check_float8(device)
     is_compiled = config.train.compile == "on" or (config.train.compile == "auto" and is_cuda)
     counts = params_by_role(params)
+    is_blocked = not is_cuda and not is_compiled and blocked_pays(config.model)
     task = Task(
         config,
         counts,
         lambda size: sum(memory_estimate_gib(config, params, optimizers, num_ranks, size).values()),
-        choose_attention(config.model, device),
+        "blocked" if is_blocked else choose_attention(config.model, device),
         is_compiled,
         is_compiled and hopper.suits(config, device),
     )

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from aurora.errors import Exit, HarnessError
 from aurora.trainer import Ranks
 from aurora.trainer.record import read_folder
 from aurora.trainer.timeline import timeline
-from scripts.benchmarks import against, kernels, runs, train, turns
+from scripts.benchmarks import against, harness, kernels, runs, train, turns
 from scripts.benchmarks import optim as benchmark
 from tests.conftest import ROOT, make_run, train_here
 
@@ -34,14 +35,39 @@ def test_dumped_momentum_is_replayed_and_reported(tiny_track, tmp_path):
     }
     args = argparse.Namespace(
         config=tiny_track, rules=["muon", "aurora folded"], schedule="polar_express5", polar_dtype="float32",
-        device="cpu", rounds=2, momentum=folder, out=tmp_path / "table",
+        device="cpu", rounds=2, momentum=folder, out=tmp_path / "table", peers=["torch.optim:SGD"],
     )  # fmt: skip
     text = benchmark.optim(args)
     result = json.loads((tmp_path / "table.json").read_text())
-    assert (tmp_path / "table.md").read_text() == text and "torch.optim.Muon" in text
+    assert (tmp_path / "table.md").read_text() == text and "torch.optim.Muon" in text and "| torch.optim:SGD |" in text
     assert result["speed"]["muon"]["ratio_to_muon"] == 1 and len(result["speed"]["aurora folded"]["rounds_ms"]) == 2
     recorded = result["quality"]["recorded"]
     assert recorded["aurora folded"]["row_deviation_rms"] < 0.1 < recorded["muon"]["row_deviation_rms"]
+
+
+ANSWERS = "for line in open(0): print('done', flush=True)"  # a step for each line
+
+
+def harness_arguments(tiny_track, monkeypatch, program):
+    monkeypatch.setattr(harness, "QUICK", tiny_track)
+    return argparse.Namespace(rounds=2, nanogpt=None, program=[("another", program)], out=None)
+
+
+def test_the_step_takes_turns_with_those_of_others(tiny_track, monkeypatch):
+    command = shlex.join([sys.executable, "-c", ANSWERS])
+    text = harness.harness(harness_arguments(tiny_track, monkeypatch, command))
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ") and "ms/step" not in line]
+    assert [row[0][2:] for row in rows if row[0].startswith("| ours")][:2] == [
+        "ours, bfloat16",
+        "ours, bfloat16, torch's attention",
+    ]
+    assert rows[-1][0] == "| another" and float(rows[-1][2]) > 1
+
+
+def test_a_program_that_ends_before_its_step_is_named(tiny_track, monkeypatch):
+    command = shlex.join([sys.executable, "-c", "raise SystemExit(3)"])
+    with pytest.raises(HarnessError, match="it ended with 3 before its step"):
+        harness.harness(harness_arguments(tiny_track, monkeypatch, command))
 
 
 def test_parts_of_a_training_step_add_up_and_are_reported(tiny_track, tmp_path):

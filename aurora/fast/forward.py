@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functions import ReluSquared, RotatedRMSNorm, SoftCapCrossEntropy, rms_norm
+from .functions import BlockedAttention, ReluSquared, RotatedRMSNorm, SoftCapCrossEntropy, rms_norm
 
 if TYPE_CHECKING:
     from train_gpt import GPT, MLP, Attention, Block
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 class FastForward:
     """Takes inputs and targets (B, T) to the summed loss, as the model that it is made of."""
 
-    def __init__(self, model: "GPT"):
-        """model: one that mirror.edits() finds unedited."""
-        self.model = model
+    def __init__(self, model: "GPT", attention: str = "torch's"):
+        """model: one that mirror.edits() finds unedited. attention: "blocked", or torch's own kernel."""
+        self.model, self.is_blocked = model, attention == "blocked"
         self.rotations = []  # of each block, cosines and sines (seq_len, 1, K)
         for block in blocks_of(model):
             cos, sin = block.attention.rotary.cos_T1F, block.attention.rotary.sin_T1F
@@ -50,7 +50,10 @@ class FastForward:
     def attention(self, x_BTD: Tensor, attention: "Attention", rotation: tuple[Tensor, Tensor]) -> Tensor:
         tables = rotation[0][: x_BTD.size(1)], rotation[1][: x_BTD.size(1)]
         q, k, v = (x_BTHK.transpose(1, 2) for x_BTHK in self.heads(x_BTD, attention, tables))
-        y_BHTK = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=attention.scale)
+        if self.is_blocked:
+            y_BHTK = BlockedAttention.apply(q, k, v, attention.scale)
+        else:
+            y_BHTK = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=attention.scale)
         return attention.out(y_BHTK.transpose(1, 2).flatten(-2))
 
     def heads(self, x_BTD: Tensor, attention: "Attention", rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:

@@ -52,6 +52,7 @@ def save_run(run: Run) -> None:
     spent_ns, _ = run.clock.of_slowest_rank()
     state = {"training": run.state_dict(), "identity": identity_of(start), "run_id": start["run_id"]}
     state |= {"spent_ns": spent_ns, "world_size": run.ranks.world_size, "micro_batch": run.plan.micro_batch}
+    state |= {"attention": start["attention"]}
     state |= vars(progress) | {"validations": [tuple(validation) for validation in progress.validations]}
     folder = run.out / f"{start['run_id']}.checkpoints"
     sealed = lambda: state | {"sha256": digest(state)}  # noqa: E731

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from aurora.errors import Exit, HarnessError, is_out_of_memory
 from aurora.fast import hopper
-from aurora.fast.attention import choose_attention
+from aurora.fast.attention import blocked_pays, choose_attention
 from aurora.fast.forward import FastForward
 from aurora.fast.mirror import edits
 from aurora.optim.stacks import gradients_of
@@ -41,6 +41,7 @@ class Way(NamedTuple):
     is_compiled: bool
     is_fast: bool
     has_kernels: bool = False
+    attention: str = ""  # other than what choose_attention() had torch use
 
 
 def prepare(run: Run, forward_backward: ForwardBackward) -> Model:
@@ -69,6 +70,7 @@ def prepare(run: Run, forward_backward: ForwardBackward) -> Model:
             "compiled": way.is_compiled,
             "forward": "fast" if way.is_fast else "plain",
             "kernels": "triton" if way.has_kernels else "torch",
+            "attention": way.attention or run.start["attention"],
             "model_edits": changes,
             "micro_batch": plan.micro_batch,
         }
@@ -92,8 +94,18 @@ def ways(run: Run, is_edited: bool) -> Iterator[Way]:
             return
     # fully_shard gathers weights, and recompute computes blocks again, where modules are called.
     if not is_edited and not run.is_split and not run.config.train.recompute:
-        yield Way("eager, fast forward", lambda: FastForward(model), False, True)
+        attention = "blocked" if blocks_attention(run) else ""
+        yield Way("eager, fast forward", lambda: FastForward(model, attention), False, True, attention=attention)
     yield Way("eager, plain forward", lambda: model, False, False)
+
+
+def blocks_attention(run: Run) -> bool:
+    """Whether attention is blocked, which is measured where the run began: its bits depend on it. Collective."""
+    if run.ranks.device.type != "cpu":
+        return False
+    if run.checkpoint:
+        return run.checkpoint.get("attention") == "blocked"
+    return run.ranks.all_gather_object(run.ranks.is_main and blocked_pays(run.config.model))[0]
 
 
 def compiled_plain(model: "GPT", run: Run) -> Model:

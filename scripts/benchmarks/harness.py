@@ -1,55 +1,79 @@
-"""The trainer's step on CPU against loops that one would write by hand around the model."""
+"""The trainer's step on CPU against loops that one would write by hand around the model, and against other trainers.
 
+All take turns in one run: in each round every contender makes one step of the quick track's batch.
+"""
+
+import argparse
+import contextlib
 import importlib.util
+import itertools
 import os
+import shlex
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import train_gpt
-from aurora.config import ROOT, load_config
+from aurora.config import ROOT, Config, load_config
 from aurora.errors import Exit, HarnessError
+from aurora.fast.forward import FastForward
+from aurora.trainer.identity import describe_machine
 from aurora.trainer.ranks import Ranks, keep_freed_memory
 from aurora.trainer.setup import open_data
-from scripts.benchmarks.train import ready_run
+from scripts.benchmarks.train import ready_run, write
 
 QUICK = ROOT / "configs" / "quick.toml"
 UNTIMED_ROUNDS = 3
+TORCH_MUON = {"polar_schedule": "ns5_jordan", "polar_dtype": "bfloat16"}  # as torch.optim.Muon has them
+PLAIN_MUON = "the model called plainly, torch.optim.Muon, float32"
+ONE_CPU = Ranks(0, 1, torch.device("cpu"))
+Step = Callable[[], object]
 
 
-def harness_step(
-    hparams: dict[str, str], num_steps: int, ranks: Ranks, optimizer: str = "muon"
-) -> Callable[[], object]:
-    """One call is one step of the trainer, with everything that its clock sees."""
-    hparams = hparams | {"steps": str(num_steps)}
-    overrides = [f"optimizer.{optimizer}.{key}={value}" for key, value in hparams.items()]
-    run, model = ready_run(load_config(QUICK, optimizer, overrides), ranks)
-    steps = iter(range(num_steps))
+def config_of(optimizer: str, num_steps: int, dtype: str, hparams: dict[str, str] | None = None) -> Config:
+    settings = {"steps": str(num_steps)} | (hparams or {})
+    overrides = [f"optimizer.{optimizer}.{key}={value}" for key, value in settings.items()]
+    return load_config(QUICK, optimizer, [f"model.activation_dtype={dtype}", *overrides])
+
+
+def ours(config: Config, attention: str = "") -> Step:
+    """One call is one step of the trainer, with everything that its clock sees.
+
+    attention: "torch's" or "blocked", in the place of what the trainer chooses.
+    """
+    run, model = ready_run(config, ONE_CPU)
+    if attention:
+        model = FastForward(run.model, attention)
+    steps = iter(range(config.train.steps))
     return lambda: train_gpt.train_step(run, model, next(steps))
 
 
-def bare_torch() -> Callable[[], None]:
+def batches_of(config: Config) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Inputs and targets (B, T) of one step after the other."""
+    tokens = torch.from_numpy(open_data(config).train_shards[0].astype("int64"))
+    for start in range(0, len(tokens), config.train.batch_tokens):
+        window = tokens[start : start + config.train.batch_tokens + 1]
+        yield window[:-1].view(-1, config.model.seq_len), window[1:].view(-1, config.model.seq_len)
+
+
+def bare_torch(config: Config) -> Step:
     """One call is one step of the loop that one would write by hand around the model, with torch's own optimizers."""
-    config = load_config(QUICK, "muon")
-    data = open_data(config)
     model = train_gpt.GPT(config.model)
     model.init_weights(0)
-    tokens = torch.from_numpy(data.train_shards[0].astype("int64"))
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if not any(p is q for q in matrices)]
     adamw = torch.optim.AdamW(others, lr=0.003, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
     muon = torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0, adjust_lr_fn="original")
-    optimizers = [adamw, muon]
-    starts = iter(range(0, len(tokens), config.train.batch_tokens))
+    optimizers, batches = [adamw, muon], batches_of(config)
 
     def step() -> None:
-        start = next(starts)
-        window = tokens[start : start + config.train.batch_tokens + 1]
-        inputs, targets = (side.view(-1, config.model.seq_len) for side in (window[:-1], window[1:]))
-        (model(inputs, targets) / config.train.batch_tokens).backward()
+        (model(*next(batches)) / config.train.batch_tokens).backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -57,13 +81,15 @@ def bare_torch() -> Callable[[], None]:
     return step
 
 
-def bare_nanogpt(folder: Path) -> Callable[[], None]:
-    """One call is one step of nanoGPT's model, of the quick track's size, by its optimizer, with clipped gradients."""
+def bare_nanogpt(folder: Path, config: Config, is_compiled: bool) -> Step:
+    """One call is one step of nanoGPT's model, of the track's size, by its optimizer, with clipped gradients.
+
+    In bfloat16 under autocast, as it is on GPUs.
+    """
     spec = importlib.util.spec_from_file_location("nanogpt_model", folder / "model.py")
     assert spec and spec.loader  # as of any .py file
     nanogpt = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(nanogpt)
-    config = load_config(QUICK, "adamw")
     sizes = config.model
     torch.manual_seed(0)
     model = nanogpt.GPT(
@@ -73,13 +99,12 @@ def bare_nanogpt(folder: Path) -> Callable[[], None]:
         )
     )  # fmt: skip
     optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), "cpu")
-    tokens = torch.from_numpy(open_data(config).train_shards[0].astype("int64"))
-    starts = iter(range(0, len(tokens), config.train.batch_tokens))
+    called, batches = torch.compile(model) if is_compiled else model, batches_of(config)
+    is_narrow = sizes.activation_dtype == "bfloat16"
 
     def step() -> None:
-        start = next(starts)
-        window = tokens[start : start + config.train.batch_tokens + 1]
-        _, loss = model(*(side.view(-1, sizes.seq_len) for side in (window[:-1], window[1:])))
+        with torch.autocast("cpu", torch.bfloat16) if is_narrow else contextlib.nullcontext():
+            _, loss = called(*next(batches))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -88,40 +113,87 @@ def bare_nanogpt(folder: Path) -> Callable[[], None]:
     return step
 
 
-def interleaved_ms(first: Callable[[], object], second: Callable[[], object], rounds: int) -> list[tuple[float, float]]:
-    """Milliseconds of both, in A B B A order, after the untimed rounds."""
-    pairs = []
-    for number in range(UNTIMED_ROUNDS + rounds):
-        times = {}
-        for step in (first, second) if number % 2 else (second, first):
-            begin_ns = time.perf_counter_ns()
-            step()
-            times[step] = (time.perf_counter_ns() - begin_ns) / 1e6
-        pairs.append((times[first], times[second]))
-    return pairs[UNTIMED_ROUNDS:]
+def program(command: str) -> Step:
+    """One call is one step of another program, which makes one for each line that it reads and then writes a line."""
+    process = subprocess.Popen(shlex.split(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    asked, answered = process.stdin, process.stdout
+    assert asked and answered
+
+    def step() -> None:
+        with contextlib.suppress(BrokenPipeError):
+            print(file=asked, flush=True)
+        if not answered.readline():
+            raise HarnessError(Exit.CONFIG, f"{command}: it ended with {process.wait()} before its step")
+
+    return step
 
 
-def harness(rounds: int, nanogpt: Path | None) -> str:
-    """A Markdown table of the trainer's step against bare loops, and against that of a checkout of nanoGPT."""
-    if nanogpt and not (nanogpt / "model.py").is_file():
-        raise HarnessError(Exit.CONFIG, f"{nanogpt} has no model.py; give a checkout of github.com/karpathy/nanoGPT")
+def contenders_of(args: argparse.Namespace, num_steps: int) -> dict[str, Step]:
+    """Everything that takes turns, by its label."""
+    narrow, wide = (config_of("adamw", num_steps, dtype) for dtype in ("bfloat16", "float32"))
+    muon = config_of("muon", num_steps, "float32", TORCH_MUON)
+    found = {
+        "ours, bfloat16": ours(narrow),
+        "ours, bfloat16, torch's attention": ours(narrow, "torch's"),
+        "ours, float32": ours(wide),
+        "ours, float32, blocked attention": ours(wide, "blocked"),
+        "ours, float32, Muon": ours(muon),
+        PLAIN_MUON: bare_torch(muon),
+    }
+    if args.nanogpt:
+        for config, is_compiled in itertools.product((narrow, wide), (False, True)):
+            label = f"nanoGPT, {config.model.activation_dtype}, {'compiled' if is_compiled else 'eager'}"
+            found[label] = bare_nanogpt(args.nanogpt, config, is_compiled)
+    return found | {label: program(command) for label, command in args.program}
+
+
+def harness(args: argparse.Namespace) -> str:
+    """A Markdown table of all contenders' steps after args.rounds rounds; with args.out, also OUT.md and OUT.json."""
+    if args.nanogpt and not (args.nanogpt / "model.py").is_file():
+        message = f"{args.nanogpt} has no model.py; give a checkout of github.com/karpathy/nanoGPT"
+        raise HarnessError(Exit.CONFIG, message)
     keep_freed_memory()
-    ranks = Ranks(0, 1, torch.device("cpu"))
+    contenders = contenders_of(args, UNTIMED_ROUNDS + args.rounds)
+    times: dict[str, list[float]] = {label: [] for label in contenders}
+    for number in range(UNTIMED_ROUNDS + args.rounds):
+        for label in contenders if number % 2 else reversed(contenders):
+            begin_ns = time.perf_counter_ns()
+            contenders[label]()
+            if number >= UNTIMED_ROUNDS:
+                times[label].append((time.perf_counter_ns() - begin_ns) / 1e6)
+    result = {
+        "command": "python scripts/benchmark.py " + shlex.join(sys.argv[1:]),
+        "machine": describe_machine() | {"torch": torch.__version__, "threads": torch.get_num_threads()},
+        "config": QUICK.name,
+        "rounds_ms": times,
+    }
+    text = harness_table(result)
+    if args.out:
+        write(args.out, result, text)
+    return text
+
+
+def harness_table(result: dict[str, Any]) -> str:
+    times, machine = result["rounds_ms"], result["machine"]
+    bases = "ours, bfloat16", "ours, float32"
+    rounds = len(times[bases[0]])
     lines = [
-        f"quick track, torch {torch.__version__}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, "
-        f"{rounds} interleaved rounds",
+        f"{result['config']}: steps of 4,096 tokens on {machine['cpu']}, {machine['threads']} threads of "
+        f"{os.cpu_count()} cores, torch {machine['torch']}; {rounds} interleaved rounds. Ours and nanoGPT's with AdamW "
+        "but where it says Muon",
         "",
-        "| peer | train_gpt.py ms/step | peer ms/step | median ratio | middle half of ratios |",
-        "|---|---|---|---|---|",
+        f"    {result['command']}",
+        "",
+        "| contender | ms/step | ours in bfloat16 to it | middle half | ours in float32 to it | middle half |",
+        "|---|---|---|---|---|---|",
     ]
-    settings = {"polar_schedule": "ns5_jordan", "polar_dtype": "bfloat16"}  # torch's
-    pairs = {"torch.optim.Muon and AdamW, the model called plainly": ("muon", settings, bare_torch)}
-    if nanogpt:
-        pairs["nanoGPT's model and AdamW"] = "adamw", {}, lambda: bare_nanogpt(nanogpt)
-    for name, (optimizer, hparams, make_peer) in pairs.items():
-        ours = harness_step(hparams, UNTIMED_ROUNDS + rounds, ranks, optimizer=optimizer)
-        times = interleaved_ms(ours, make_peer(), rounds)
-        ours_ms, theirs_ms = (statistics.median(column) for column in zip(*times, strict=True))
-        low, ratio, high = statistics.quantiles([a / b for a, b in times], n=4)
-        lines.append(f"| {name} | {ours_ms:.1f} | {theirs_ms:.1f} | {ratio:.3f} | {low:.2f} to {high:.2f} |")
-    return "\n".join(lines)
+    for label, ms in times.items():
+        cells = [label, f"{statistics.median(ms):.1f}"]
+        for base in bases:
+            low, ratio, high = statistics.quantiles([a / b for a, b in zip(times[base], ms, strict=True)], n=4)
+            cells += [f"{ratio:.3f}", f"{low:.2f} to {high:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    ratios = [a / b for a, b in zip(times["ours, float32, Muon"], times[PLAIN_MUON], strict=True)]
+    low, ratio, high = statistics.quantiles(ratios, n=4)
+    lines += ["", f"Ours with Muon to {PLAIN_MUON}: {ratio:.3f} ({low:.2f} to {high:.2f})"]
+    return "\n".join(lines) + "\n"

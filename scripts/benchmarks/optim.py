@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import importlib
 import itertools
 import json
 import os
@@ -9,7 +10,7 @@ import shlex
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,21 @@ def make_contenders(args: argparse.Namespace, shapes: list[torch.Size]) -> dict[
     )
     contenders["torch.optim.Muon, ns5_jordan in bfloat16"] = torch.optim.Muon(params, adjust_lr_fn="original", **theirs)
     contenders["torch.optim.AdamW, fused"] = torch.optim.AdamW(params, fused=True, **theirs)
-    return contenders
+    return contenders | {peer: new_peer(peer, params) for peer in args.peers}
+
+
+def new_peer(path: str, params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """An optimizer of another package, module:Class, with its own defaults.
+
+    Raises:
+        HarnessError: CONFIG.
+    """
+    module, _, name = path.partition(":")
+    group: dict[str, Any] = {"params": params, "lr": 1e-4, "use_muon": True}  # as some packages want it to be marked
+    try:
+        return getattr(importlib.import_module(module), name)([group])
+    except Exception as error:  # another's code may raise anything
+        raise HarnessError(Exit.CONFIG, f"--peers {path}: {type(error).__name__}: {error}") from error
 
 
 def time_ms(step: Callable[[], object], device: str) -> float:
@@ -103,21 +118,26 @@ def temporary_bytes(step: Callable[[], object], device: str) -> int:
 
 
 def time_contenders(
-    contenders: dict[str, torch.optim.Optimizer], rounds: int, device: str
+    contenders: dict[str, torch.optim.Optimizer], peers: Sequence[str], rounds: int, device: str
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Milliseconds of each whole step, round by round, in alternating order; and the FLOPs of its matmuls."""
     flops: dict[str, int] = {}
     times: dict[str, list[float]] = {label: [] for label in contenders}
     for label, optimizer in contenders.items():  # the untimed round
         optimizer.step()
-        with FlopCounterMode(display=False) as counter:
-            optimizer.step()
-        flops[label] = counter.get_total_flops()
+        flops[label] = 0 if label in peers else counted_flops(optimizer)  # a compiled peer cannot be counted
     for number in range(rounds):
         labels = list(contenders)
         for label in labels if number % 2 else reversed(labels):
             times[label].append(time_ms(contenders[label].step, device))
     return times, flops
+
+
+def counted_flops(optimizer: torch.optim.Optimizer) -> int:
+    """Of the matmuls in one step, which is made."""
+    with FlopCounterMode(display=False) as counter:
+        optimizer.step()
+    return counter.get_total_flops()
 
 
 def polar_rates(args: argparse.Namespace, shapes: list[torch.Size]) -> list[dict]:
@@ -220,7 +240,7 @@ def optim(args: argparse.Namespace) -> str:
     shapes = track_shapes(args.config)
     aurora.compute_dtype(args.polar_dtype, torch.device(args.device))  # its measurement is no part of a step
     contenders = make_contenders(args, shapes)
-    times, flops = time_contenders(contenders, args.rounds, args.device)
+    times, flops = time_contenders(contenders, args.peers, args.rounds, args.device)
     oblong = sorted({shape for shape in shapes if shape[0] != shape[1]})
     momentum = {}
     if args.device == "cpu":  # the same numbers on every device, and slow to find

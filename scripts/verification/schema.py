@@ -14,7 +14,7 @@ from aurora.trainer.identity import EXTERNAL
 from scripts.verification.events import LEVERAGE_KEYS, Events
 
 DEVICES = ("cuda", "mps", "cpu")
-ATTENTIONS = ("flash", "flash (FA3)", "cudnn", "efficient", "math")
+ATTENTIONS = ("flash", "flash (FA3)", "cudnn", "efficient", "math", "blocked")
 STATUSES = ("done", "diverged", "interrupted")
 FIRST_YEAR = 2025  # no version of torch that this project runs on is older
 
