@@ -1,6 +1,7 @@
 """Measure speed and memory, where possible against a peer in the same run.
 
 python scripts/benchmark.py harness     our training step against bare loops on CPU, or against another checkout's
+python scripts/benchmark.py start       what passes before a run's first step
 python scripts/benchmark.py train       tokens per second of whole training steps, split into their parts
 python scripts/benchmark.py optim       whole optimizer steps on the matrices of a track, and the quality of updates
 python scripts/benchmark.py memory      memory of a training step by micro-batch
@@ -62,6 +63,15 @@ def add_harness(command: argparse.ArgumentParser) -> None:
     checkout.add_argument("--steps", type=int, default=5, help="steps in a turn; the first is not counted")
     checkout.add_argument("--limit-s", type=float, default=1800.0, help="seconds after which both are ended")
     command.set_defaults(run=lambda args: against(args) if args.against else harness(args))
+
+
+def add_start(command: argparse.ArgumentParser) -> None:
+    from scripts.benchmarks.start import start
+
+    add_config(command)
+    command.add_argument("--rounds", type=int, default=5, help="turns of each (5)")
+    add_output(command)
+    command.set_defaults(run=start)
 
 
 def add_optim(command: argparse.ArgumentParser) -> None:
@@ -160,6 +170,7 @@ def add_scale(command: argparse.ArgumentParser) -> None:
 
 COMMANDS = {
     "harness": ("the trainer's step against bare loops, or against another checkout's", add_harness),
+    "start": ("what passes before a run's first step, eager and compiled", add_start),
     "optim": ("optimizer steps on the matrices of a track, and the quality of the updates", add_optim),
     "train": ("whole training steps, split into their parts; also under torchrun", add_train),
     "memory": ("memory of the first optimizer's step by micro-batch", add_memory),

@@ -264,6 +264,15 @@ def test_blocks_of_one_shape_share_their_compiled_code(is_fast, tiny_track, comp
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2, "a block and the loss"
 
 
+def test_blocked_attention_is_compiled_with_the_fast_forward(tiny_track, tmp_path, compiled, monkeypatch):
+    monkeypatch.setattr(warmup, "blocked_pays", lambda model: True)
+    settings = ["--set", "train.compile=on", "--set", "train.steps=2"]
+    assert train_here(tiny_track, tmp_path, *NARROW, *settings) == 0
+    start = events(tmp_path)[0]
+    assert (start["compiled"], start["forward"], start["attention"]) == (True, "fast", "blocked")
+    assert len(compiled) == 1
+
+
 def check(called, model, tiny_track, batch=8):
     run, _ = make_run(tiny_track, "muon", "model.vocab_size=256", "model.seq_len=128")
     run.model = model

@@ -1,7 +1,8 @@
 """Which forward pass a run uses, and the warm-up: everything runs once, is checked, and is undone.
 
-The first of these that works: the fast forward with Triton kernels, compiled; the model itself, compiled; the fast
-forward, eager; the model itself. The fast ones only for the model that they were made for (aurora/fast/mirror.py).
+The first of these that works: the fast forward with Triton kernels or with blocked attention, compiled; the model
+itself, compiled; the fast forward, eager; the model itself. The fast ones only for the model that they were made for
+(aurora/fast/mirror.py).
 """
 
 import copy
@@ -85,16 +86,20 @@ def ways(run: Run, is_edited: bool) -> Iterator[Way]:
     """From the fastest on."""
     device, model = run.ranks.device, run.model
     by_blocks = " block by block" * (run.ranks.world_size > 1)
+    # fully_shard gathers weights, and recompute computes blocks again, where modules are called.
+    may_be_fast = not is_edited and not run.is_split and not run.config.train.recompute
+    attention = "blocked" if may_be_fast and blocks_attention(run) else ""
     if run.may_compile:
         if not is_edited and hopper.suits(run.config, device):
             how = f"compiled{by_blocks}, fast forward with Triton kernels"
             yield Way(how, lambda: compiled_fast(hopper.HopperForward(model), run), True, True, has_kernels=True)
+        if attention:
+            how = f"compiled{by_blocks}, fast forward"
+            yield Way(how, lambda: compiled_fast(FastForward(model, attention), run), True, True, attention=attention)
         yield Way(f"compiled{by_blocks}, plain forward", lambda: compiled_plain(model, run), True, False)
         if run.config.train.compile == "on":
             return
-    # fully_shard gathers weights, and recompute computes blocks again, where modules are called.
-    if not is_edited and not run.is_split and not run.config.train.recompute:
-        attention = "blocked" if blocks_attention(run) else ""
+    if may_be_fast:
         yield Way("eager, fast forward", lambda: FastForward(model, attention), False, True, attention=attention)
     yield Way("eager, plain forward", lambda: model, False, False)
 

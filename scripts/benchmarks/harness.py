@@ -36,10 +36,13 @@ ONE_CPU = Ranks(0, 1, torch.device("cpu"))
 Step = Callable[[], object]
 
 
-def config_of(optimizer: str, num_steps: int, dtype: str, hparams: dict[str, str] | None = None) -> Config:
+def config_of(
+    optimizer: str, num_steps: int, dtype: str, hparams: dict[str, str] | None = None, mode: str = "off"
+) -> Config:
+    """The quick track in that dtype. mode: of train.compile."""
     settings = {"steps": str(num_steps)} | (hparams or {})
     overrides = [f"optimizer.{optimizer}.{key}={value}" for key, value in settings.items()]
-    return load_config(QUICK, optimizer, [f"model.activation_dtype={dtype}", *overrides])
+    return load_config(QUICK, optimizer, [f"model.activation_dtype={dtype}", f"train.compile={mode}", *overrides])
 
 
 def ours(config: Config, attention: str = "") -> Step:
@@ -135,8 +138,10 @@ def contenders_of(args: argparse.Namespace, num_steps: int) -> dict[str, Step]:
     found = {
         "ours, bfloat16": ours(narrow),
         "ours, bfloat16, torch's attention": ours(narrow, "torch's"),
+        "ours, bfloat16, compiled": ours(config_of("adamw", num_steps, "bfloat16", mode="on")),
         "ours, float32": ours(wide),
         "ours, float32, blocked attention": ours(wide, "blocked"),
+        "ours, float32, compiled": ours(config_of("adamw", num_steps, "float32", mode="on")),
         "ours, float32, Muon": ours(muon),
         PLAIN_MUON: bare_torch(muon),
     }
