@@ -18,7 +18,7 @@ import signal
 import threading
 import zlib
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ import numpy as np
 from aurora.text import encoding_of
 from aurora.tokens.manifest import read_manifest, write_manifest
 from aurora.tokens.shards import DOCUMENT_START, ShardError, open_shard, write_shard
-from data.gpt2 import check_tokens, describe_tokenizer, gpt2, tokens_of
+from data.gpt2 import check_tokens, describe_tokenizer, gigatoken_gpt2, gpt2, tokens_of
 from data.hub import alone_in, file_sha256, is_present, shard_entry, with_retries
 
 PIECE_CHARS = 1 << 18  # longer documents are encoded in pieces
@@ -82,7 +82,8 @@ class LocalFiles:
         for path in self.paths:
             for text in self._read(path):
                 content = text.encode("utf-8", "surrogatepass")
-                digest.update(b"%d:%b" % (len(content), content))
+                digest.update(b"%d:" % len(content))
+                digest.update(content)
                 if number == position["document"] and position.get("sha256", digest.hexdigest()) != digest.hexdigest():
                     raise changed_before(path, number)
                 if number >= position["document"]:
@@ -351,10 +352,22 @@ def cut_into_shards(
 
 @contextlib.contextmanager
 def worker_pool(num_workers: int) -> Iterator[Executor | None]:
-    """Processes that encode; None for one worker, which is this process."""
+    """What encodes beside this thread; None for one worker, which is this thread.
+
+    Threads with gigatoken, for text takes longer to another process than through it; else processes.
+    """
     if num_workers == 1:
         yield None
-        return
+    elif gigatoken_gpt2() is not None:
+        with ThreadPoolExecutor(num_workers) as threads:
+            yield threads
+    else:
+        with process_pool(num_workers) as processes:
+            yield processes
+
+
+@contextlib.contextmanager
+def process_pool(num_workers: int) -> Iterator[Executor]:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_workers, mp_context=context, initializer=end_with_parent) as pool:
         resource_tracker.ensure_running()  # which unblocks signals when it starts

@@ -160,9 +160,12 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(jsonl, one_worker, tm
     assert {path.name for path in tmp_path.iterdir()} - {".lock"} == {*final, "manifest.json"}
 
 
-def test_workers_do_not_outlive_a_killed_main_process(jsonl, tmp_path, gpt2_files):
+def test_workers_do_not_outlive_a_killed_main_process(jsonl, tmp_path, tmp_path_factory, gpt2_files):
+    without = tmp_path_factory.mktemp("without")
+    (without / "gigatoken.py").write_text("raise ImportError")  # so that workers are processes
     command = [sys.executable, "data/fineweb.py", *tokenize(tmp_path, *[jsonl] * 40, workers=2)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    env = os.environ | {"PYTHONPATH": str(without)}
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env=env)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     if not children.exists():
         process.kill()
@@ -317,7 +320,7 @@ def test_ctrl_c_while_workers_start_is_not_lost(monkeypatch):
         return real(self, *task)
 
     monkeypatch.setattr(encode.ProcessPoolExecutor, "submit", submit)
-    with pytest.raises(KeyboardInterrupt), encode.worker_pool(2):
+    with pytest.raises(KeyboardInterrupt), encode.process_pool(2):
         pass
 
 

@@ -75,7 +75,7 @@ def write_shard(path: Path, tokens: np.ndarray) -> None:
     try:
         with temporary.open("xb") as file:  # as readable for others as the umask says
             file.write(header.tobytes())
-            file.write(tokens.astype(TOKEN_DTYPE, copy=False).tobytes())
+            file.write(np.ascontiguousarray(tokens, dtype=TOKEN_DTYPE).data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
