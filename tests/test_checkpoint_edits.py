@@ -4,6 +4,7 @@ import copy
 import math
 import random
 import shutil
+import time
 
 import pytest
 import torch
@@ -138,6 +139,7 @@ def test_resume_takes_the_run_that_is_furthest_not_the_newest_name(twelve_steps,
     """As where the clock went back between two starts."""
     outcome = launch(*twelve_steps, "--out", tmp_path / "far", fault="term:fetch:8")
     assert outcome.codes == [Exit.PREEMPTED]
+    time.sleep(1)  # which names count in
     outcome = launch(*twelve_steps, "--out", tmp_path / "near", fault="term:fetch:3")
     for path in (tmp_path / "near").iterdir():
         shutil.move(path, tmp_path / "far" / path.name)
