@@ -623,6 +623,7 @@ def test_scores_are_those_of_the_harness(tasks, runs, gpt2_files, tmp_path, caps
 @pytest.mark.slow
 def test_the_harness_scores_the_export_as_it_scores_the_run(tasks, runs, tmp_path):
     """By its own class for models of transformers."""
+    pytest.importorskip("accelerate")
     import lm_eval
     from lm_eval.tasks import TaskManager
 
