@@ -87,7 +87,11 @@ def add_optim(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     command.add_argument("--rounds", type=int, default=9, help="timings of each rule (9)")
     command.add_argument(
-        "--peers", nargs="+", default=[], metavar="MODULE:CLASS", help="others' optimizers, with their own defaults"
+        "--peers",
+        nargs="+",
+        default=[],
+        metavar="MODULE:CLASS",
+        help="others' optimizers, with their own defaults but for lr",
     )
     command.add_argument("--momentum", type=Path, help="folder <run_id>.momentum that a run with --dump-momentum wrote")
     add_output(command)

@@ -58,7 +58,8 @@ def ask_trainer(args: argparse.Namespace, num_ranks: int) -> tuple[Task, Any, li
         check_float8(device)
     is_compiled = config.train.compile == "on" or (config.train.compile == "auto" and is_cuda)
     counts = params_by_role(params)
-    is_blocked = not is_cuda and not is_compiled and blocked_pays(config.model)
+    is_plain = config.train.recompute or (config.train.shard == "fsdp2" and num_ranks > 1)
+    is_blocked = device.type == "cpu" and not is_plain and blocked_pays(config.model)
     task = Task(
         config,
         counts,

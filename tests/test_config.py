@@ -243,3 +243,8 @@ def test_a_python_without_numpy_is_told_before_anything_is_imported(monkeypatch,
     with pytest.raises(SystemExit) as error:
         parse_args("", [])
     assert error.value.code == 2 and "this python has no numpy; source .venv" in capsys.readouterr().err
+
+
+def test_both_laptop_tracks_have_the_same_optimizers():
+    quick, bf16 = (tomllib.loads((ROOT / f"configs/{name}.toml").read_text()) for name in ("quick", "quick_bf16"))
+    assert bf16["optimizer"] == quick["optimizer"]

@@ -203,6 +203,27 @@ def test_the_record_names_it_and_a_resumed_run_keeps_it(tiny_track, tmp_path, mo
     assert {e["attention"] for e in events(tmp_path) if "attention" in e} == {"blocked" if pays else "flash"}
 
 
+def test_where_blocks_do_not_work_the_fast_forward_goes_on_without_them(tiny_track, tmp_path, monkeypatch, capsys):
+    def make(model, attention=""):
+        if attention:
+            raise Unusable("they fail")
+        return FastForward(model)
+
+    monkeypatch.setattr(warmup, "blocked_pays", lambda model: True)
+    monkeypatch.setattr(warmup, "FastForward", make)
+    assert train_here(tiny_track, tmp_path, *NARROW, "--set", "train.steps=2") == 0
+    assert "no eager, fast forward, for they fail" in capsys.readouterr().out
+    assert (events(tmp_path)[0]["forward"], events(tmp_path)[0]["attention"]) == ("fast", "flash")
+
+
+def test_ranks_take_the_word_of_the_first(tiny_track, launch, tmp_path):
+    patch = "from aurora.trainer import warmup\nwarmup.blocked_pays = lambda model: rank == 0\n"
+    arguments = ["--config", tiny_track, "--optimizer", "muon", "--out", tmp_path, *NARROW, "--set", "train.steps=2"]
+    outcome = launch(*arguments, world_size=2, patch=patch)
+    assert outcome.codes == [0, 0], outcome.err
+    assert events(tmp_path)[0]["attention"] == "blocked"
+
+
 # ---- compilers and kernels ----
 
 

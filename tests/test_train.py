@@ -220,8 +220,7 @@ def test_compiled_model_gives_the_same_losses_or_says_why_not(tiny_track, tmp_pa
     assert code == 0 and "model: compiled" in captured.out
     expected = [(e["step"], e["val_loss"]) for e in trained["muon"] if e["event"] == "val"]
     for (step_, loss), (expected_step, expected_loss) in zip(losses(tmp_path), expected, strict=True):
-        # Polar factors in bfloat16, which "auto" takes on some CPUs, spread what rounding changes.
-        assert step_ == expected_step and loss == pytest.approx(expected_loss, rel=1e-4)
+        assert step_ == expected_step and loss == pytest.approx(expected_loss, rel=3e-5)  # sums in another order
 
 
 def test_shards_are_read_again_only_when_the_config_asks_for_it(tiny_track, tmp_path, capsys):

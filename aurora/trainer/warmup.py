@@ -100,7 +100,9 @@ def ways(run: Run, is_edited: bool) -> Iterator[Way]:
         if run.config.train.compile == "on":
             return
     if may_be_fast:
-        yield Way("eager, fast forward", lambda: FastForward(model, attention), False, True, attention=attention)
+        if attention:
+            yield Way("eager, fast forward", lambda: FastForward(model, attention), False, True, attention=attention)
+        yield Way("eager, fast forward", lambda: FastForward(model), False, True)
     yield Way("eager, plain forward", lambda: model, False, False)
 
 

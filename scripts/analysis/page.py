@@ -38,7 +38,7 @@ from scripts.analysis.verdict import (
 
 PAGE, NOTES, REFERENCE_PAGE = "README.md", "notes.md", "REFERENCE.md"
 MAIN = "quick"  # the folder of the main track
-MOST_TASKS = 2  # of an experiment on the main page
+MOST_TASKS = 2  # of an experiment with their tables on the main page
 WRITTEN = "<!-- Written by scripts/leaderboard.py from the records and notes.md; edit those. -->"
 WRITTEN_FROM_REFERENCE = "<!-- Written by scripts/leaderboard.py from reference.toml; edit that. -->"
 HOW_CHECKED = (
@@ -232,18 +232,19 @@ class Pages:
         return f"[{notes.title}]({quote(folder)}/{PAGE}){': ' * bool(notes.summary)}{notes.summary}"
 
     def section(self, folder: str, tasks: list[list[Table]]) -> list[str]:
-        """What the experiment is, and for each of its first tasks the leaderboard and a verdict for each folder."""
+        """What the experiment is, and for each of its tasks the verdict of each folder, for the first ones a table."""
         notes, others = self.notes[folder], {table.folder for tables in tasks for table in tables} - {folder}
         lines = [f"## {notes.title}", "", f"{notes.summary} [Details]({quote(folder)}/{PAGE}).".lstrip(), ""]
         lines += [f"- {self.introduction(name)}" for name in sorted(others)]
-        for tables in tasks[:MOST_TASKS]:
+        for number, tables in enumerate(tasks):
+            verdicts = [f"- **{cell(table.folder)}**: {in_a_line(table.pairs)}" for table in tables]
+            if number >= MOST_TASKS:
+                lines += ["", f"{describe(tables[0].first_run)}. The table is in the details.", "", *verdicts]
+                continue
             rows = [(group, table.folder) for table in tables for group in table.groups]
             rows.sort(key=lambda row: order_of_arrival(row[0]))
             lines += ["", f"{describe(tables[0].first_run)}.", ""]
-            lines += [markdown_table(MAIN_HEADER, [self.main_row(*row) for row in rows]), ""]
-            lines += [f"- **{cell(table.folder)}**: {in_a_line(table.pairs)}" for table in tables]
-        if (left := len(tasks) - MOST_TASKS) > 0:
-            lines += ["", f"{left} more of its tracks are in the details."]
+            lines += [markdown_table(MAIN_HEADER, [self.main_row(*row) for row in rows]), "", *verdicts]
         return [*lines, ""]
 
     def main_row(self, group: Group, folder: str) -> tuple[str, ...]:

@@ -71,7 +71,7 @@ def make_contenders(args: argparse.Namespace, shapes: list[torch.Size]) -> dict[
 
 
 def new_peer(path: str, params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """An optimizer of another package, module:Class, with its own defaults.
+    """An optimizer of another package, module:Class, with its own defaults but for lr.
 
     Raises:
         HarnessError: CONFIG.
@@ -126,6 +126,7 @@ def time_contenders(
     for label, optimizer in contenders.items():  # the untimed round
         optimizer.step()
         flops[label] = 0 if label in peers else counted_flops(optimizer)  # a compiled peer cannot be counted
+        optimizer.step()
     for number in range(rounds):
         labels = list(contenders)
         for label in labels if number % 2 else reversed(labels):

@@ -17,7 +17,7 @@ from aurora.config import ROOT
 from aurora.errors import Exit, HarnessError
 from aurora.trainer.identity import describe_machine
 from aurora.trainer.record import read_folder
-from scripts.benchmarks.train import write
+from scripts.benchmarks.train import own_command, write
 
 STEPS = ("--set", "train.steps=1", "--set", "eval.telemetry=false", "--set", "train.save_model=false")
 
@@ -51,7 +51,7 @@ def start(args: argparse.Namespace) -> str:
                 seconds(command, caches)
                 times[label].append(before_first_step_s(out))
     result = {
-        "command": "python scripts/benchmark.py " + shlex.join(sys.argv[1:]),
+        "command": own_command(),
         "machine": describe_machine() | {"torch": torch.__version__, "threads": torch.get_num_threads()},
         "config": args.config.name,
         "rounds_s": times,
@@ -82,7 +82,7 @@ def start_table(result: dict[str, Any]) -> str:
     machine, times = result["machine"], result["rounds_s"]
     rounds = len(next(iter(times.values())))
     lines = [
-        f"{result['config']} on {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}; "
+        f"{result['config']} on {machine['cpu']}, threads: {machine['threads']}, torch {machine['torch']}; "
         f"{rounds} rounds",
         "",
         f"    {result['command']}",

@@ -13,6 +13,7 @@ The parts of a step lie between marks in the order of the device's work, so they
 import argparse
 import itertools
 import json
+import os
 import shlex
 import statistics
 import subprocess
@@ -357,6 +358,12 @@ def train_table(result: dict[str, Any]) -> str:
             operation = row["operation"].replace("|", "\\|")
             lines.append(f"| {operation} | {row['ms_per_step']:.3f} | {row['calls_per_step']:g} | {row['share']:.1%} |")
     return "\n".join(lines) + "\n"
+
+
+def own_command() -> str:
+    """What was typed, with the number of threads where that was set."""
+    threads = os.environ.get("OMP_NUM_THREADS")
+    return f"{f'OMP_NUM_THREADS={threads} ' if threads else ''}python scripts/benchmark.py {shlex.join(sys.argv[1:])}"
 
 
 def write(out: Path, result: dict[str, Any], text: str) -> None:

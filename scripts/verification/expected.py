@@ -216,6 +216,10 @@ def wrong_way(event: dict[str, Any], config: Config) -> Iterator[str]:
         yield f"{label}: compiled is {compiled} on {event['device']} with train.compile = {config.train.compile}"
     if event.get("forward") == "fast" and event.get("model_edits"):
         yield f"{label}: the fast forward pass is not of an edited model"
+    if event.get("attention") == "blocked" and (
+        event["device"] != "cpu" or event.get("forward") != "fast" or config.model.activation_dtype != "bfloat16"
+    ):
+        yield f"{label}: attention is blocked in fast passes in bfloat16 on CPUs alone"
     if event.get("kernels") == "triton" and not (is_cuda and compiled and event.get("forward") == "fast"):
         yield f"{label}: the kernels are of compiled fast passes on CUDA alone"
     env = event["env"]
