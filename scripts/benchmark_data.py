@@ -7,6 +7,7 @@ It needs the extra `data` and GPT-2's vocabulary, from the network or TIKTOKEN_C
 
 import argparse
 import contextlib
+import importlib.util
 import itertools
 import json
 import os
@@ -30,7 +31,6 @@ from aurora.errors import Exit, HarnessError
 from aurora.tokens.loader import TokenLoader
 from aurora.tokens.overlap import check_val_is_unseen
 from aurora.tokens.shards import GPT2_VOCAB_SIZE, open_shard, verify_shard, write_shard
-from data.gpt2 import gigatoken_gpt2
 
 NODE_TOKENS_PER_S = 3.6e6  # what the benchmark task takes on a node of 8 GPUs
 PLAIN_LOOP = """
@@ -73,7 +73,7 @@ def write_text(path: Path, folders: list[Path], megabytes: int) -> int:
 def tokenizing(folder: Path, sources: list[Path], megabytes: int, rounds: int) -> list[str]:
     """Whole processes, in alternating order: ours, ours without gigatoken, and a plain loop over tiktoken."""
     text, without = folder / "text.jsonl", folder / "without"
-    if gigatoken_gpt2() is None:
+    if importlib.util.find_spec("gigatoken") is None:
         raise HarnessError(Exit.DATA, "gigatoken, with which tiktoken is compared, is missing: pip install gigatoken")
     turns = write_text(text, sources, megabytes)
     without.mkdir()
