@@ -18,7 +18,7 @@ import signal
 import threading
 import zlib
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -352,22 +352,13 @@ def cut_into_shards(
 
 @contextlib.contextmanager
 def worker_pool(num_workers: int) -> Iterator[Executor | None]:
-    """What encodes beside this thread; None for one worker, which is this thread.
+    """Processes that encode; None for one worker, which is this process.
 
-    Threads with gigatoken, for text takes longer to another process than through it; else processes.
+    So it is with gigatoken, too: text takes longer to another process than through it.
     """
-    if num_workers == 1:
+    if num_workers == 1 or gigatoken_gpt2() is not None:
         yield None
-    elif gigatoken_gpt2() is not None:
-        with ThreadPoolExecutor(num_workers) as threads:
-            yield threads
-    else:
-        with process_pool(num_workers) as processes:
-            yield processes
-
-
-@contextlib.contextmanager
-def process_pool(num_workers: int) -> Iterator[Executor]:
+        return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_workers, mp_context=context, initializer=end_with_parent) as pool:
         resource_tracker.ensure_running()  # which unblocks signals when it starts

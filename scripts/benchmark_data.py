@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import numpy as np
+import tiktoken
 
 from aurora.console import run_script
 from aurora.errors import Exit, HarnessError
@@ -75,6 +76,11 @@ def tokenizing(folder: Path, sources: list[Path], megabytes: int, rounds: int) -
     text, without = folder / "text.jsonl", folder / "without"
     if importlib.util.find_spec("gigatoken") is None:
         raise HarnessError(Exit.DATA, "gigatoken, with which tiktoken is compared, is missing: pip install gigatoken")
+    try:
+        tiktoken.get_encoding("gpt2")
+    except (OSError, ValueError) as error:
+        message = "GPT-2's vocabulary is missing; download it once, or set TIKTOKEN_CACHE_DIR to a folder that has it"
+        raise HarnessError(Exit.DATA, message) from error
     turns = write_text(text, sources, megabytes)
     without.mkdir()
     (without / "gigatoken.py").write_text("raise ImportError('left out for a comparison')\n")
@@ -152,7 +158,11 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        lines = tokenizing(folder, args.sources, args.text_mb, args.rounds)
+        try:
+            lines = tokenizing(folder, args.sources, args.text_mb, args.rounds)
+        except HarnessError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return int(error.reason)
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         lines += checking(folder, args.shard_tokens, args.rounds)
         lines += loading(folder, 524_288, args.rounds)
