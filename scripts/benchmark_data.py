@@ -25,7 +25,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import numpy as np
-import tiktoken
 
 from aurora.console import run_script
 from aurora.errors import Exit, HarnessError
@@ -74,8 +73,10 @@ def write_text(path: Path, folders: list[Path], megabytes: int) -> int:
 def tokenizing(folder: Path, sources: list[Path], megabytes: int, rounds: int) -> list[str]:
     """Whole processes, in alternating order: ours, ours without gigatoken, and a plain loop over tiktoken."""
     text, without = folder / "text.jsonl", folder / "without"
-    if importlib.util.find_spec("gigatoken") is None:
-        raise HarnessError(Exit.DATA, "gigatoken, with which tiktoken is compared, is missing: pip install gigatoken")
+    if missing := [name for name in ("tiktoken", "gigatoken") if importlib.util.find_spec(name) is None]:
+        raise HarnessError(Exit.DATA, f"missing: {', '.join(missing)}; pip install -e '.[data,fast-tokens]'")
+    import tiktoken
+
     try:
         tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as error:
