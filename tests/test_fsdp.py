@@ -80,8 +80,8 @@ PLAIN = """
 from aurora.trainer import warmup
 warmup.edits = lambda model: ["plain"]
 """
-# Of 64 tokens one comes exactly as often as a uniform head says, so the first gradient of its bias is rounding alone, and
-# AdamW's first step of it has either sign. Of 66 none can in a batch of 512.
+# Of 64 tokens one comes exactly as often as a uniform head says. So the first gradient of its bias is rounding alone,
+# and AdamW's first step of it has either sign. Of 66 none can, in a batch of 512.
 VOCAB = ("--set", "model.vocab_size=66")
 CASES = [(name, shard, size) for name in OPTIMIZERS for shard in ("owners", "fsdp2") for size in (2, 4)]
 
