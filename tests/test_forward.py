@@ -168,7 +168,7 @@ def test_blocked_attention_rounds_little_more_than_torchs():
         [(value - expected).norm() / expected.norm() for value, expected in zip(found, oracle, strict=True)]
         for found in (attention_pass(in_blocks, torch.bfloat16, 256), attention_pass(by_torch, torch.bfloat16, 256))
     ]
-    assert all(one < 1.5 * other for one, other in zip(*errors, strict=True))
+    assert all(one < 2 * other for one, other in zip(*errors, strict=True))
 
 
 def test_it_is_measured_for_short_sequences_in_bfloat16_alone(tiny_track, monkeypatch):
