@@ -354,7 +354,7 @@ def cut_into_shards(
 def worker_pool(num_workers: int) -> Iterator[Executor | None]:
     """Processes that encode; None for one worker, which is this process.
 
-    So it is with gigatoken, too: text takes longer to another process than through it.
+    With gigatoken there are none either: handing text to another process takes longer than encoding it.
     """
     if num_workers == 1 or gigatoken_gpt2() is not None:
         yield None

@@ -87,7 +87,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="tokens of a shard (100 million)",
     )
     make.add_argument(
-        "--workers", type=positive, default=available_cores(), metavar="N", help="processes (one for each core)"
+        "--workers",
+        type=positive,
+        default=available_cores(),
+        metavar="N",
+        help="processes, unless gigatoken encodes (one for each core)",
     )
 
     other = commands.add_parser("convert", help="make shards of tokens: .npy files, or .bin of uint16 without a header")
