@@ -21,7 +21,7 @@ from tests import test_board_rules, test_modifiers, test_rules
 STEPS = 20
 MAX_NORM = 10.0  # below the norm of all gradients
 # They amplify what sums of squares are rounded by, so that other numbers of ranks clip otherwise: not clipped here.
-AMPLIFYING = ("aurora warm", "riemannian_aurora", "soap")
+AMPLIFYING = ("aurora warm", "soap")
 RULES = [*test_rules.RULES, *test_board_rules.BOARD_RULES]
 
 
@@ -90,16 +90,12 @@ def compare(what, net, optimizer, other, other_optimizer, limit, state_limit=1e-
             assert (whole(state[key]) - value).abs().max().item() <= state_limit * scale, (what, name, key)
 
 
-def limit_of(rule):
-    return 1e-4 if rule == "riemannian_aurora" else 1e-5
-
-
 def check_rules(rules):
     for rule in rules:
         split, other = new_pair(rule)
         for each in (split, other):
             train(*each, range(STEPS), rule not in AMPLIFYING)
-        compare(rule, *split[:2], *other[:2], limit_of(rule))
+        compare(rule, *split[:2], *other[:2], 1e-5)
         assert not split[1].found_non_finite
 
 

@@ -134,7 +134,14 @@ def aurora_tall(X, state, polar):
 @on_the_tall
 def riemannian_aurora(X, state, polar, ascent_steps=3, ascent_lr=0.1, retraction_steps=2):
     """With the multipliers of the tangent projection from a pseudo-inverse."""
-    U = polar(X)
+
+    def orthogonal(X):
+        U = polar(X)
+        for _ in range(2):
+            U = (15 * U - 10 * U @ (U.T @ U) + 3 * U @ (U.T @ U) @ (U.T @ U)) / 8
+        return U
+
+    U = orthogonal(X)
     X = X * (math.sqrt(X.shape[1]) / X.norm().clamp(min=1e-300))
     for _ in range(ascent_steps):
         S = (U.T @ X + X.T @ U) / 2
@@ -145,7 +152,7 @@ def riemannian_aurora(X, state, polar, ascent_steps=3, ascent_lr=0.1, retraction
         L = torch.diag(torch.linalg.pinv(torch.diag(squares.sum(1)) - squares, rtol=1e-9) @ gap)
         U = U + ascent_lr * (X - U @ (S - U.T @ L @ U) - L @ U)
         for _ in range(retraction_steps):
-            U = polar(to_equal_rows(U)[:, None] * U)
+            U = orthogonal(to_equal_rows(U)[:, None] * U)
     return U
 
 

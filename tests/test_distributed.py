@@ -10,10 +10,6 @@ from tests.conftest import OPTIMIZERS, events, losses, often
 from tests.optimizer_driver import CHOSEN, STEPS
 from tests.test_rules import RULES
 
-# Runs of riemannian_aurora part company: its conjugate gradients amplify differences of summation order. That its steps
-# do not depend on the number of ranks is tested with exact sums, by optimizer_driver.py.
-COMPARED = [name for name in OPTIMIZERS if name != "riemannian_aurora"]
-
 SAVE_WHAT_A_RANK_HOLDS = """
 original = train_gpt.train_steps
 def train_steps(run, *rest):
@@ -50,7 +46,7 @@ def held(folder):
 ALWAYS = [("aurora", 4)]
 RANKS = [
     (name, size) if (name, size) in ALWAYS else pytest.param(name, size, marks=pytest.mark.slow)
-    for name in COMPARED
+    for name in OPTIMIZERS
     for size in (2, 4)
 ]
 
@@ -122,8 +118,7 @@ def largest_difference(kind, rule, ranks, one):
 def test_weights_after_twenty_steps_do_not_depend_on_the_number_of_ranks(optimized, rule, world_size):
     """With clipping and a scheduler."""
     (one,) = optimized(1)
-    limit = 1e-4 if rule == "riemannian_aurora" else 1e-5
-    assert largest_difference("found", rule, optimized(world_size), one["found"][rule]) <= limit
+    assert largest_difference("found", rule, optimized(world_size), one["found"][rule]) <= 1e-5
 
 
 @pytest.mark.parametrize("world_size", [1, 2, THREE, 4])

@@ -99,8 +99,7 @@ def test_world_size_may_change_at_every_resume(twelve_steps, launch, twin, tmp_p
     """All six changes in one run; that what is loaded is what was saved, bit for bit, is checked by each resume."""
     arguments = [*twelve_steps, "--optimizer", optimizer, "--out", tmp_path]
     cut_and_resume(launch, arguments, [1, 3, 4, 6, 8, 10], [1, 2, 4, 1, 4, 2, 1])
-    tolerance = 1e-4 if optimizer == "riemannian_aurora" else 1e-5  # its conjugate gradients amplify summation order
-    assert result(tmp_path)[1] == pytest.approx(twin(optimizer, 1)[1], abs=tolerance)
+    assert result(tmp_path)[1] == pytest.approx(twin(optimizer, 1)[1], abs=1e-5)
 
 
 STEP_POINTS = (

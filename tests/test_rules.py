@@ -104,8 +104,7 @@ def test_rule_with_polynomial_equals_oracle_with_the_same_polynomial(rule, shape
     max_error = numbers.max_error + rounding(torch.float32)
     expected = reference.optimize(rule, W, grads, exact, lr=0.1, weight_decay=0.1, max_error=max_error)
     result = optimize(rule, W, grads, weight_decay=0.1, polar_schedule=schedule)
-    atol = 1e-2 if rule == "riemannian_aurora" else 1e-3  # conjugate gradients in float32
-    torch.testing.assert_close(result.double(), expected, atol=atol, rtol=0)
+    torch.testing.assert_close(result.double(), expected, atol=1e-3, rtol=0)
 
 
 GOOD_KINDS = ["well conditioned", "well conditioned, zero rows", "well conditioned, tiny", "zero"]
