@@ -10,10 +10,8 @@ endpoint without sufficient records says so; none is left out.
 import argparse
 import math
 import sys
-import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -21,74 +19,50 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 
 from aurora.console import run_script
-from aurora.trainer.record import Run, read_folder
 from scripts.analysis.statistics import holm, mean_interval
 from scripts.analysis.text import cell, markdown_table
-from scripts.analysis.trial import Paired, judged, paired, persistent_share
+from scripts.analysis.trial import ALPHA, Paired, Trial, judged, paired
 
 PAGE, DESIGN = "TRIAL_OUTCOME.md", "trial.toml"
 INTRODUCTION = """\
 [TRIAL.md](TRIAL.md) has its design. Brackets hold 95 % of a mean difference, paired by seed. *Effect* is that
 difference in units of its standard deviation. p is Holm's over the tests of a table."""
-ALPHA = 0.05
-MOST_DIVERGED = 2  # runs of an arm, beyond which its endpoints are not tested
-
-Arms = dict[str, dict[float, dict[int, Run]]]  # runs by arm, lr and seed
 
 
 def page(results: Path) -> str:
-    design = tomllib.loads((results / DESIGN).read_text(encoding="utf-8"))
-    arms = read_arms(results / design["folder"], design["arms"])
-    tuned = {arm: max(by_lr, key=lambda lr: len(by_lr[lr])) for arm, by_lr in arms.items() if by_lr}
-    runs = {arm: arms[arm][lr] for arm, lr in tuned.items()}
+    trial = Trial(results, DESIGN)
     lines = [f"<!-- Written by scripts/trial.py from the records named in {DESIGN}; do not edit. -->", ""]
-    lines += ["# What came out of the trial", ""]
-    lines += [INTRODUCTION, ""]
-    if not runs:
-        return "\n".join([*lines, "No record yet.", ""])
-    lines += [*arm_lines(runs, tuned, design["first_look"]), "", "## Loss at the end", ""]
-    lines += [loss_table(runs, design["loss"], design["margin"]), "", "## Rows whose leverage stays low", ""]
-    lines += [leverage_table(runs, design["leverage"], design["first_look"]), "", "## Half and twice the lr", ""]
-    return "\n".join([*lines, robustness_table(arms, tuned, design["robust"]), ""])
+    lines += ["# What came out of the trial", "", INTRODUCTION, ""]
+    if trial.runs:
+        lines += [arm_table(trial), "", "## Primary: loss at the end", "", loss_table(trial, trial.design["loss"]), ""]
+        lines += ["## Mechanism: rows whose leverage stays low", "", leverage_table(trial), ""]
+        lines += ["## Robustness: half and twice the lr", "", robustness_table(trial), ""]
+        lines += ["## Afterwards: each arm against Muon", "", loss_table(trial, trial.design["afterwards"]), ""]
+    if any(trial.tuning.values()):
+        lines += ["## Tuning", "", TUNING, "", tuning_table(trial), ""]
+    return "\n".join(lines if any(trial.tuning.values()) or trial.runs else [*lines, "No record yet.", ""])
 
 
-def read_arms(folder: Path, names: Sequence[str]) -> Arms:
-    runs, errors = read_folder(folder) if folder.is_dir() else ([], [])
-    if errors:
-        raise ValueError(str(errors[0]))
-    arms: Arms = {name: {} for name in names}
-    for run in runs:
-        if run.start["optimizer"] in arms and run.end is not None:
-            by_seed = arms[run.start["optimizer"]].setdefault(run.start["hparams"]["lr"], {})
-            by_seed[run.start["seed"]] = run
-    if len(tasks := {run.start["task_hash"] for run in runs}) > 1:
-        raise ValueError(f"{folder} holds runs of {len(tasks)} tasks")
-    return arms
+TUNING = "Mean loss at the end, over the seeds of the tuning. Each arm's lowest is bold: its values are taken."
 
 
-def losses(runs: Mapping[int, Run]) -> dict[int, float]:
-    return {seed: run.end_event["val_loss"] if run.is_done else math.inf for seed, run in runs.items()}
-
-
-def has_diverged(runs: Mapping[int, Run]) -> bool:
-    return sum(not run.is_done for run in runs.values()) > MOST_DIVERGED
-
-
-def shares(runs: Mapping[int, Run], first_look: int) -> dict[int, float]:
-    return {seed: 100 * persistent_share(run, first_look) for seed, run in runs.items() if run.is_done}
-
-
-def arm_lines(runs: Mapping[str, Mapping[int, Run]], tuned: Mapping[str, float], first_look: int) -> list[str]:
+def arm_table(trial: Trial) -> str:
     rows = []
-    for arm, of_arm in runs.items():
-        known = [loss for loss in losses(of_arm).values() if math.isfinite(loss)]
-        low, high, _ = mean_interval(known) if known else (math.nan, math.nan, "")
-        momentum = next(iter(of_arm.values())).start["hparams"].get("momentum", "-")
-        share = np.mean(list(shares(of_arm, first_look).values())) if known else math.nan
-        loss = f"{np.mean(known):.4f} [{low:.4f}, {high:.4f}]" if known else "-"
-        rows.append((cell(arm), f"{tuned[arm]:g}", cell(momentum), f"{len(known)}/{len(of_arm)}", loss, f"{share:.2f}"))
-    low_rows = f"rows of low leverage from step {first_look} on (%)"
-    return [markdown_table(("arm", "lr", "momentum", "finished", "loss at the end [95 %]", low_rows), rows)]
+    for arm, runs in trial.runs.items():
+        momentum = next(iter(runs.values())).start["hparams"].get("momentum", "-")
+        count = f"{sum(run.is_done for run in runs.values())}/{len(runs)}"
+        loss = with_interval(list(trial.losses(arm).values()), 4)
+        share = with_interval(list(trial.shares(arm).values()), 2)
+        rows.append((cell(arm), f"{trial.tuned[arm]:g}", cell(momentum), count, loss, share))
+    low_rows = f"rows of low leverage from step {trial.design['first_look']} on (%) [95 %]"
+    return markdown_table(("arm", "lr", "momentum", "finished", "loss at the end [95 %]", low_rows), rows)
+
+
+def with_interval(values: Sequence[float], digits: int) -> str:
+    """The mean and 95 % of it, where there is such."""
+    low, high, _ = mean_interval(values)
+    mean = f"{np.mean(values):.{digits}f}"
+    return mean if math.isnan(low) else f"{mean} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def difference_cells(found: Paired, digits: int) -> tuple[str, str, str]:
@@ -96,42 +70,52 @@ def difference_cells(found: Paired, digits: int) -> tuple[str, str, str]:
     return str(found.n), interval if found.n else "no pair yet", f"{found.effect:+.2f}"
 
 
-def pairs_of(runs: Mapping[str, Mapping[int, Run]], pairs: Sequence[Sequence[str]], value: Any) -> list[Paired]:
-    """Of each pair of arms; one of which an arm has diverged, or has no run, is empty."""
-    return [
-        paired({}, {}) if any(has_diverged(runs.get(arm, {})) for arm in (a, b)) else paired(value(a), value(b))
-        for a, b in pairs
-    ]
-
-
-def loss_table(runs: Mapping[str, Mapping[int, Run]], pairs: Sequence[Sequence[str]], margin: float) -> str:
-    found = pairs_of(runs, pairs, lambda arm: losses(runs.get(arm, {})))
+def loss_table(trial: Trial, pairs: Sequence[Sequence[str]]) -> str:
+    found = trial.loss_differences(pairs)
     rows = []
-    for (a, b), difference, (p, word) in zip(pairs, found, judged(found, margin, ALPHA), strict=True):
-        word = "diverged" if any(has_diverged(runs.get(arm, {})) for arm in (a, b)) else word
+    for (a, b), difference, (p, word) in zip(pairs, found, judged(found, trial.design["margin"]), strict=True):
+        word = "diverged" if any(map(trial.has_diverged, (a, b))) else word
         rows.append((f"{cell(a)} - {cell(b)}", *difference_cells(difference, 4), f"{p:.2g}", word))
     return markdown_table(("losses", "pairs", "nats [95 %]", "effect", "p", "verdict"), rows)
 
 
-def leverage_table(runs: Mapping[str, Mapping[int, Run]], pairs: Sequence[Sequence[str]], first_look: int) -> str:
-    found = pairs_of(runs, pairs, lambda arm: shares(runs.get(arm, {}), first_look))
-    p_values = holm([difference.p for difference in found])
+def leverage_table(trial: Trial) -> str:
+    pairs = trial.design["leverage"]
+    found = trial.share_differences(pairs)
     rows = []
-    for (a, b), difference, p in zip(pairs, found, p_values, strict=True):
+    for (a, b), difference, p in zip(pairs, found, holm([difference.p for difference in found]), strict=True):
         word = ("more" if difference.mean > 0 else "fewer") if p < ALPHA else "undecided"
         rows.append((f"{cell(a)} - {cell(b)}", *difference_cells(difference, 2), f"{p:.2g}", word))
     return markdown_table(("shares of rows", "pairs", "points [95 %]", "effect", "p", "verdict"), rows)
 
 
-def robustness_table(arms: Arms, tuned: Mapping[str, float], robust: Sequence[str]) -> str:
+def robustness_table(trial: Trial) -> str:
     rows = []
-    for arm in (arm for arm in robust if arm in tuned):
-        at_best = losses(arms[arm][tuned[arm]])
+    for arm in (arm for arm in trial.design["robust"] if arm in trial.tuned):
         for factor in (0.5, 2.0):
-            lr = next((lr for lr in arms[arm] if math.isclose(lr, factor * tuned[arm], rel_tol=1e-3)), None)
-            difference = paired(losses(arms[arm][lr]), at_best) if lr is not None else paired({}, {})
+            lr = next((lr for lr in trial.arms[arm] if math.isclose(lr, factor * trial.tuned[arm], rel_tol=1e-3)), None)
+            difference = paired(trial.losses(arm, lr), trial.losses(arm)) if lr is not None else paired({}, {})
             rows.append((cell(arm), f"{factor:g}", *difference_cells(difference, 4)))
     return markdown_table(("arm", "times the lr", "pairs", "loss above that at the tuned lr [95 %]", "effect"), rows)
+
+
+def tuning_table(trial: Trial) -> str:
+    """A row for each momentum and lr, a column for each arm."""
+    cells: dict[tuple[float, float], dict[str, list[float]]] = {}
+    for arm, runs in trial.tuning.items():
+        for run in runs:
+            hparams, loss = run.start["hparams"], run.end_event["val_loss"] if run.is_done else math.inf
+            cells.setdefault((hparams["momentum"], hparams["lr"]), {}).setdefault(arm, []).append(loss)
+    arms = [arm for arm, runs in trial.tuning.items() if runs]
+    best = {arm: min(np.mean(found[arm]) for found in cells.values() if arm in found) for arm in arms}
+    rows = []
+    for (momentum, lr), found in sorted(cells.items()):
+        row = [f"{momentum:g}", f"{lr:g}"]
+        for arm in arms:
+            mean = np.mean(found[arm]) if arm in found else math.nan
+            row.append("-" if math.isnan(mean) else f"**{mean:.4f}**" if mean == best[arm] else f"{mean:.4f}")
+        rows.append(row)
+    return markdown_table(("momentum", "lr", *map(cell, arms)), rows)
 
 
 def main(argv: list[str] | None = None) -> int:

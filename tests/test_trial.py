@@ -9,7 +9,7 @@ from scipy import stats
 
 from aurora.trainer.record import Run
 from scripts import trial
-from scripts.analysis.trial import judged, paired, persistent_share
+from scripts.analysis.trial import Trial, judged, paired, persistent_share
 from tests.test_leaderboard import record
 
 
@@ -72,7 +72,7 @@ def test_persistent_rows_are_those_that_are_low_at_every_look():
         persistent_share(run, 20)
 
 
-def write_run(folder, arm, seed, lr, loss, low):
+def write_run(folder, arm, seed, lr, loss, low, is_diverged=False):
     start, *rest, end = record(
         arm, seed, (4.0, 2.0, loss - seed / 1000), hparams={"lr": lr, "momentum": 0.9}
     ).splitlines()
@@ -81,13 +81,27 @@ def write_run(folder, arm, seed, lr, loss, low):
         {"event": "neurons", "step": step, "width": 100, "layers": [], "matrices": {"blocks.0.mlp.up": matrix}}
         for step in (100, 200)
     ]
+    if is_diverged:
+        end = json.dumps({**json.loads(end), "status": "diverged"})
     lines = [start, *rest, *map(json.dumps, looks), end]
     (folder / f"{arm}-{seed}-{lr}.jsonl").write_text("\n".join(lines) + "\n")
 
 
+DESIGN = """
+folder = "t"
+tuning = "t_tuning"
+arms = ["a", "b", "c"]
+first_look = 100
+margin = 0.005
+robust = ["a"]
+loss = [["a", "b"], ["c", "b"]]
+leverage = [["b", "a"]]
+afterwards = [["b", "a"]]
+"""
+
+
 def test_page_holds_every_endpoint_with_the_figures_of_the_records(tmp_path, capsys):
-    design = 'folder = "t"\narms = ["a", "b", "c"]\nfirst_look = 100\nmargin = 0.005\nrobust = ["a"]\n'
-    (tmp_path / "trial.toml").write_text(design + 'loss = [["a", "b"], ["c", "b"]]\nleverage = [["b", "a"]]\n')
+    (tmp_path / "trial.toml").write_text(DESIGN)
     assert trial.main(["--results", str(tmp_path)]) == 0
     assert "No record yet." in (tmp_path / "TRIAL_OUTCOME.md").read_text()
 
@@ -96,6 +110,11 @@ def test_page_holds_every_endpoint_with_the_figures_of_the_records(tmp_path, cap
     rng = np.random.default_rng(0)
     a, b = 1.4 + 0.01 * rng.random((2, 6))
     low = rng.integers(0, 20, (2, 6))
+    tuning = tmp_path / "t_tuning"
+    tuning.mkdir()
+    for lr, loss in ((0.02, 1.5), (0.04, 1.4)):
+        for seed in (0, 100):
+            write_run(tuning, "a", seed, lr, loss, 0)
     for seed in range(6):
         write_run(folder, "a", seed, 0.02, a[seed], int(low[0, seed]))
         write_run(folder, "b", seed, 0.03, b[seed] + 0.05, int(low[1, seed]))
@@ -111,15 +130,38 @@ def test_page_holds_every_endpoint_with_the_figures_of_the_records(tmp_path, cap
     mean = np.mean(a - b - 0.05)
     assert rows["a - b", "6"][0].startswith(f"{mean:+.4f} [") and rows["a - b", "6"][-1] == "better"
     assert rows["c - b", "0"][0] == "no pair yet" and rows["c - b", "0"][-1] == "undecided"
-    assert rows["b - a", "6"][0].startswith(f"{np.mean(low[1] - low[0]):+.2f} [")
+    text = (tmp_path / "TRIAL_OUTCOME.md").read_text()
+    assert f"| b - a          | 6     | {np.mean(low[1] - low[0]):+.2f} [" in text
+    assert rows["b - a", "6"][0].startswith(f"{-mean:+.4f} [") and rows["b - a", "6"][-1] == "worse"
+    assert rows["0.9", "0.02"] == ["1.5000"] and rows["0.9", "0.04"] == ["**1.4000**"]
     assert rows["a", "2"][:2] == ["3", rows["a", "2"][1]] and rows["a", "2"][1].startswith("+0.1100 [")
-    assert rows["a", "0.02"][:2] == ["0.9", "6/6"] and rows["a", "0.02"][3] == f"{np.mean(low[0]):.2f}"
+    assert rows["a", "0.02"][:2] == ["0.9", "6/6"] and rows["a", "0.02"][3].startswith(f"{np.mean(low[0]):.2f} [")
     assert trial.main(["--results", str(tmp_path), "--check"]) == 0
 
     (folder / "a-0-0.02.jsonl").write_text(record("a", 0, (4.0, 3.0, 1.4), hparams={"lr": 0.02}))
     capsys.readouterr()
     assert trial.main(["--results", str(tmp_path)]) == 2
     assert "has no telemetry of neurons" in capsys.readouterr().err
+
+
+def test_runs_that_diverged_count_as_the_worst_of_their_arm_and_three_forbid_a_test(tmp_path):
+    (tmp_path / "trial.toml").write_text(DESIGN)
+    folder = tmp_path / "t"
+    folder.mkdir()
+    for seed in range(6):
+        write_run(folder, "a", seed, 0.02, 1.4 + seed / 100, seed, is_diverged=seed < 2)
+        write_run(folder, "b", seed, 0.02, 1.3 + seed**2 / 1000, 10)
+    found = Trial(tmp_path, "trial.toml")
+    assert not found.has_diverged("a") and found.losses("a")[0] == found.losses("a")[5] == max(
+        found.losses("a").values()
+    )
+    assert found.shares("a") == {0: 5, 1: 5, 2: 2, 3: 3, 4: 4, 5: 5}
+    assert found.loss_differences([("a", "b")])[0].n == 6
+    write_run(folder, "a", 2, 0.02, 1.4, 0, is_diverged=True)
+    found = Trial(tmp_path, "trial.toml")
+    assert found.has_diverged("a") and found.loss_differences([("a", "b")])[0].n == 0
+    assert trial.main(["--results", str(tmp_path)]) == 0
+    assert "| diverged" in (tmp_path / "TRIAL_OUTCOME.md").read_text()
 
 
 def test_committed_page_is_what_the_records_give():
