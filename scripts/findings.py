@@ -1,18 +1,18 @@
-"""Test the published claims on our own records: results/FINDINGS.md and its plots.
+"""The published claims, by our own runs: writes results/FINDINGS.md and its pictures.
 
     python scripts/findings.py              write the page
     python scripts/findings.py --check      exit 1 if it is not what the records give
 
-results/findings.toml names the evidence. For claims 1 to 4a that is one folder of records for each setting; claims 4b
-and 5 have entries of their own. scripts/analysis/findings.py computes every number on the page from records. A claim
-without sufficient records is "not testable"; none is skipped.
+results/findings.toml holds the words: each claim, what its source says, and what would change the verdict; and it names
+the records. scripts/analysis/findings.py computes every figure and verdict from them. A claim without sufficient
+records is "not tested"; none is left out.
 """
 
 import argparse
 import hashlib
 import json
-import re
 import sys
+import textwrap
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -24,251 +24,148 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 
 from aurora.console import run_script
-from aurora.trainer.record import read_folder
-from scripts.analysis.findings import (
-    NAMES,
-    Finding,
-    Widths,
-    dead_last,
-    expansion_finding,
-    gains,
-    has_telemetry,
-    neuron_findings,
-    optimizer_cost_finding,
-    order_findings,
-    signed,
-    single_groups,
-    starved_last,
-    starved_mean,
-    step_cost_finding,
-    widths_of,
-)
-from scripts.analysis.report import group_cells
-from scripts.analysis.statistics import mean_interval
-from scripts.analysis.text import cell, markdown_table, plain
-from scripts.analysis.verdict import Group, group_runs
+from aurora.trainer.record import Run
+from scripts.analysis.findings import MEASURES, NAMES, Evidence, Finding
+from scripts.analysis.text import cell, markdown_table
+from scripts.analysis.trial import Trial, persistent_share
+from scripts.analysis.verdict import Group
 
 PAGE = "FINDINGS.md"
-INTRODUCTION = """\
-The claims are those of [the paper](https://arxiv.org/abs/2606.27715) and
-[its blog](https://blog.tilderesearch.com/blog/aurora). A verdict holds only for the conditions that stand above its
-figures.
-
-- *Supported*: the test or the 95 % interval shows what is claimed. *Contradicted*: it shows the opposite.
-  *Undecided*: it leaves both possible. *Not testable*: the records do not suffice.
-- *Beats* means a lower loss at the end of equally long schedules. Where each optimizer has a schedule of its own, it
-  means fewer steps to the target.
-- A row of `up` is *starved* if it gets under a tenth of an even share of the update's energy. A neuron is *dead* if
-  its part in the output of its layer is under a hundredth of the mean neuron's.
-- Differences are between means: the first-named minus the second. In claims 1 and 3 a negative difference means that
-  the first-named is better. It is in steps to the target or, where lengths are equal, in nats of final loss. In claim 2
-  a positive difference means that the first-named starves more. It is in percentage points of rows.
-- Brackets hold the 95 % interval of one figure; there is none where all seeds gave the same.
-- Each p is corrected (Holm) for the tests of its claim in one setting: two in 2a and 2b, two in 3a and 3b, one
-  elsewhere. There is no correction over settings, so one verdict in twenty may be chance. The pages of the experiments
-  ([README.md](README.md)) correct over all pairs of a folder, so their p may be larger."""
-# Cells of report.group_cells() that the page shows, and three of its own.
-CELLS = {
-    0: "optimizer",
-    1: "steps",
-    2: "n",
-    3: "val loss",
-    4: "sd",
-    7: "reached",
-    8: "steps to target [95 %]",
-}
-OWN_CELLS = ("starved rows of up, mean", "at the end", "dead neurons at the end")
-GAINS = [("muon", "aurora"), ("muon", "unormuon")]
-
-
-def groups_in(results: Path, folder: str) -> dict[str, list[Group]]:
-    """Groups by task of the records of a folder; empty without any."""
-    runs, errors = read_folder(results / folder) if (results / folder).is_dir() else ([], [])
-    for error in errors:
-        print(f"warning: left out: {plain(error, 500)}", file=sys.stderr)
-    return group_runs(runs)
 
 
 class Page:
-    """The text, and for each plot that it shows its digest and what draws it."""
+    """The text, and for each picture that it shows its digest and what draws it."""
 
     def __init__(self, results: Path):
         self.results = results
-        self.plots: dict[Path, tuple[str, Callable[[Path, str], None]]] = {}
-        evidence = tomllib.loads((results / "findings.toml").read_text(encoding="utf-8"))
-        columns, sections = {}, []
-        for setting in evidence["setting"]:
-            columns[setting["title"]], section = self.setting(**setting)
-            sections += section
-        overall, section = self.other_claims(evidence["expansion"], evidence["cost"])
+        self.pictures: dict[Path, tuple[str, Callable[[Path, str], None]]] = {}
+        words = tomllib.loads((results / "findings.toml").read_text(encoding="utf-8"))
+        evidence = Evidence(results, words["evidence"])
+        findings = [MEASURES[claim["measure"]](evidence) for claim in words["claim"]]
         lines = ["<!-- Written by scripts/findings.py from the records named in findings.toml; do not edit. -->", ""]
-        lines += ["# The published claims, by our own runs", "", INTRODUCTION, "", summary(columns, overall), ""]
-        self.text = "\n".join([*lines, *sections, *section])
+        lines += [f"# {words['title']}", "", wrapped(words["introduction"]), "", summary(words["claim"], findings), ""]
+        lines += [conditions(evidence.trial), "", wrapped(words["verdicts"]), ""]
+        lines += self.pictures_of(evidence.trial, words["pictures"])
+        for number, (claim, finding) in enumerate(zip(words["claim"], findings, strict=True), 1):
+            lines += section(number, claim, finding)
+        self.text = "\n".join([*lines, words["end"].strip(), ""])
 
-    def plot(self, name: str, values: Any, draw: Callable[[Path, str], None]) -> str:
-        """A link to a plot that is drawn anew when these values change."""
-        self.plots[self.results / name] = (hashlib.sha256(json.dumps(values).encode()).hexdigest(), draw)
-        return f"[plot]({name})"
-
-    def setting(self, title: str, folder: str, command: str, note: str) -> tuple[list[Finding], list[str]]:
-        """Claims 1 to 4a in one setting: what was found, and its section of the page."""
-        groups, flaw = single_groups(groups_in(self.results, folder))
-        groups = {} if flaw else groups
-        experiment, neurons = f"[details]({folder.partition('/')[0]}/README.md)" if groups else "", ""
-        if groups and all(map(has_telemetry, groups.values())):
-            events = [(g.label, run.neuron_events) for g in groups.values() for run in g.runs]
-            neurons = self.plot(f"{folder}/findings-neurons.png", events, lambda p, d: draw_neurons(groups, p, d))
-        findings = order_findings(groups) + neuron_findings(groups) + [step_cost_finding(groups)]
-        findings.sort(key=lambda finding: finding.claim)
-        links = {finding.claim: neurons if finding.claim.startswith("2") else experiment for finding in findings}
-        lines = [f"## {title}", "", f"Not comparable: {flaw}." if flaw else conditions(groups), "", note, ""]
-        lines += [*indented(command), "", claims_table(findings, links), ""]
+    def pictures_of(self, trial: Trial, captions: dict[str, str]) -> list[str]:
+        lines = []
+        tuning = [run for runs in trial.tuning.values() for run in runs]
+        if tuning:
+            name = f"{trial.design['tuning']}/learning-rates.png"
+            lines += self.picture(name, tuning, captions["learning_rates"], lambda p, d: draw_rates(trial, p, d))
+        groups = [Group(NAMES[arm], list(runs.values())) for arm, runs in trial.runs.items()]
         if groups:
-            lines += [markdown_table((*CELLS.values(), *OWN_CELLS), map(group_row, groups.values())), ""]
-        return findings, lines
+            name = f"{trial.design['folder']}/leverage.png"
+            runs = [run for group in groups for run in group.runs]
+            lines += self.picture(name, runs, captions["leverage"], lambda p, d: draw_leverage(groups, p, d))
+        return lines
 
-    def other_claims(self, expansion: dict[str, str], cost: dict[str, str]) -> tuple[list[Finding], list[str]]:
-        """Claims 4b and 5, which rest on evidence of their own."""
-        path = self.results / cost["file"]
-        table = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-        widths, flaw = widths_of(groups_in(self.results, expansion["folder"]))
-        findings = [optimizer_cost_finding(table), expansion_finding(widths, flaw)]
-        links = {findings[0].claim: f"[table]({cost['file'].replace('.json', '.md')})" if table else ""}
-        rows = [(str(e), *group_row(group)) for e, groups in widths.items() for group in groups.values()]
-        rows_of_gain = gain_rows(widths)
-        if widths:
-            name = f"{expansion['folder']}/findings-width.png"
-            link = self.plot(name, [rows_of_gain, rows], lambda p, d: draw_widths(widths, p, d))
-            links[findings[1].claim] = link
-        lines = [
-            "## Cost of the optimizer, and width",
-            "",
-            "Claim 5 is held against",
-            "",
-            *indented(expansion["command"]),
-            "",
-            expansion["note"],
-            "",
-            "Claim 4b is held against a table, which names its command.",
-            "",
-            claims_table(findings, links),
-            "",
-        ]
-        if widths:
-            lines += [markdown_table(("gain", "expansion factor", "pairs", "nats [95 %]"), rows_of_gain), ""]
-            lines += [markdown_table(("expansion factor", *CELLS.values(), *OWN_CELLS), rows), ""]
-        return findings, lines
+    def picture(self, name: str, runs: list[Run], caption: str, draw: Callable[[Path, str], None]) -> list[str]:
+        """A picture that is drawn anew when the losses or the telemetry of these runs change."""
+        values: Any = sorted((run.start["run_id"], run.end_event["val_loss"], run.neuron_events) for run in runs)
+        digest = hashlib.sha256(json.dumps(values).encode()).hexdigest()
+        self.pictures[self.results / name] = (digest, draw)
+        caption = caption.strip().replace("\n", " ")
+        return [f"![{caption}]({name})", "", wrapped(caption), ""]
 
 
-def indented(command: str) -> list[str]:
-    return [f"    {line}" for line in command.strip().splitlines()]
-
-
-def summary(columns: dict[str, list[Finding]], overall: list[Finding]) -> str:
-    """Every claim with its verdicts; settings stand side by side, without intervals, which their sections have."""
-
-    def short(finding: Finding) -> str:
-        figure = re.sub(r" \[[^]]*\]", "", finding.figure)
-        return f"**{finding.verdict}** {figure}".rstrip()
-
-    rows = [(found[0].claim, *map(short, found)) for found in zip(*columns.values(), strict=True)]
-    lines = [markdown_table(("claim", *columns), rows), ""]
-    return "\n".join([*lines, *(f"- Claim {f.claim}: **{f.verdict}** {f.figure}".rstrip() for f in overall)])
-
-
-def claims_table(findings: list[Finding], links: dict[str, str]) -> str:
+def summary(claims: list[dict[str, str]], findings: list[Finding]) -> str:
     rows = [
-        (f.claim, f"**{f.verdict}**", f.figure or "-", cell(f.why, 500), links.get(f.claim) or "-") for f in findings
+        (f"{number}. {cell(claim['claim'], 300)}", f"**{finding.verdict}**", finding.figure)
+        for number, (claim, finding) in enumerate(zip(claims, findings, strict=True), 1)
     ]
-    return markdown_table(("claim", "verdict", "figure [95 %]", "because", "evidence"), rows)
+    return markdown_table(("claim", "verdict", "figure [95 %]"), rows)
 
 
-def conditions(groups: dict[str, Group]) -> str:
-    """What the runs were, in a sentence."""
-    runs = [run for group in groups.values() for run in group.runs]
-    config, counts = runs[0].start["config"], runs[0].start["params_by_role"]
-    model = config["model"]
-    steps = ", ".join(f"{NAMES.get(n, cell(n))} {g.planned_steps}" for n, g in groups.items())
-    machines = ", ".join(sorted({cell(f"{r.start['world_size']} x {r.start['env']['device_name']}") for r in runs}))
-    seeds = ", ".join(map(str, sorted({run.start["seed"] for run in runs})))
-    return (
-        f"{sum(counts.values()):,} parameters, {model['num_layers']} layers of width {model['model_dim']}, "
-        f"{model.get('mlp', 'relu2')} MLP with expansion factor {model['mlp_expansion']}, activations in "
-        f"{model.get('activation_dtype', 'float32')}, {config['train']['batch_tokens']:,} tokens a step, target "
-        f"{runs[0].target:g} on {config['eval']['tokens']:,} validation tokens; steps: {steps}; seeds {seeds}; "
-        f"{machines}."
+def section(number: int, claim: dict[str, str], finding: Finding) -> list[str]:
+    lines = [f"## {number}. {claim['claim'].rstrip('.')}", "", wrapped(f"**The source.** {claim['source']}"), ""]
+    lines += [
+        wrapped(f"**We measured.** {claim['measured']}"),
+        "",
+        *(wrapped(line, "- ") for line in finding.lines),
+        "",
+    ]
+    lines += [wrapped(f"**Verdict: {finding.verdict}.** {claim['reading']}"), ""]
+    return [*lines, wrapped(f"**What would change it.** {claim['change']}"), ""]
+
+
+def wrapped(text: str, bullet: str = "") -> str:
+    return textwrap.fill(
+        " ".join(text.split()),
+        width=120,
+        initial_indent=bullet,
+        subsequent_indent=" " * len(bullet),
+        break_long_words=False,
+        break_on_hyphens=False,
     )
 
 
-def group_row(group: Group) -> tuple[str, ...]:
-    cells = group_cells(group)
-    shares = ["-"] * 3
-    if has_telemetry(group):
-        mean = np.mean([starved_mean(run) for run in group.runs])
-        shares = [f"{share:.1f} %" for share in (mean, starved_last(group), dead_last(group))]
-    return (cell(group.label), *(cells[i] for i in CELLS if i), *shares)
-
-
-def gain_rows(widths: Widths) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = []
-    for base, other in GAINS:
-        for expansion, by_seed in gains(widths, base, other).items():
-            values = list(by_seed.values())
-            figure = signed(float(np.mean(values)), *mean_interval(values)[:2], 4)
-            rows.append((f"{NAMES[base]}'s loss - {NAMES[other]}'s", str(expansion), str(len(values)), figure))
-    return rows
+def conditions(trial: Trial) -> str:
+    """What the trial's runs were, in a sentence."""
+    runs = [run for by_seed in trial.runs.values() for run in by_seed.values()]
+    if not runs:
+        return "The trial has no runs yet."
+    config, counts = runs[0].start["config"], runs[0].start["params_by_role"]
+    model = config["model"]
+    devices = ", ".join(sorted({cell(run.start["env"]["device_name"]) for run in runs}))
+    return wrapped(
+        f"The trial: {sum(counts.values()):,} parameters, {model['num_layers']} layers of width {model['model_dim']}, "
+        f"{model['mlp']} with expansion factor {model['mlp_expansion']}, {model['activation_dtype']}, "
+        f"{config['train']['steps']} steps of {config['train']['batch_tokens']:,} tokens, {len(runs)} runs, {devices}."
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Plots
+# Pictures
 
 
-def draw_neurons(groups: dict[str, Group], path: Path, description: str) -> None:
-    from scripts.neurons import plot_neurons
+def draw_leverage(groups: list[Group], path: Path, description: str) -> None:
+    from scripts.neurons import plot_leverage
 
-    plot_neurons(list(groups.values()), path, description)
+    plot_leverage(groups, path, description)
 
 
-def draw_widths(widths: Widths, path: Path, description: str) -> None:
-    """Gain over Muon, starved rows and dead neurons against the expansion factor."""
+def draw_rates(trial: Trial, path: Path, description: str) -> None:
+    """Loss at the end, and rows of low leverage, against the lr, at the momentum that most runs of the tuning have."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from scripts.plot import STYLES, save_figure
+    from scripts.plot import save_figure, styles_by_name
 
-    figure, (left, *axes) = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
-    for base, other in GAINS:
-        color, line, marker = STYLES[other]
-        by_width = gains(widths, base, other)
-        for expansion, by_seed in by_width.items():
-            left.plot([expansion] * len(by_seed), list(by_seed.values()), marker, color=color, alpha=0.5)
-        if by_width:
-            means = [np.mean(list(by_seed.values())) for by_seed in by_width.values()]
-            left.plot(list(by_width), means, linestyle=line, color=color, label=NAMES[other])
-    left.axhline(0, color="0.5", linewidth=1)
-    left.set_ylabel("Muon's final loss - the other's (nats per token)")
-    shares = {"starved rows of up": starved_last, "dead neurons": dead_last}
-    for axis, (title, share) in zip(axes, shares.items(), strict=True):
-        for name in NAMES:
-            color, line, marker = STYLES[name]
-            found = {e: groups[name] for e, groups in widths.items() if name in groups}
-            points = {e: share(group) for e, group in found.items() if has_telemetry(group)}
-            if points:
-                axis.plot(
-                    *zip(*points.items(), strict=True), linestyle=line, marker=marker, color=color, label=NAMES[name]
-                )
-        axis.set_ylabel(f"{title} at the end (%)")
-        axis.set_ylim(bottom=0)
-    for axis in (left, *axes):
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(list(widths), list(map(str, widths)))
-        axis.set_xlabel("MLP expansion factor")
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend()
-    save_figure(figure, path, description)
-    plt.close(figure)
+    momenta = [run.start["hparams"]["momentum"] for runs in trial.tuning.values() for run in runs]
+    momentum = max(set(momenta), key=momenta.count)
+    with matplotlib.rc_context({"text.parse_math": False, "svg.hashsalt": "", "font.size": 9}):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+        arms = [arm for arm, runs in trial.tuning.items() if runs]
+        for arm, (color, line, marker) in zip(arms, styles_by_name(arms), strict=True):
+            runs = [r for r in trial.tuning[arm] if r.is_done and r.start["hparams"]["momentum"] == momentum]
+            for axis, values in (
+                (left, [run.end_event["val_loss"] for run in runs]),
+                (right, [100 * persistent_share(run, trial.design["first_look"]) for run in runs]),
+            ):
+                by_lr: dict[float, list[float]] = {}
+                for run, value in zip(runs, values, strict=True):
+                    by_lr.setdefault(run.start["hparams"]["lr"], []).append(value)
+                lrs = sorted(by_lr)
+                axis.plot([run.start["hparams"]["lr"] for run in runs], values, marker, color=color, alpha=0.4, ms=4)
+                axis.plot(lrs, [np.mean(by_lr[lr]) for lr in lrs], linestyle=line, color=color, label=NAMES[arm])
+        left.set_ylabel("loss at the end (nats per byte)")
+        right.set_ylabel("rows of low leverage from step 100 on (%)")
+        for axis in (left, right):
+            axis.set_xscale("log")
+            lrs = sorted({run.start["hparams"]["lr"] for runs in trial.tuning.values() for run in runs})
+            axis.set_xticks(lrs, [f"{lr:g}" for lr in lrs])
+            axis.minorticks_off()
+            axis.set_xlabel("lr")
+            axis.grid(alpha=0.3)
+        left.legend()
+        save_figure(figure, path, description)
+        plt.close(figure)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -284,11 +181,11 @@ def main(argv: list[str] | None = None) -> int:
         made = Page(args.results)
         stale = [] if page.is_file() and page.read_text(encoding="utf-8") == made.text else [page]
         stale += [
-            p for p, (digest, _) in made.plots.items() if not p.is_file() or digest.encode() not in p.read_bytes()
+            p for p, (digest, _) in made.pictures.items() if not p.is_file() or digest.encode() not in p.read_bytes()
         ]
         if not args.check:
-            for path in made.plots.keys() & set(stale):
-                digest, draw = made.plots[path]
+            for path in made.pictures.keys() & set(stale):
+                digest, draw = made.pictures[path]
                 draw(path, digest)
             page.write_text(made.text, encoding="utf-8")
     except ImportError as error:

@@ -1,281 +1,328 @@
-"""What runs say of each published claim: supported, contradicted, undecided or not testable, with a figure and why.
+"""What our runs say of each published claim: supported, contradicted, undecided or not tested, with figures.
 
-Two-sided tests at 5 %, Holm-corrected within a claim. Two rules are compared as in verdict.py: by their losses at the
-end of equally long schedules, otherwise by steps to the target, where a run that never arrives comes last.
+The trial's endpoints are judged as results/TRIAL.md says; other comparisons as in verdict.py: by losses at the end of
+equally long schedules, otherwise by steps to the target. Two-sided tests at 5 %.
 """
 
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
 
-from aurora.trainer.record import Run
-from scripts.analysis.statistics import CONFIDENCE, MIN_RUNS, Interval, holm, mean_interval, ratio_interval, welch
-from scripts.analysis.verdict import ALPHA, Group, Pair, compare, step_seconds, time_ratio
+from aurora.trainer.record import Run, read_folder
+from scripts.analysis.statistics import CONFIDENCE, MIN_RUNS, Interval, holm, mean_interval, ratio_interval
+from scripts.analysis.text import cell
+from scripts.analysis.trial import ALPHA, Paired, Trial, judged, paired, persistent_share
+from scripts.analysis.verdict import Group, Pair, compare, group_runs, step_seconds, time_ratio
 
-NAMES = {"adamw": "AdamW", "muon": "Muon", "unormuon": "U-NorMuon", "aurora": "Aurora"}
-QUARTER, DEAD_STEP = 25.0, 500  # "more than a quarter of the neurons", "by about step 500"
-COST_CLAIM = 1.06
+NAMES = {
+    "adamw": "AdamW",
+    "muon": "Muon",
+    "muon_scaled": "Muon with sqrt(M/N)",
+    "unormuon": "U-NorMuon",
+    "aurora": "Aurora",
+    "aurora_tall": "Aurora, tall alone",
+    "aurora_both": "Aurora, tall and wide",
+}
+EVEN = ("unormuon", "aurora_tall", "aurora_both")  # the arms that even rows out
+COST_CLAIM, QUARTER, DEAD_STEP = 1.06, 25.0, 500
 
 
 class Finding(NamedTuple):
-    """verdict: one of the four words; figure: with its 95 % interval, empty without one; why: in a sentence."""
+    """verdict: a few words; figure: the one of the summary; lines: sentences with what was measured."""
 
-    claim: str
     verdict: str
     figure: str
-    why: str
+    lines: list[str]
 
 
-def judged(claim: str, is_supported: bool, is_contradicted: bool, figure: str, why: str) -> Finding:
-    verdict = "supported" if is_supported else "contradicted" if is_contradicted else "undecided"
-    return Finding(claim, verdict, figure, why)
+def not_tested(why: str) -> Finding:
+    return Finding("not tested", "-", [why])
 
 
-def not_testable(claim: str, why: str, figure: str = "") -> Finding:
-    return Finding(claim, "not testable", figure, why)
+class Evidence:
+    """The records that findings.toml names."""
+
+    def __init__(self, results: Path, names: dict[str, Any]):
+        self.trial = Trial(results, names["trial"])
+        self.tracks = {folder: only_groups(results / folder) for folder in names["tracks"]}
+        self.widths = widths_of(groups_in(results / names["expansion"]))
+        self.long = groups_in(results / names["long"])
+        self.costs = {name: json.loads((results / name).read_text(encoding="utf-8")) for name in names["costs"]}
+        self.expansion_folder, self.long_folder = names["expansion"], names["long"]
 
 
-def single_groups(tasks: dict[str, list[Group]]) -> tuple[dict[str, Group], str | None]:
-    """The group of each optimizer, in order of arrival; and what forbids to compare them, None if nothing."""
-    if len(tasks) != 1:
-        return {}, f"{len(tasks)} tasks in one folder" if tasks else "no runs are recorded"
-    (groups,) = tasks.values()
+def groups_in(folder: Path) -> dict[str, list[Group]]:
+    """Groups by task of the records of a folder.
+
+    Raises:
+        ValueError: a file is not a record.
+    """
+    runs, errors = read_folder(folder) if folder.is_dir() else ([], [])
+    if errors:
+        raise ValueError(str(errors[0]))
+    return group_runs(runs)
+
+
+def only_groups(folder: Path) -> dict[str, Group]:
+    """The group of each optimizer, of a folder that holds one task and one setting of each.
+
+    Raises:
+        ValueError: it holds more.
+    """
+    tasks = groups_in(folder)
+    groups = [group for of_task in tasks.values() for group in of_task]
     found = {group.optimizer: group for group in groups}
-    several = [name for name in found if sum(group.optimizer == name for group in groups) > 1]
-    return found, f"several settings of {', '.join(several)} in one folder" if several else None
+    if len(tasks) > 1 or len(found) < len(groups):
+        raise ValueError(f"{folder} holds {len(tasks)} tasks and {len(groups)} settings of {len(found)} optimizers")
+    return found
 
 
-def flaw_of(groups: dict[str, Group], *names: str) -> str:
-    """What forbids a test of these optimizers, in words; empty if nothing does."""
-    if lacking := [NAMES[name] for name in names if name not in groups]:
-        return f"no run of {', '.join(lacking)} is recorded here"
-    return "; ".join(f"{NAMES[name]}: {flaw}" for name in names for flaw in groups[name].flaws())
+def interval(mean: float, low: float, high: float, digits: int, unit: str = "", sign: str = "+") -> str:
+    """A figure and its interval, where there is one."""
+    text = f"{mean:{sign}.{digits}f}{unit}"
+    return text if math.isnan(low) else f"{text} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
 
 
-def signed(value: float, low: float, high: float, digits: int = 1, unit: str = "") -> str:
-    """A difference and its interval, where there is one."""
-    text = f"{value:+.{digits}f}{unit}"
-    return text if math.isnan(low) else f"{text} [{low:+.{digits}f}, {high:+.{digits}f}]"
+def mean_of(values: Sequence[float], digits: int, unit: str = "") -> str:
+    return interval(float(np.mean(values)), *mean_interval(values)[:2], digits, unit, sign="")
+
+
+def agreed(words: Sequence[str]) -> str:
+    """One verdict where all are alike, otherwise undecided."""
+    return words[0] if len(set(words)) == 1 else "undecided"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Claims 1 and 3: who is better
+# Who is better
 
 
-def order_findings(groups: dict[str, Group]) -> list[Finding]:
-    pairs = [
-        ("1. Muon beats AdamW", "muon", "adamw"),
-        ("3a. U-NorMuon beats Muon", "unormuon", "muon"),
-        ("3b. Aurora beats U-NorMuon", "aurora", "unormuon"),
-    ]
-    found = [compare(groups[a], groups[b]) if {a, b} <= groups.keys() else None for _, a, b in pairs]
-    p_values = [pair.p if pair else math.nan for pair in found]
-    adjusted = [p_values[0], *holm(p_values[1:])]
-    counts = [1, *[np.isfinite(p_values[1:]).sum()] * 2]
-    findings = []
-    for (claim, *names), pair, p, count in zip(pairs, found, adjusted, counts, strict=True):
-        if pair is None:
-            findings.append(not_testable(claim, flaw_of(groups, *names)))
-        elif math.isnan(p):
-            findings.append(
-                not_testable(claim, pair.verdict.removeprefix("not comparable: "), figure_of(pair, names[0]))
-            )
-        else:
-            is_ahead = pair.front.optimizer == names[0]
-            why = f"{corrected(p, count)}; {pair.measure}"
-            if pair.measure == "steps to target":
-                why += ": " + ", ".join(arrivals(groups[name]) for name in names)
-            is_real = p < ALPHA
-            findings.append(judged(claim, is_real and is_ahead, is_real, figure_of(pair, names[0]), why))
-    return findings
+def muon_beats_adamw(found: Evidence) -> Finding:
+    return on_tracks(found, "muon", "adamw")
 
 
-def corrected(p: float, count: int) -> str:
-    """count: the tests over which p is Holm's."""
-    return f"p = {p:.2g}" + (f", Holm over {count}" if count > 1 else "")
+def on_tracks(found: Evidence, name: str, other: str) -> Finding:
+    """Steps to the target on every track that has both."""
+    words, figures, lines = [], [], []
+    for folder, groups in found.tracks.items():
+        if not {name, other} <= groups.keys():
+            continue
+        pair = compare(groups[name], groups[other])
+        if math.isnan(pair.p):
+            lines.append(f"[{folder}]({page_of(folder)}): {pair.verdict}.")
+            continue
+        words.append("undecided" if pair.p >= ALPHA else "supported" if pair.front.label == name else "contradicted")
+        figures.append(figure_of(pair, name))
+        ratio = time_ratio(groups[name], groups[other], step_seconds)
+        per_step = f"; a step takes {times(*ratio)} of its time" if ratio else ""
+        lines.append(
+            f"[{folder}]({page_of(folder)}), {len(groups[name].runs)} and {len(groups[other].runs)} seeds, loss "
+            f"{groups[name].runs[0].target:g}: {NAMES[name]} minus {NAMES[other]} {figures[-1]} (p = {pair.p:.1g})"
+            f"{per_step}."
+        )
+    return Finding(agreed(words), figures[0], lines) if words else not_tested("No track has runs of both.")
+
+
+def page_of(folder: str) -> str:
+    return f"{folder.partition('/')[0]}/README.md"
 
 
 def figure_of(pair: Pair, name: str) -> str:
     """This optimizer's mean minus the other's; where runs did not arrive, how often it is earlier."""
-    is_loss, is_turned = pair.measure.startswith("loss"), pair.first.optimizer != name
+    is_turned = pair.first.label != name
     if math.isfinite(pair.share):
-        share = 1 - pair.share if is_turned else pair.share
-        return f"earlier in {share:.0%} of pairs of runs"
-    if math.isnan(pair.difference):
-        return ""
+        return f"earlier in {1 - pair.share if is_turned else pair.share:.0%} of pairs of runs"
     low, high = (-pair.interval[1], -pair.interval[0]) if is_turned else pair.interval
     difference = -pair.difference if is_turned else pair.difference
-    return signed(difference, low, high, *((4, " nats") if is_loss else (1, " steps")))
+    digits, unit = (4, " nats") if pair.measure.startswith("loss") else (1, " steps")
+    return interval(difference, low, high, digits, unit)
 
 
-def arrivals(group: Group) -> str:
-    found = group.steps_to_target()
-    return f"{NAMES[group.optimizer]} arrived {found.count} of {found.runs} times"
+def unormuon_beats_muon(found: Evidence) -> Finding:
+    pairs = found.trial.design["afterwards"]
+    place = [tuple(pair) for pair in pairs].index(("unormuon", "muon"))
+    differences = found.trial.loss_differences(pairs)
+    p, word = judged(differences, found.trial.design["margin"])[place]
+    on_track = on_tracks(found, "unormuon", "muon")
+    if not differences[place].n:
+        return on_track._replace(lines=["The trial has no pair yet.", *on_track.lines])
+    lines = [difference_line("U-NorMuon", "Muon", differences[place], p, word, len(pairs))]
+    verdicts = [word_of(word), *([on_track.verdict] if on_track.verdict != "not tested" else [])]
+    return Finding(agreed(verdicts), nats(differences[place]), [*lines, *on_track.lines])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Claim 2: starved rows and dead neurons. Shares in per cent.
+def aurora_beats_unormuon(found: Evidence) -> Finding:
+    """The trial's primary endpoint."""
+    pairs = found.trial.design["loss"]
+    differences = found.trial.loss_differences(pairs)
+    if not all(difference.n for difference in differences):
+        return not_tested("The trial has no pairs yet.")
+    verdicts, lines = [], []
+    for (a, b), difference, (p, word) in zip(
+        pairs, differences, judged(differences, found.trial.design["margin"]), strict=True
+    ):
+        verdicts.append(word_of(word))
+        lines.append(difference_line(NAMES[a], NAMES[b], difference, p, word, len(pairs)))
+    same = len(set(verdicts)) == 1
+    words = verdicts[0] if same else "; ".join(f"{a}: {v}" for (a, _), v in zip(pairs, verdicts, strict=True))
+    figures = "; ".join(f"{cell(a)} {nats(d)}" for (a, _), d in zip(pairs, differences, strict=True))
+    return Finding(words.replace("_", " "), figures, lines)
 
 
-def starved_in(event: dict[str, Any]) -> float:
-    """Of up's rows, those that got under a tenth of an even update's energy."""
-    ups = [matrix["starved"] for name, matrix in event["matrices"].items() if name.endswith("mlp.up")]
-    return 100 * sum(ups) / (event["width"] * len(ups))
+def word_of(word: str) -> str:
+    return {"better": "supported", "worse": "contradicted"}.get(word, word)
 
 
-def starved_mean(run: Run) -> float:
-    """Over the validations of a run."""
-    return float(np.mean([starved_in(event) for event in run.neuron_events]))
+def nats(difference: Paired) -> str:
+    return interval(difference.mean, difference.low, difference.high, 4, " nats")
 
 
-def starved_last(group: Group) -> float:
-    return float(np.mean([starved_in(run.neuron_events[-1]) for run in group.runs]))
-
-
-def dead_last(group: Group) -> float:
-    return float(np.mean([100 * run.neuron_events[-1]["dead"] for run in group.runs]))
-
-
-def has_telemetry(group: Group) -> bool:
-    return all(run.neuron_events for run in group.runs)
-
-
-def neuron_findings(groups: dict[str, Group]) -> list[Finding]:
-    return [*starved_findings(groups), *dead_findings(groups)]
-
-
-def neuron_flaw(groups: dict[str, Group], *names: str) -> str | None:
-    if flaw := flaw_of(groups, *names):
-        return flaw
-    if blind := [NAMES[name] for name in names if not has_telemetry(groups[name])]:
-        return f"the records of {', '.join(blind)} hold no telemetry of neurons (older, or eval.telemetry = false)"
-    return None
-
-
-def starved_findings(groups: dict[str, Group]) -> list[Finding]:
-    claims = {
-        "unormuon": "2a. Muon starves more rows than U-NorMuon",
-        "aurora": "2b. Muon starves more rows than Aurora",
-    }
-    flaws = {name: neuron_flaw(groups, "muon", name) for name in claims}
-    shares = {n: [starved_mean(run) for run in g.runs] for n, g in groups.items() if not neuron_flaw(groups, n)}
-    tests = {name: welch(shares["muon"], shares[name]) for name, flaw in flaws.items() if not flaw}
-    adjusted = dict(zip(tests, holm([test.p for test in tests.values()]), strict=True))
-    findings = []
-    for name, claim in claims.items():
-        if flaws[name] or math.isnan(adjusted[name]):
-            findings.append(not_testable(claim, flaws[name] or "no spread between seeds"))
-            continue
-        test, is_real = tests[name], adjusted[name] < ALPHA
-        why = f"{corrected(adjusted[name], len(tests))}; mean over the validations of a run"
-        figure = signed(*test[:3], unit=" points")
-        findings.append(judged(claim, is_real and test.difference > 0, is_real, figure, why))
-    claim = "2c. Muon starves more than a quarter of the rows of up"
-    if flaw := neuron_flaw(groups, "muon"):
-        return [*findings, not_testable(claim, flaw)]
-    why = f"mean over the validations of a run; at the last one {starved_last(groups['muon']):.1f} %"
-    return [*findings, above_quarter(claim, shares["muon"], why)]
-
-
-def dead_findings(groups: dict[str, Group]) -> list[Finding]:
-    claim = f"2d. More than a quarter of Muon's neurons are dead by step {DEAD_STEP}"
-    if flaw := neuron_flaw(groups, "muon"):
-        findings = [not_testable(claim, flaw)]
-    else:
-        values, step = dead_by(groups["muon"])
-        if step < DEAD_STEP:
-            findings = [not_testable(claim, f"these runs end at step {step}, where this is the share", percent(values))]
-        else:
-            findings = [above_quarter(claim, values, f"at step {step}")]
-    claim = f"2e. Under a quarter of U-NorMuon's and of Aurora's neurons are dead by step {DEAD_STEP}"
-    if flaw := neuron_flaw(groups, "unormuon", "aurora"):
-        return [*findings, not_testable(claim, flaw)]
-    found = {name: dead_by(groups[name]) for name in ("unormuon", "aurora")}
-    figure = ", ".join(f"{NAMES[name]} {percent(values)}" for name, (values, _) in found.items())
-    step = min(step for _, step in found.values())
-    if step < DEAD_STEP:
-        return [*findings, not_testable(claim, f"runs end at step {step}, where these are the shares", figure)]
-    intervals = [mean_interval(values) for values, _ in found.values()]
-    is_below, is_above = all(i.high < QUARTER for i in intervals), any(i.low > QUARTER for i in intervals)
-    return [*findings, judged(claim, is_below, is_above, figure, f"at step {step}")]
-
-
-def above_quarter(claim: str, shares: Sequence[float], why: str) -> Finding:
-    low, high, _ = mean_interval(shares)
-    return judged(claim, low > QUARTER, high < QUARTER, percent(shares), why)
-
-
-def dead_by(group: Group) -> tuple[list[float], int]:
-    """Share of dead neurons of each run at its first validation from DEAD_STEP on, or its last; the earliest step."""
-    validations = [
-        next((event for event in run.neuron_events if event["step"] >= DEAD_STEP), run.neuron_events[-1])
-        for run in group.runs
-    ]
-    return [100 * validation["dead"] for validation in validations], min(
-        validation["step"] for validation in validations
+def difference_line(name: str, other: str, difference: Paired, p: float, word: str, tests: int) -> str:
+    return (
+        f"Trial, {difference.n} seeds: {name} minus {other} {nats(difference)}, effect {difference.effect:+.2f} "
+        f"(p = {p:.2g}, Holm over {tests}): {word}."
     )
 
 
-def percent(values: Sequence[float]) -> str:
-    found = mean_interval(values)
-    text = f"{np.mean(values):.1f} %"
-    return text if math.isnan(found.low) else f"{text} [{found.low:.1f}, {found.high:.1f}]"
+def lr_range(found: Evidence) -> Finding:
+    """Losses at half and twice the tuned lr: described, as TRIAL.md names no test for them."""
+    trial, rows, shown = found.trial, [], []
+    for arm in (arm for arm in trial.design["robust"] if arm in trial.tuned):
+        lrs = {factor: near(trial, arm, factor) for factor in (0.5, 2.0)}
+        known = {f: paired(trial.losses(arm, lr), trial.losses(arm)) for f, lr in lrs.items() if lr is not None}
+        if known:
+            figures = [f"{nats(difference)} at {factor:g} times the lr" for factor, difference in known.items()]
+            rows.append(f"{NAMES[arm]}: " + ", ".join(figures) + ".")
+        if 2.0 in known:
+            shown.append(f"{cell(arm)} {known[2.0].mean:+.4f}")
+    return Finding("described", f"at twice the lr: {', '.join(shown)}", rows) if rows else not_tested("No runs yet.")
+
+
+def near(trial: Trial, arm: str, factor: float) -> float | None:
+    """The lr of the arm's runs that is this multiple of the tuned one."""
+    return next((lr for lr in trial.arms[arm] if math.isclose(lr, factor * trial.tuned[arm], rel_tol=1e-3)), None)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Claim 4: cost
+# Rows without leverage. Shares in per cent.
 
 
-def step_cost_finding(groups: dict[str, Group]) -> Finding:
-    """Seconds of whole training steps."""
-    claim = f"4a. A training step with Aurora takes at most {COST_CLAIM - 1:.0%} longer than with Muon"
-    flaw = flaw_of(groups, "aurora", "muon")
-    ratio = None if flaw else time_ratio(groups["aurora"], groups["muon"], step_seconds)
-    if ratio is None:
-        return not_testable(
-            claim, flaw or "unlike machines, stacks or folders, a resumed run, or fewer than two common seeds"
+def rows_lose_leverage(found: Evidence) -> Finding:
+    """The trial's endpoint of mechanism."""
+    pairs = found.trial.design["leverage"]
+    differences = found.trial.share_differences(pairs)
+    if not all(difference.n for difference in differences):
+        return not_tested("The trial has no pairs yet.")
+    p_values = holm([difference.p for difference in differences])
+    shares = {arm: list(found.trial.shares(arm).values()) for arm in found.trial.runs}
+    lines = [f"{NAMES[arm]}: {mean_of(values, 2, ' %')} of rows." for arm, values in shares.items()]
+    words = []
+    for (a, b), difference, p in zip(pairs, differences, p_values, strict=True):
+        is_real = p < ALPHA
+        if b in EVEN:
+            more = difference.mean > 0
+            words.append("undecided" if not is_real else "supported" if more else "contradicted")
+        figure = interval(difference.mean, difference.low, difference.high, 2, " points")
+        lines.append(
+            f"{NAMES[a]} minus {NAMES[b]}: {figure}, effect {difference.effect:+.2f}, {difference.n} seeds "
+            f"(p = {p:.2g}, Holm over {len(pairs)})."
         )
-    return judged_ratio(claim, *ratio, "whole steps of the runs, paired by seed")
+    figure = ", ".join(f"{cell(arm)} {np.mean(values):.1f} %" for arm, values in shares.items())
+    return Finding(agreed(words), figure, lines)
 
 
-def optimizer_cost_finding(table: dict[str, Any] | None) -> Finding:
-    """Milliseconds of the optimizer's step alone. table: of scripts/benchmark.py optim."""
-    claim = f"4b. Aurora's optimizer step alone takes at most {COST_CLAIM - 1:.0%} longer than Muon's"
-    if table is None:
-        return not_testable(claim, "there is no table")
-    rounds = {name: table["speed"][name]["rounds_ms"] for name in ("aurora folded", "muon")}
-    where = f"{len(rounds['muon'])} interleaved rounds on the matrices of {table['config']}, {table['device']}"
-    return judged_ratio(claim, *ratio_interval(rounds["aurora folded"], rounds["muon"]), where)
+def quarter_dies(found: Evidence) -> Finding:
+    """Rows of low leverage in the layer that has most of them, at the end of the trial and of longer runs."""
+    lines = []
+    runs = found.trial.runs.get("muon", {})
+    if runs:
+        values = worst_layer([run for run in runs.values() if run.is_done], found.trial.design["first_look"])
+        step = max(run.end_event["step"] for run in runs.values())
+        lines.append(f"Trial, {len(values)} seeds, at step {step}, Muon's worst layer: {mean_of(values, 1, ' %')}.")
+    long = {group.optimizer: group for groups in found.long.values() for group in groups}
+    for name, group in long.items():
+        done = [run for run in group.runs if run.is_done]
+        values, step = worst_layer(done, DEAD_STEP // 2), min(run.end_event["step"] for run in done)
+        lines.append(
+            f"[{found.long_folder}]({page_of(found.long_folder)}), {len(values)} seeds, low at every look from step "
+            f"{DEAD_STEP // 2} to {step}, {NAMES[name]}'s worst layer: {mean_of(values, 1, ' %')}."
+        )
+    if "muon" not in long:
+        return Finding("not tested", "-", [*lines, f"No runs of {DEAD_STEP} steps."])
+    values = worst_layer([run for run in long["muon"].runs if run.is_done], DEAD_STEP // 2)
+    low, high, _ = mean_interval(values)
+    verdict = "supported" if low > QUARTER else "contradicted" if high < QUARTER else "undecided"
+    return Finding(verdict, f"Muon's worst layer {mean_of(values, 1, ' %')}", lines)
 
 
-def judged_ratio(claim: str, ratio: float, found: Interval, why: str) -> Finding:
-    figure = f"{ratio:.3f} [{found.low:.3f}, {found.high:.3f}]"
-    return judged(claim, found.high <= COST_CLAIM, found.low > COST_CLAIM, figure, why)
+def worst_layer(runs: Sequence[Run], first_step: int) -> list[float]:
+    """Of each run, the share of persistently low rows of the layer that has most of them."""
+    return [
+        100 * max(persistent_share(run, first_step, layer) for layer in range(len(run.neuron_events[-1]["layers"])))
+        for run in runs
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Claim 5: width
+# Cost and width
+
+
+def cost(found: Evidence) -> Finding:
+    """Seconds of whole steps of runs, and milliseconds of the optimizer's step alone, to Muon's."""
+    lines: list[str] = []
+    by_variant: dict[str, list[tuple[float, Interval]]] = {}
+    for place, groups in (*found.tracks.items(), ("the trial", trial_groups(found.trial))):
+        for name in ("aurora", "aurora_tall", "aurora_both"):
+            ratio = time_ratio(groups[name], groups["muon"], step_seconds) if {name, "muon"} <= groups.keys() else None
+            if ratio is None:
+                continue
+            variant = groups[name].runs[0].start["hparams"].get("variant", "folded")
+            by_variant.setdefault(variant, []).append(ratio)
+            where = place if place == "the trial" else f"[{place}]({page_of(place)})"
+            lines.append(f"Whole steps, {NAMES[name]}, variant `{variant}`, {where}: {times(*ratio)}.")
+    for name, table in found.costs.items():
+        speed = table["speed"]
+        for rule in (rule for rule in speed if rule.startswith("aurora ")):
+            alone = ratio_interval(speed[rule]["rounds_ms"], speed["muon"]["rounds_ms"])
+            lines.append(
+                f"Optimizer's step alone, variant `{rule.removeprefix('aurora ')}`, matrices of {table['config']}, "
+                f"{table['schedule']}, {table['device']} ([table]({name.replace('.json', '.md')})): {times(*alone)}."
+            )
+    if not by_variant:
+        return Finding("not tested", "-", lines)
+    verdicts = [f"`{variant}`: {agreed(list(map(cost_word, ratios)))}" for variant, ratios in by_variant.items()]
+    figures = [f"`{variant}` {times(*ratios[0])}" for variant, ratios in by_variant.items()]
+    return Finding("; ".join(verdicts), "whole step, " + ", ".join(figures), lines)
+
+
+def trial_groups(trial: Trial) -> dict[str, Group]:
+    return {arm: Group(arm, list(runs.values())) for arm, runs in trial.runs.items()}
+
+
+def times(ratio: float, within: Interval) -> str:
+    return interval(ratio, within.low, within.high, 3, sign="")
+
+
+def cost_word(ratio: tuple[float, Interval]) -> str:
+    low, high, _ = ratio[1]
+    return "supported" if high <= COST_CLAIM else "contradicted" if low > COST_CLAIM else "undecided"
+
 
 # Groups by expansion factor and optimizer.
 Widths = dict[int, dict[str, Group]]
 
 
-def widths_of(tasks: dict[str, list[Group]]) -> tuple[Widths, str | None]:
-    """Runs by the expansion factor of their model, in its order; and what forbids to compare them."""
+def widths_of(tasks: dict[str, list[Group]]) -> Widths:
+    """Runs by the expansion factor of their model, in its order."""
     found: Widths = {}
-    flaws = []
-    for task, groups in tasks.items():
+    for groups in tasks.values():
         expansion = groups[0].runs[0].start["config"]["model"]["mlp_expansion"]
-        if expansion in found:
-            flaws.append(f"several tasks with expansion factor {expansion}")
-        found[expansion], flaw = single_groups({task: groups})
-        flaws += [flaw] if flaw else []
-        if len({group.planned_steps for group in groups}) > 1:
-            flaws.append(f"schedules of unequal length at factor {expansion}")
-    return dict(sorted(found.items())), "; ".join(flaws) or None
+        found.setdefault(expansion, {}).update({group.optimizer: group for group in groups})
+    return dict(sorted(found.items()))
 
 
 def gains(widths: Widths, base: str, other: str) -> dict[int, dict[int, float]]:
@@ -292,22 +339,49 @@ def gains(widths: Widths, base: str, other: str) -> dict[int, dict[int, float]]:
     return found
 
 
-def expansion_finding(widths: Widths, flaw: str | None) -> Finding:
+def starved_last(run: Run) -> float:
+    """Of up's rows, those that got under a tenth of an even update's energy at the last look, in per cent."""
+    event = run.neuron_events[-1]
+    ups = [matrix["starved"] for name, matrix in event["matrices"].items() if name.endswith("mlp.up")]
+    return 100 * sum(ups) / (event["width"] * len(ups))
+
+
+def gain_grows_with_width(found: Evidence) -> Finding:
     """Slope of the gain against log2 of the expansion factor, over all pairs of runs."""
-    claim = "5. Aurora's gain over Muon grows with the MLP's expansion factor"
-    by_width = gains(widths, "muon", "aurora")
-    if flaw:
-        return not_testable(claim, flaw)
+    by_width = gains(found.widths, "muon", "aurora")
     if len(by_width) < 3 or min(map(len, by_width.values())) < MIN_RUNS:
-        counts = ", ".join(f"{len(by_seed)} pairs at {e}" for e, by_seed in by_width.items()) or "none"
-        return not_testable(claim, f"it takes three factors with {MIN_RUNS} pairs of runs each; there are {counts}")
-    flaw = "; ".join(filter(None, (flaw_of(widths[e], "muon", "aurora") for e in by_width)))
-    settings = {name: {str(widths[e][name].runs[0].setting) for e in by_width} for name in ("muon", "aurora")}
-    if flaw or any(len(found) > 1 for found in settings.values()):
-        return not_testable(claim, flaw or "settings differ between factors")
+        return not_tested(f"It takes three expansion factors with {MIN_RUNS} pairs of runs each.")
     points = [(math.log2(e), gain) for e, by_seed in by_width.items() for gain in by_seed.values()]
     fit = stats.linregress(*zip(*points, strict=True))
     half = stats.t.ppf((1 + CONFIDENCE) / 2, len(points) - 2) * fit.stderr
-    figure = signed(fit.slope, fit.slope - half, fit.slope + half, 4, " nats")
-    why = f"slope of the gain in final loss for each doubling, {len(points)} pairs of runs, p = {fit.pvalue:.2g}"
-    return judged(claim, fit.slope - half > 0, fit.slope + half < 0, figure, why)
+    figure = interval(fit.slope, fit.slope - half, fit.slope + half, 4, " nats")
+    verdict = "supported" if fit.slope > half else "contradicted" if -fit.slope > half else "undecided"
+    lines = []
+    for e, by_seed in by_width.items():
+        gain = list(by_seed.values())
+        starved = mean_of([starved_last(run) for run in found.widths[e]["muon"].runs if run.neuron_events], 1, " %")
+        lines.append(
+            f"Expansion factor {e}, {len(gain)} seeds: Muon minus Aurora "
+            f"{interval(float(np.mean(gain)), *mean_interval(gain)[:2], 4, ' nats')}. At the end {starved} of Muon's "
+            "rows of up get under a tenth of an even share of the update's energy."
+        )
+    folder = found.expansion_folder
+    lines.append(
+        f"Slope for each doubling, [{folder}]({page_of(folder)}), {len(points)} pairs: {figure} (p = {fit.pvalue:.2g})."
+    )
+    return Finding(verdict, f"{figure} a doubling", lines)
+
+
+MEASURES = {
+    measure.__name__: measure
+    for measure in (
+        muon_beats_adamw,
+        rows_lose_leverage,
+        quarter_dies,
+        unormuon_beats_muon,
+        aurora_beats_unormuon,
+        lr_range,
+        cost,
+        gain_grows_with_width,
+    )
+}

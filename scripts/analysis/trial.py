@@ -39,7 +39,7 @@ class Trial:
 
     def losses(self, arm: str, lr: float | None = None) -> dict[int, float]:
         """At the end, by seed; a run that diverged counts as the worst of its arm."""
-        runs = self.arms.get(arm, {}).get(self.tuned.get(arm) if lr is None else lr, {})
+        runs = self.runs.get(arm, {}) if lr is None else self.arms[arm][lr]
         return worst_where_diverged({s: r.end_event["val_loss"] if r.is_done else math.inf for s, r in runs.items()})
 
     def shares(self, arm: str) -> dict[int, float]:
@@ -135,8 +135,9 @@ def judged(found: Sequence[Paired], margin: float, alpha: float = ALPHA) -> list
     return words
 
 
-def persistent_share(run: Run, first_step: int) -> float:
-    """Share of the rows of up and gate whose leverage was low at every look from first_step to the end.
+def persistent_share(run: Run, first_step: int, layer: int | None = None) -> float:
+    """Share of the rows of up and gate whose leverage was low at every look from first_step to the end; of all layers,
+    or of one.
 
     Raises:
         ValueError: the run has not looked since then, or its record tells of no streaks.
@@ -146,7 +147,7 @@ def persistent_share(run: Run, first_step: int) -> float:
         raise ValueError(f"{run.path} has no telemetry of neurons from step {first_step} on")
     low, rows = 0, 0
     for name, matrix in looks[-1]["matrices"].items():
-        if name.endswith("down"):
+        if name.endswith("down") or (layer is not None and not name.startswith(f"blocks.{layer}.")):
             continue
         if matrix.get("low_streaks") is None or len(run.resumes):  # a resume begins streaks anew
             raise ValueError(f"{run.path} does not tell for how long {name}'s rows had low leverage")
