@@ -99,7 +99,8 @@ def plot_neurons(groups: Sequence[Group], path: Path, description: str = "") -> 
     """Heat maps of layer against step for each group, starved rows above dead neurons, on one scale; below, curves.
 
     Starved: under 10 % of an even row's share of the update's energy. Dead: under 1 % of the mean neuron's part in its
-    layer's output. Maps show means over seeds; curves means over layers, with the range of seeds as a band.
+    layer's output; left out where the events do not tell their share. Maps show means over seeds; curves means over
+    layers, with the range of seeds as a band.
     """
     import matplotlib
 
@@ -107,11 +108,14 @@ def plot_neurons(groups: Sequence[Group], path: Path, description: str = "") -> 
     import matplotlib.pyplot as plt
 
     settings = {"text.parse_math": False, "svg.hashsalt": "", "font.size": 9}
+    mapped = [(STARVED, starved_share)]
+    if all("dead" in event for group in groups for run in group.runs for event in run.neuron_events):
+        mapped.append((DEAD, dead_share))
     with matplotlib.rc_context(settings):
         figure = plt.figure(figsize=(max(9.0, 2.6 * len(groups) + 1), 8.5), layout="constrained")
         top, bottom = figure.subfigures(2, 1, height_ratios=[3, 2])
-        maps = top.subplots(2, len(groups), squeeze=False, sharey=True)
-        for index, (title, value) in enumerate(((STARVED, starved_share), (DEAD, dead_share))):
+        maps = top.subplots(len(mapped), len(groups), squeeze=False, sharey=True)
+        for index, (title, value) in enumerate(mapped):
             found = [over_training(group, value) for group in groups]
             means = [100 * values.mean(axis=0) for _, values in found]
             highest = max(1.0, *(mean.max() for mean in means))
@@ -123,12 +127,12 @@ def plot_neurons(groups: Sequence[Group], path: Path, description: str = "") -> 
                 axis.set_yticks([i + 0.5 for i in range(len(mean))], [str(i) for i in range(len(mean))])
                 if index == 0:
                     axis.set_title(f"{printable(group.label)} (n = {len(group.runs)})")
-                else:
+                if index == len(mapped) - 1:
                     axis.set_xlabel("step")
             maps[index][0].set_ylabel("layer")
             top.colorbar(image, ax=list(maps[index]), label=title)
-        curves = bottom.subplots(1, 3)
-        drawn = ((STARVED, starved_share, 100), (DEAD, dead_share, 100), (UNEVEN, update_cv, 1))
+        drawn = [*((title, value, 100) for title, value in mapped), (UNEVEN, update_cv, 1)]
+        curves = bottom.subplots(1, len(drawn))
         for axis, (title, value, scale) in zip(curves, drawn, strict=True):
             for group, (color, line, marker) in zip(groups, styles_of(groups), strict=True):
                 steps, values = over_training(group, value)

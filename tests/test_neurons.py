@@ -172,7 +172,8 @@ def test_a_planted_dead_neuron_and_a_planted_starved_row_are_reported_and_only_t
             row.zero_()
     event = neurons.measure(5, *shown)
     assert [layer["dead"] for layer in event["layers"]] == [0, 1]
-    assert [layer["silent"] for layer in event["layers"]][1] >= 1 and event["dead"] == 1 / 256
+    assert [layer["silent"] for layer in event["layers"]][1] >= 1
+    assert (event["dead"] == 1 / 256) if mlp == "relu2" else not event.keys() & {"dead", "silent"}
     starved = {name: (m["starved"], m["low_leverage"]) for name, m in event["matrices"].items()}
     assert starved.pop("blocks.0.mlp.up") == (1, 1)
     # The dead neuron's rows got an update of zero: they are starved too, though their momentum is not.

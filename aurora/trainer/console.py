@@ -35,7 +35,8 @@ class Console:
         self.last_s = time.monotonic()
 
     def show_neurons(self, event: dict[str, Any]) -> None:
-        shares = " ".join(f"{key}:{100 * event[key]:.1f}%" for key in ("dead", "silent", "starved") if key in event)
+        keys = ("dead", "silent", "starved", "low_leverage")
+        shares = " ".join(f"{key}:{100 * event[key]:.1f}%" for key in keys if key in event)
         self.ranks.say(f"step:{event['step']}/{self.steps} neurons {shares}")
 
     def tick(self, step: int, validations_left: int) -> None:

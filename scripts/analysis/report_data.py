@@ -220,6 +220,8 @@ def neuron_data(groups: Sequence[Group]) -> dict[str, Any]:
         seen = [run for run in group.runs if run.neuron_events]
         seen = [run for run in seen if run.is_done] or seen
         for key, measure in MEASURES.items() if seen else ():
+            if key in ("dead", "silent") and key not in seen[0].neuron_events[0]:  # of gated MLPs
+                continue
             try:
                 steps, values = neurons.over_training(Group(group.label, seen), measure.value)
             except ValueError:  # older records lack some, edited models have other layers

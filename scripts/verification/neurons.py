@@ -42,7 +42,9 @@ def check_neurons(run: Events) -> Iterator[str]:
         if leverage != [key for key in LEVERAGE_KEYS if found[tall[0]].get(key) is not None] or len(leverage) > 1:
             yield f"step {step}: leverage is of all matrices or of none"
             continue
-        sums = {key: sum(layer[key] for layer in event["layers"]) / (width * len(layers)) for key in ("dead", "silent")}
+        # Shares of gated MLPs stand in older records alone.
+        told = [key for key in ("dead", "silent") if key in event or "gate" not in kinds]
+        sums = {key: sum(layer[key] for layer in event["layers"]) / (width * len(layers)) for key in told}
         shares = ["starved", *leverage]
         for key in shares:
             sums[key] = sum(found[name][key] for name in tall) / (width * len(tall))
