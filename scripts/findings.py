@@ -8,7 +8,6 @@ the records. scripts/analysis/findings.py computes every figure and verdict from
 records is "not tested"; none is left out.
 """
 
-import argparse
 import hashlib
 import json
 import sys
@@ -29,17 +28,18 @@ from scripts.analysis.findings import MEASURES, NAMES, Evidence, Finding
 from scripts.analysis.text import cell, markdown_table
 from scripts.analysis.trial import Trial, persistent_share
 from scripts.analysis.verdict import Group
+from scripts.analysis.written import Picture, Written, page_command
 
-PAGE = "FINDINGS.md"
+PAGE, WORDS = "FINDINGS.md", "findings.toml"
 
 
 class Page:
-    """The text, and for each picture that it shows its digest and what draws it."""
+    """The text, and the pictures that it shows."""
 
     def __init__(self, results: Path):
         self.results = results
-        self.pictures: dict[Path, tuple[str, Callable[[Path, str], None]]] = {}
-        words = tomllib.loads((results / "findings.toml").read_text(encoding="utf-8"))
+        self.pictures: dict[Path, Picture] = {}
+        words = tomllib.loads((results / WORDS).read_text(encoding="utf-8"))
         evidence = Evidence(results, words["evidence"])
         findings = [MEASURES[claim["measure"]](evidence) for claim in words["claim"]]
         lines = ["<!-- Written by scripts/findings.py from the records named in findings.toml; do not edit. -->", ""]
@@ -67,7 +67,7 @@ class Page:
         """A picture that is drawn anew when the losses or the telemetry of these runs change."""
         values: Any = sorted((run.start["run_id"], run.end_event["val_loss"], run.neuron_events) for run in runs)
         digest = hashlib.sha256(json.dumps(values).encode()).hexdigest()
-        self.pictures[self.results / name] = (digest, draw)
+        self.pictures[self.results / name] = Picture(digest, draw)
         caption = caption.strip().replace("\n", " ")
         return [f"![{caption}]({name})", "", wrapped(caption), ""]
 
@@ -168,38 +168,13 @@ def draw_rates(trial: Trial, path: Path, description: str) -> None:
         plt.close(figure)
 
 
+def page(results: Path) -> Written:
+    made = Page(results)
+    return Written(made.text, made.pictures)
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing, exit 1 if the page is stale")
-    parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of the records and the page")
-    args = parser.parse_args(argv)
-    page = args.results / PAGE
-    if not args.results.is_dir():
-        print(f"error: there is no folder {args.results}", file=sys.stderr)
-        return 2
-    try:
-        made = Page(args.results)
-        stale = [] if page.is_file() and page.read_text(encoding="utf-8") == made.text else [page]
-        stale += [
-            p for p, (digest, _) in made.pictures.items() if not p.is_file() or digest.encode() not in p.read_bytes()
-        ]
-        if not args.check:
-            for path in made.pictures.keys() & set(stale):
-                digest, draw = made.pictures[path]
-                draw(path, digest)
-            page.write_text(made.text, encoding="utf-8")
-    except ImportError as error:
-        print(f"error: {error}; pip install -e '.[report]'", file=sys.stderr)
-        return 2
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        print(f"error: {error!r}: is {args.results}/findings.toml right, and are its records whole?", file=sys.stderr)
-        return 2
-    if args.check:
-        for path in stale:
-            print(f"error: {path} is not what the records give: python scripts/findings.py", file=sys.stderr)
-        return 1 if stale else 0
-    print(page)
-    return 0
+    return page_command("findings.py", __doc__, PAGE, WORDS, page, argv)
 
 
 if __name__ == "__main__":

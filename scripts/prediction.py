@@ -8,7 +8,6 @@ and the tracks that were tried, each with its folder of records. scripts/analysi
 statistics.
 """
 
-import argparse
 import hashlib
 import json
 import math
@@ -25,8 +24,10 @@ import numpy as np
 from aurora.console import run_script
 from aurora.trainer.record import Run, read_folder
 from scripts.analysis.prediction import FEWEST_RULES, Agreement, agreement
-from scripts.analysis.statistics import mean_interval
+from scripts.analysis.report import with_interval
+from scripts.analysis.statistics import mean_of
 from scripts.analysis.text import cell, markdown_table
+from scripts.analysis.written import Picture, Written, page_command
 
 PAGE, EVIDENCE = "PREDICTION.md", "prediction.toml"
 HALVES = ("design", "confirmation")
@@ -47,7 +48,7 @@ run with seeds that tuning had not seen.
 
 
 class Page:
-    """The text, and for each plot that it shows its digest and what it draws."""
+    """The text, and the plots that it shows."""
 
     def __init__(self, results: Path):
         evidence = tomllib.loads((results / EVIDENCE).read_text(encoding="utf-8"))
@@ -57,7 +58,7 @@ class Page:
             if rule["half"] not in HALVES:
                 raise ValueError(f"half of {rule['optimizer']} must be {' or '.join(HALVES)}, got {rule['half']!r}")
         self.steps = {name: board[str(rule["row"])] for name, rule in self.rules.items()}
-        self.plots: dict[Path, tuple[str, str, dict[str, list[float]]]] = {}
+        self.pictures: dict[Path, Picture] = {}
         rows, sections = [], []
         for track in evidence["track"]:
             orders, section = self.track(results, **track)
@@ -106,13 +107,13 @@ class Page:
             return {}, [*lines, "No record yet.", ""]
         path = results / folder / "prediction.png"
         digest = hashlib.sha256(json.dumps([title, losses, self.steps], sort_keys=True).encode()).hexdigest()
-        self.plots[path] = digest, title, losses
+        self.pictures[path] = Picture(digest, lambda path, digest: self.draw(path, digest, title, losses))
         by_steps = f"steps to {level:.4f}"
         orders = {"loss at the end": losses, by_steps: steps}
         columns: dict[str, Callable[[str], str]] = {
             "optimizer": cell,
             "runs": lambda name: str(len(losses[name])),
-            "mean loss at the end [95 %]": lambda name: with_interval(losses[name]),
+            "mean loss at the end [95 %]": lambda name: with_interval(*mean_of(losses[name]), 4),
             by_steps: lambda name: f"{np.mean(steps[name]):.0f}",
             "steps on the board": lambda name: f"{self.steps[name]:,}",
             "row": lambda name: str(self.rules[name]["row"]),
@@ -125,7 +126,7 @@ class Page:
         links = f"[plot]({folder}/prediction.png), [details]({folder}/README.md)"
         return orders, [*lines, markdown_table(tuple(columns), rows), "", links, ""]
 
-    def draw(self, path: Path) -> None:
+    def draw(self, path: Path, digest: str, title: str, losses: dict[str, list[float]]) -> None:
         """Loss here against steps there, a dot for each rule."""
         import matplotlib
 
@@ -134,7 +135,6 @@ class Page:
 
         from scripts.plot import save_figure
 
-        digest, title, losses = self.plots[path]
         figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
         for half, marker in zip(HALVES, "os", strict=True):
             names = [name for name in losses if self.rules[name]["half"] == half]
@@ -147,11 +147,6 @@ class Page:
         axis.legend()
         save_figure(figure, path, digest)
         plt.close(figure)
-
-
-def with_interval(losses: list[float]) -> str:
-    low, high, _ = mean_interval(losses)
-    return f"{np.mean(losses):.4f}" + f" [{low:.4f}, {high:.4f}]" * (len(losses) > 1)
 
 
 def best_of_each(runs: list[Run]) -> list[Run]:
@@ -187,31 +182,13 @@ def board_steps(results: Path) -> dict[str, int]:
     return {str(entry.get("row", entry.get("pull"))): entry["steps"] for entry in rows}
 
 
+def page(results: Path) -> Written:
+    made = Page(results)
+    return Written(made.text, made.pictures)
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing, exit 1 if the page is stale")
-    parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of the records and the page")
-    args = parser.parse_args(argv)
-    path = args.results / PAGE
-    try:
-        page = Page(args.results)
-        stale = [] if path.is_file() and path.read_text(encoding="utf-8") == page.text else [path]
-        stale += [
-            p for p, (digest, *_) in page.plots.items() if not p.is_file() or digest.encode() not in p.read_bytes()
-        ]
-        if not args.check:
-            for plot in page.plots.keys() & set(stale):
-                page.draw(plot)
-            path.write_text(page.text, encoding="utf-8")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        print(f"error: {error!r}: is {args.results / EVIDENCE} right, and are its records whole?", file=sys.stderr)
-        return 2
-    if args.check:
-        for stale_path in stale:
-            print(f"error: {stale_path} is not what the records give: python scripts/prediction.py", file=sys.stderr)
-        return 1 if stale else 0
-    print(path)
-    return 0
+    return page_command("prediction.py", __doc__, PAGE, EVIDENCE, page, argv)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ results/trial.toml names arms, endpoints and the folder of records; scripts/anal
 endpoint without sufficient records says so; none is left out.
 """
 
-import argparse
 import math
 import sys
 from collections.abc import Sequence
@@ -19,9 +18,11 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 
 from aurora.console import run_script
-from scripts.analysis.statistics import holm, mean_interval
+from scripts.analysis.report import with_interval
+from scripts.analysis.statistics import holm, mean_of
 from scripts.analysis.text import cell, markdown_table
 from scripts.analysis.trial import ALPHA, Paired, Trial, judged, paired
+from scripts.analysis.written import Written, page_command
 
 PAGE, DESIGN = "TRIAL_OUTCOME.md", "trial.toml"
 INTRODUCTION = """\
@@ -51,18 +52,11 @@ def arm_table(trial: Trial) -> str:
     for arm, runs in trial.runs.items():
         momentum = next(iter(runs.values())).start["hparams"].get("momentum", "-")
         count = f"{sum(run.is_done for run in runs.values())}/{len(runs)}"
-        loss = with_interval(list(trial.losses(arm).values()), 4)
-        share = with_interval(list(trial.shares(arm).values()), 2)
+        loss = with_interval(*mean_of(list(trial.losses(arm).values())), 4)
+        share = with_interval(*mean_of(list(trial.shares(arm).values())), 2)
         rows.append((cell(arm), f"{trial.tuned[arm]:g}", cell(momentum), count, loss, share))
     low_rows = f"rows of low leverage from step {trial.design['first_look']} on (%) [95 %]"
     return markdown_table(("arm", "lr", "momentum", "finished", "loss at the end [95 %]", low_rows), rows)
-
-
-def with_interval(values: Sequence[float], digits: int) -> str:
-    """The mean and 95 % of it, where there is such."""
-    low, high, _ = mean_interval(values)
-    mean = f"{np.mean(values):.{digits}f}"
-    return mean if math.isnan(low) else f"{mean} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def difference_cells(found: Paired, digits: int) -> tuple[str, str, str]:
@@ -119,24 +113,7 @@ def tuning_table(trial: Trial) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing, exit 1 if the page is stale")
-    parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of the design and the page")
-    args = parser.parse_args(argv)
-    path = args.results / PAGE
-    try:
-        text = page(args.results)
-        if args.check:
-            if path.is_file() and path.read_text(encoding="utf-8") == text:
-                return 0
-            print(f"error: {path} is not what the records give: python scripts/trial.py", file=sys.stderr)
-            return 1
-        path.write_text(text, encoding="utf-8")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        print(f"error: {error!r}: is {args.results / DESIGN} right, and are its records whole?", file=sys.stderr)
-        return 2
-    print(path)
-    return 0
+    return page_command("trial.py", __doc__, PAGE, DESIGN, lambda results: Written(page(results), {}), argv)
 
 
 if __name__ == "__main__":

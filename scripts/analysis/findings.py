@@ -14,7 +14,7 @@ import numpy as np
 from scipy import stats
 
 from aurora.trainer.record import Run, read_folder
-from scripts.analysis.statistics import CONFIDENCE, MIN_RUNS, Interval, holm, mean_interval, ratio_interval
+from scripts.analysis.statistics import CONFIDENCE, MIN_RUNS, Interval, holm, mean_of, ratio_interval
 from scripts.analysis.text import cell
 from scripts.analysis.trial import ALPHA, Paired, Trial, judged, paired, persistent_share
 from scripts.analysis.verdict import Group, Pair, compare, group_runs, step_seconds, time_ratio
@@ -88,8 +88,9 @@ def interval(mean: float, low: float, high: float, digits: int, unit: str = "", 
     return text if math.isnan(low) else f"{text} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
 
 
-def mean_of(values: Sequence[float], digits: int, unit: str = "") -> str:
-    return interval(float(np.mean(values)), *mean_interval(values)[:2], digits, unit, sign="")
+def mean_in(unit: str, values: Sequence[float], digits: int, sign: str = "") -> str:
+    mean, (low, high, _) = mean_of(values)
+    return interval(mean, low, high, digits, unit, sign)
 
 
 def agreed(words: Sequence[str]) -> str:
@@ -219,7 +220,7 @@ def rows_lose_leverage(found: Evidence) -> Finding:
         return not_tested("The trial has no pairs yet.")
     p_values = holm([difference.p for difference in differences])
     shares = {arm: list(found.trial.shares(arm).values()) for arm in found.trial.runs}
-    lines = [f"{NAMES[arm]}: {mean_of(values, 2, ' %')} of rows." for arm, values in shares.items()]
+    lines = [f"{NAMES[arm]}: {mean_in(' %', values, 2)} of rows." for arm, values in shares.items()]
     words = []
     for (a, b), difference, p in zip(pairs, differences, p_values, strict=True):
         is_real = p < ALPHA
@@ -242,21 +243,21 @@ def quarter_dies(found: Evidence) -> Finding:
     if runs:
         values = worst_layer([run for run in runs.values() if run.is_done], found.trial.design["first_look"])
         step = max(run.end_event["step"] for run in runs.values())
-        lines.append(f"Trial, {len(values)} seeds, at step {step}, Muon's worst layer: {mean_of(values, 1, ' %')}.")
+        lines.append(f"Trial, {len(values)} seeds, at step {step}, Muon's worst layer: {mean_in(' %', values, 1)}.")
     long = {group.optimizer: group for groups in found.long.values() for group in groups}
     for name, group in long.items():
         done = [run for run in group.runs if run.is_done]
         values, step = worst_layer(done, DEAD_STEP // 2), min(run.end_event["step"] for run in done)
         lines.append(
             f"[{found.long_folder}]({page_of(found.long_folder)}), {len(values)} seeds, low at every look from step "
-            f"{DEAD_STEP // 2} to {step}, {NAMES[name]}'s worst layer: {mean_of(values, 1, ' %')}."
+            f"{DEAD_STEP // 2} to {step}, {NAMES[name]}'s worst layer: {mean_in(' %', values, 1)}."
         )
     if "muon" not in long:
         return Finding("not tested", "-", [*lines, f"No runs of {DEAD_STEP} steps."])
     values = worst_layer([run for run in long["muon"].runs if run.is_done], DEAD_STEP // 2)
-    low, high, _ = mean_interval(values)
+    _, (low, high, _) = mean_of(values)
     verdict = "supported" if low > QUARTER else "contradicted" if high < QUARTER else "undecided"
-    return Finding(verdict, f"Muon's worst layer {mean_of(values, 1, ' %')}", lines)
+    return Finding(verdict, f"Muon's worst layer {mean_in(' %', values, 1)}", lines)
 
 
 def worst_layer(runs: Sequence[Run], first_step: int) -> list[float]:
@@ -359,10 +360,10 @@ def gain_grows_with_width(found: Evidence) -> Finding:
     lines = []
     for e, by_seed in by_width.items():
         gain = list(by_seed.values())
-        starved = mean_of([starved_last(run) for run in found.widths[e]["muon"].runs if run.neuron_events], 1, " %")
+        starved = mean_in(" %", [starved_last(run) for run in found.widths[e]["muon"].runs if run.neuron_events], 1)
         lines.append(
             f"Expansion factor {e}, {len(gain)} seeds: Muon minus Aurora "
-            f"{interval(float(np.mean(gain)), *mean_interval(gain)[:2], 4, ' nats')}. At the end {starved} of Muon's "
+            f"{mean_in(' nats', gain, 4, sign='+')}. At the end {starved} of Muon's "
             "rows of up get under a tenth of an even share of the update's energy."
         )
     folder = found.expansion_folder

@@ -147,6 +147,10 @@ def mean_interval(values: Sequence[float]) -> Interval:
     return Interval(float(np.mean(values) - half), float(np.mean(values) + half), "t")
 
 
+def mean_of(values: Sequence[float]) -> tuple[float, Interval]:
+    return float(np.mean(values)), mean_interval(values)
+
+
 def wilson(k: int, n: int) -> Interval:
     """95 % interval of a proportion k/n."""
     found = stats.binomtest(k, n).proportion_ci(CONFIDENCE, method="wilson")
