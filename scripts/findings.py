@@ -24,7 +24,7 @@ import numpy as np
 
 from aurora.console import run_script
 from aurora.trainer.record import Run
-from scripts.analysis.findings import MEASURES, NAMES, Evidence, Finding
+from scripts.analysis.findings import MEASURES, NAMES, NO_RUNS, Evidence, Finding
 from scripts.analysis.text import cell, markdown_table
 from scripts.analysis.trial import Trial, persistent_share
 from scripts.analysis.verdict import Group
@@ -44,7 +44,7 @@ class Page:
         findings = [MEASURES[claim["measure"]](evidence) for claim in words["claim"]]
         lines = ["<!-- Written by scripts/findings.py from the records named in findings.toml; do not edit. -->", ""]
         lines += [f"# {words['title']}", "", wrapped(words["introduction"]), "", summary(words["claim"], findings), ""]
-        lines += [conditions(evidence.trial), "", wrapped(words["verdicts"]), ""]
+        lines += [conditions(evidence.trial), "", words["terms"].strip(), ""]
         lines += self.pictures_of(evidence.trial, words["pictures"])
         for number, (claim, finding) in enumerate(zip(words["claim"], findings, strict=True), 1):
             lines += section(number, claim, finding)
@@ -56,7 +56,8 @@ class Page:
         if tuning:
             name = f"{trial.design['tuning']}/learning-rates.png"
             lines += self.picture(name, tuning, captions["learning_rates"], lambda p, d: draw_rates(trial, p, d))
-        groups = [Group(NAMES[arm], list(runs.values())) for arm, runs in trial.runs.items()]
+        done = {arm: [run for run in trial.at(arm).values() if run.is_done] for arm in trial.plan}
+        groups = [Group(NAMES[arm], runs) for arm, runs in done.items() if runs]
         if groups:
             name = f"{trial.design['folder']}/leverage.png"
             runs = [run for group in groups for run in group.runs]
@@ -68,8 +69,7 @@ class Page:
         values: Any = sorted((run.start["run_id"], run.end_event["val_loss"], run.neuron_events) for run in runs)
         digest = hashlib.sha256(json.dumps(values).encode()).hexdigest()
         self.pictures[self.results / name] = Picture(digest, draw)
-        caption = caption.strip().replace("\n", " ")
-        return [f"![{caption}]({name})", "", wrapped(caption), ""]
+        return [f"![{Path(name).stem.replace('-', ' ')}]({name})", "", wrapped(caption), ""]
 
 
 def summary(claims: list[dict[str, str]], findings: list[Finding]) -> str:
@@ -81,14 +81,14 @@ def summary(claims: list[dict[str, str]], findings: list[Finding]) -> str:
 
 
 def section(number: int, claim: dict[str, str], finding: Finding) -> list[str]:
-    lines = [f"## {number}. {claim['claim'].rstrip('.')}", "", wrapped(f"**The source.** {claim['source']}"), ""]
+    lines = [f"## {number}. {claim['claim'].rstrip('.')}", "", wrapped(f"**What is said.** {claim['source']}"), ""]
     lines += [
         wrapped(f"**We measured.** {claim['measured']}"),
         "",
         *(wrapped(line, "- ") for line in finding.lines),
         "",
     ]
-    lines += [wrapped(f"**Verdict: {finding.verdict}.** {claim['reading']}"), ""]
+    lines += [wrapped(f"**Verdict: {finding.verdict}.** {claim.get('reading', '')}"), ""]
     return [*lines, wrapped(f"**What would change it.** {claim['change']}"), ""]
 
 
@@ -105,9 +105,9 @@ def wrapped(text: str, bullet: str = "") -> str:
 
 def conditions(trial: Trial) -> str:
     """What the trial's runs were, in a sentence."""
-    runs = [run for by_seed in trial.runs.values() for run in by_seed.values()]
+    runs = [run for by_factor in trial.runs.values() for by_seed in by_factor.values() for run in by_seed.values()]
     if not runs:
-        return "The trial has no runs yet."
+        return NO_RUNS
     config, counts = runs[0].start["config"], runs[0].start["params_by_role"]
     model = config["model"]
     devices = ", ".join(sorted({cell(run.start["env"]["device_name"]) for run in runs}))

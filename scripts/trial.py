@@ -19,9 +19,9 @@ import numpy as np
 
 from aurora.console import run_script
 from scripts.analysis.report import with_interval
-from scripts.analysis.statistics import holm, mean_of
+from scripts.analysis.statistics import mean_of
 from scripts.analysis.text import cell, markdown_table
-from scripts.analysis.trial import ALPHA, Paired, Trial, judged, paired
+from scripts.analysis.trial import Paired, Trial, judged
 from scripts.analysis.written import Written, page_command
 
 PAGE, DESIGN = "TRIAL_OUTCOME.md", "trial.toml"
@@ -30,18 +30,20 @@ INTRODUCTION = """\
 difference in units of its standard deviation. p is Holm's over the tests of a table."""
 
 
-def page(results: Path) -> str:
+def page(results: Path) -> Written:
     trial = Trial(results, DESIGN)
     lines = [f"<!-- Written by scripts/trial.py from the records named in {DESIGN}; do not edit. -->", ""]
     lines += ["# What came out of the trial", "", INTRODUCTION, ""]
-    if trial.runs:
+    if not trial.has_runs and not any(trial.tuning.values()):
+        return Written("\n".join([*lines, "No record yet.", ""]))
+    if trial.has_runs:
         lines += [arm_table(trial), "", "## Primary: loss at the end", "", loss_table(trial, trial.design["loss"]), ""]
         lines += ["## Mechanism: rows whose leverage stays low", "", leverage_table(trial), ""]
         lines += ["## Robustness: half and twice the lr", "", robustness_table(trial), ""]
         lines += ["## Afterwards: each arm against Muon", "", loss_table(trial, trial.design["afterwards"]), ""]
     if any(trial.tuning.values()):
         lines += ["## Tuning", "", TUNING, "", tuning_table(trial), ""]
-    return "\n".join(lines if any(trial.tuning.values()) or trial.runs else [*lines, "No record yet.", ""])
+    return Written("\n".join(lines))
 
 
 TUNING = "Mean loss at the end, over the seeds of the tuning. Each arm's lowest is bold: its values are taken."
@@ -49,27 +51,38 @@ TUNING = "Mean loss at the end, over the seeds of the tuning. Each arm's lowest 
 
 def arm_table(trial: Trial) -> str:
     rows = []
-    for arm, runs in trial.runs.items():
-        momentum = next(iter(runs.values())).start["hparams"].get("momentum", "-")
-        count = f"{sum(run.is_done for run in runs.values())}/{len(runs)}"
-        loss = with_interval(*mean_of(list(trial.losses(arm).values())), 4)
-        share = with_interval(*mean_of(list(trial.shares(arm).values())), 2)
-        rows.append((cell(arm), f"{trial.tuned[arm]:g}", cell(momentum), count, loss, share))
+    for arm, plan in trial.plan.items():
+        runs = trial.at(arm).values()
+        count = f"{sum(run.is_done for run in runs)}/{len(trial.planned(arm))}"
+        loss, share = (
+            with_interval(*mean_of(list(values.values())), digits) if values else "-"
+            for values, digits in ((trial.losses(arm), 4), (trial.shares(arm), 2))
+        )
+        rows.append((cell(arm), f"{plan['lr']:g}", f"{plan['momentum']:g}", count, loss, share))
     low_rows = f"rows of low leverage from step {trial.design['first_look']} on (%) [95 %]"
     return markdown_table(("arm", "lr", "momentum", "finished", "loss at the end [95 %]", low_rows), rows)
 
 
 def difference_cells(found: Paired, digits: int) -> tuple[str, str, str]:
-    interval = f"{found.mean:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
-    return str(found.n), interval if found.n else "no pair yet", f"{found.effect:+.2f}"
+    """Number of pairs, mean with its interval, and effect."""
+    if not found.n:
+        return "0", "-", "-"
+    mean = f"{found.mean:+.{digits}f}"
+    if math.isnan(found.low):
+        return str(found.n), mean, "-"
+    return str(found.n), f"{mean} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]", f"{found.effect:+.2f}"
+
+
+def p_cell(p: float) -> str:
+    return "-" if math.isnan(p) else f"{p:.2g}"
 
 
 def loss_table(trial: Trial, pairs: Sequence[Sequence[str]]) -> str:
     found = trial.loss_differences(pairs)
-    rows = []
-    for (a, b), difference, (p, word) in zip(pairs, found, judged(found, trial.design["margin"]), strict=True):
-        word = "diverged" if any(map(trial.has_diverged, (a, b))) else word
-        rows.append((f"{cell(a)} - {cell(b)}", *difference_cells(difference, 4), f"{p:.2g}", word))
+    rows = [
+        (f"{cell(a)} - {cell(b)}", *difference_cells(difference, 4), p_cell(p), word)
+        for (a, b), difference, (p, word) in zip(pairs, found, judged(found, trial.design["margin"]), strict=True)
+    ]
     return markdown_table(("losses", "pairs", "nats [95 %]", "effect", "p", "verdict"), rows)
 
 
@@ -77,20 +90,21 @@ def leverage_table(trial: Trial) -> str:
     pairs = trial.design["leverage"]
     found = trial.share_differences(pairs)
     rows = []
-    for (a, b), difference, p in zip(pairs, found, holm([difference.p for difference in found]), strict=True):
-        word = ("more" if difference.mean > 0 else "fewer") if p < ALPHA else "undecided"
-        rows.append((f"{cell(a)} - {cell(b)}", *difference_cells(difference, 2), f"{p:.2g}", word))
+    for (a, b), difference, (p, word) in zip(pairs, found, judged(found, 0.0), strict=True):
+        word = {"better": "fewer", "worse": "more"}.get(word, word)
+        rows.append((f"{cell(a)} - {cell(b)}", *difference_cells(difference, 2), p_cell(p), word))
     return markdown_table(("shares of rows", "pairs", "points [95 %]", "effect", "p", "verdict"), rows)
 
 
 def robustness_table(trial: Trial) -> str:
     rows = []
-    for arm in (arm for arm in trial.design["robust"] if arm in trial.tuned):
+    for arm in trial.design["robust"]:
         for factor in (0.5, 2.0):
-            lr = next((lr for lr in trial.arms[arm] if math.isclose(lr, factor * trial.tuned[arm], rel_tol=1e-3)), None)
-            difference = paired(trial.losses(arm, lr), trial.losses(arm)) if lr is not None else paired({}, {})
-            rows.append((cell(arm), f"{factor:g}", *difference_cells(difference, 4)))
-    return markdown_table(("arm", "times the lr", "pairs", "loss above that at the tuned lr [95 %]", "effect"), rows)
+            runs, change = trial.at(arm, factor), trial.change(arm, factor)
+            count = f"{sum(run.is_done for run in runs.values())}/{len(trial.planned(arm, factor))}"
+            rows.append((cell(arm), f"{factor:g}", count, *difference_cells(change, 4), change.flaw or "-"))
+    header = ("arm", "times the lr", "finished", "pairs", "loss above that at the tuned lr [95 %]", "effect", "flaw")
+    return markdown_table(header, rows)
 
 
 def tuning_table(trial: Trial) -> str:
@@ -113,7 +127,7 @@ def tuning_table(trial: Trial) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return page_command("trial.py", __doc__, PAGE, DESIGN, lambda results: Written(page(results), {}), argv)
+    return page_command("trial.py", __doc__, PAGE, DESIGN, page, argv)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ CG_TOLERANCE = 1e-5
 
 class RiemannianAurora(MatrixOptimizer):
     """Gradient ascent of <X, U> over {U^T U = I, all rows of equal norm}: what Aurora approximates, at many times the
-    price. A yardstick, not a rule to train with.
+    price. A yardstick, not a rule to train with: on momentum of low rank its polar factors, one after the other, make
+    directions of rounding noise.
 
     Tall (M > N), from U = polar(X), with X scaled to ||X||_F = sqrt(N), repeat ascent_steps times:
 
@@ -82,10 +83,10 @@ class RiemannianAurora(MatrixOptimizer):
         return U_KMN
 
     def orthogonal(self, X_KMN: Tensor, group: dict[str, Any]) -> Tensor:
-        """The polar factor in float32, by the group's schedule and two steps that make an error e of 5/2 e^3.
+        """The polar factor in float32: by the group's schedule, then two steps, each of which makes 5/2 e^3 of an error e.
 
-        Without them the errors of seven polar factors in a row multiply: polar_express5 ends on a curve with waves, and
-        made 1e-3 of a difference of 1e-7 in the momentum.
+        A schedule alone maps singular values that differ a little to ones that differ more, and seven polar factors in
+        a row multiply that: with polar_express5 a difference of 1e-7 in the momentum became 1e-3.
         """
         U_KMN = self.polar(X_KMN, group).float()
         for _ in range(2):

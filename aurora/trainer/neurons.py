@@ -101,7 +101,7 @@ class Neurons:
             found |= part
         widths = {name: p.size(int(name.endswith("down"))) for name, p in self.matrices.items()}
         event = {"event": "neurons", "step": step, "tokens": inputs_BT.numel(), "width": next(iter(widths.values()))}
-        if layers and not any(self.downs.values()):  # shares of all neurons; gated ones have no threshold to die below
+        if layers and not any(self.downs.values()):  # shares of all neurons; made for ReLU^2
             count = sum(down.in_features for down in self.downs)
             event |= {key: sum(layer[key] for layer in layers) / count for key in ("dead", "silent")}
         if rows := [name for name in found if not name.endswith("down")]:  # shares of the rows of up (and gate)

@@ -38,7 +38,7 @@ from scripts.analysis.verdict import (
 
 PAGE, NOTES, REFERENCE_PAGE = "README.md", "notes.md", "REFERENCE.md"
 MAIN = "quick"  # the folder of the main track
-MOST_TABLES = 6  # on the main page, of its first experiments; the others are in the details
+MOST_TABLES = 6  # on the main page: all or none of an experiment, the first experiments first
 WRITTEN = "<!-- Written by scripts/leaderboard.py from the records and notes.md; edit those. -->"
 WRITTEN_FROM_REFERENCE = "<!-- Written by scripts/leaderboard.py from reference.toml; edit that. -->"
 HOW_CHECKED = (
@@ -217,8 +217,9 @@ class Pages:
         num_runs = {name: sum(t.num_runs for tables in found for t in tables) for name, found in sections.items()}
         room = MOST_TABLES
         for folder in sorted(sections, key=lambda name: (name != MAIN, -num_runs[name])):
-            body += self.section(folder, sections[folder], room)
-            room -= len(sections[folder])
+            is_shown = len(sections[folder]) <= room
+            body += self.section(folder, sections[folder], is_shown)
+            room -= len(sections[folder]) * is_shown
         body += reference_section(self.by_task, self.tracks)
         if trials:
             body += ["## Tuning", ""]
@@ -233,14 +234,14 @@ class Pages:
         notes = self.notes[folder]
         return f"[{notes.title}]({quote(folder)}/{PAGE}){': ' * bool(notes.summary)}{notes.summary}"
 
-    def section(self, folder: str, tasks: list[list[Table]], room: int) -> list[str]:
-        """What the experiment is, the verdict of each folder on each of its tasks, and tables of the first ones."""
+    def section(self, folder: str, tasks: list[list[Table]], is_shown: bool) -> list[str]:
+        """What the experiment is, the verdict of each folder on each of its tasks, and tables where they are shown."""
         notes, others = self.notes[folder], {table.folder for tables in tasks for table in tables} - {folder}
         lines = [f"## {notes.title}", "", f"{notes.summary} [Details]({quote(folder)}/{PAGE}).".lstrip(), ""]
         lines += [f"- {self.introduction(name)}" for name in sorted(others)]
-        for number, tables in enumerate(tasks):
+        for tables in tasks:
             verdicts = [f"- **{cell(table.folder)}**: {in_a_line(table.pairs)}" for table in tables]
-            if number >= room:
+            if not is_shown:
                 lines += ["", f"{describe(tables[0].first_run)}. The table is in the details.", "", *verdicts]
                 continue
             rows = [(group, table.folder) for table in tables for group in table.groups]

@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
@@ -21,7 +22,7 @@ class Picture(NamedTuple):
 
 class Written(NamedTuple):
     text: str
-    pictures: Mapping[Path, Picture]
+    pictures: Mapping[Path, Picture] = MappingProxyType({})
 
 
 def page_command(
