@@ -186,10 +186,11 @@ def plot_leverage(groups: Sequence[Group], path: Path, description: str = "") ->
                 axis.set_yticks([1 + 4 * (k + 3) for k in decades], [f"{10.0**k:g}" for k in decades])
                 if column == 0:
                     axis.set_ylabel(f"layer {layer}")
-            axes[0][column].set_title(f"{printable(group.label)} (n = {len(group.runs)})")
+            axes[0][column].set_title(f"{printable(group.label)}\n(n = {len(group.runs)})", fontsize=9)
             axes[-1][column].set_xlabel("step")
-        figure.supylabel("leverage of rows, in units of an even one")
-        figure.colorbar(image, ax=list(axes.flat), label="share of rows")
+        figure.supylabel("leverage of rows, in units of an even one", fontsize=10)
+        bar = figure.colorbar(image, ax=list(axes.flat), label="share of rows (%)", aspect=40)
+        bar.set_ticks([1e-3, 1e-2, 1e-1, 1], labels=["0.1", "1", "10", "100"])
         save_figure(figure, path, description)
         plt.close(figure)
 

@@ -169,15 +169,17 @@ def test_runs_that_diverged_count_as_the_worst_of_their_arm_and_three_forbid_a_t
         if seed < 3:
             write_run(folder, "a", seed, 0.04, 1.5, 0, is_diverged=True)
     found = Trial(tmp_path, "trial.toml")
-    assert not found.flaw("a") and found.losses("a")[0] == found.losses("a")[5] == max(found.losses("a").values())
+    assert not found.flaw(("a", 1.0)) and found.losses("a")[0] == found.losses("a")[5] == max(
+        found.losses("a").values()
+    )
     assert found.shares("a") == {0: 5, 1: 5, 2: 2, 3: 3, 4: 4, 5: 5}
     assert found.loss_differences([("a", "b")])[0].n == 6
     write_run(folder, "a", 2, 0.02, 1.4, 0, is_diverged=True)
     found = Trial(tmp_path, "trial.toml")
-    assert found.flaw("a") == "diverged (3 of 6)" and found.loss_differences([("a", "b")])[0].n == 0
+    assert found.flaw(("a", 1.0)) == "diverged (3 of 6)" and found.loss_differences([("a", "b")])[0].n == 0
     assert trial.main(["--results", str(tmp_path)]) == 0
     text = (tmp_path / "TRIAL_OUTCOME.md").read_text()
-    assert text.count("| diverged (3 of 6)") == 3 and "| diverged (3 of 3)" in text
+    assert text.count("| diverged (3 of 6)") == 4 and "| diverged (3 of 3)" in text
 
 
 def test_committed_page_is_what_the_records_give():

@@ -244,7 +244,7 @@ def rows_lose_leverage(found: Evidence) -> Finding:
         test = f", effect {difference.effect:+.2f} (p = {p:.2g}, Holm over {len(pairs)})" if p <= 1 else f" ({word})"
         lines.append(f"{NAMES[a]} minus {NAMES[b]}, {difference.n} seeds: {figure}{test}.")
     verdict = "contradicted" if "contradicted" in words else agreed(words)
-    figure = ", ".join(f"{NAMES[arm]} {np.mean(values):.1f} %" for arm, values in shares.items())
+    figure = ", ".join(f"{NAMES[arm]} {np.mean(values):.2f} %" for arm, values in shares.items())
     return Finding(verdict, figure, lines)
 
 

@@ -105,12 +105,15 @@ class Trial:
         found = {s: 100 * persistent_share(r, first) if r.is_done else math.inf for s, r in self.at(arm).items()}
         return worst_where_diverged({seed: share for seed, share in found.items() if not math.isnan(share)})
 
-    def flaw(self, arm: str, factor: float = 1.0) -> str:
-        """What forbids to judge the arm, in words; empty if nothing does."""
-        runs, planned = self.at(arm, factor), len(self.planned(arm, factor))
-        if (diverged := sum(not run.is_done for run in runs.values())) > MOST_DIVERGED:
-            return f"diverged ({diverged} of {len(runs)})"
-        return "" if len(runs) == planned else f"under way ({len(runs)} of {planned})"
+    def flaw(self, *settings: tuple[str, float]) -> str:
+        """What forbids to compare these arms at these factors, in words; empty if nothing does."""
+        for setting in settings:
+            runs = self.at(*setting)
+            if (diverged := sum(not run.is_done for run in runs.values())) > MOST_DIVERGED:
+                return f"diverged ({diverged} of {len(runs)})"
+        planned = set.intersection(*(set(self.planned(*setting)) for setting in settings))
+        there = planned.intersection(*(self.at(*setting) for setting in settings))
+        return "" if there == planned else f"under way ({len(there)} of {len(planned)})"
 
     def loss_differences(self, pairs: Sequence[Sequence[str]]) -> list[Paired]:
         """a - b of each pair of arms."""
@@ -120,12 +123,12 @@ class Trial:
         return [self._paired(a, b, self.shares) for a, b in pairs]
 
     def _paired(self, a: str, b: str, values: Callable[[str], Values]) -> Paired:
-        return without_verdict(paired(values(a), values(b)), self.flaw(a) or self.flaw(b))
+        return without_verdict(paired(values(a), values(b)), self.flaw((a, 1.0), (b, 1.0)))
 
     def change(self, arm: str, factor: float) -> Paired:
         """The loss at this multiple of the tuned lr minus that at the tuned one."""
         found = paired(self.losses(arm, factor), self.losses(arm))
-        return without_verdict(found, self.flaw(arm, factor) or self.flaw(arm))
+        return without_verdict(found, self.flaw((arm, factor), (arm, 1.0)))
 
 
 def without_verdict(found: Paired, flaw: str) -> Paired:
