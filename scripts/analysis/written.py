@@ -37,6 +37,9 @@ def page_command(
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records and the page")
     args = parser.parse_args(argv)
     path = args.results / page
+    if not args.results.is_dir():
+        print(f"error: there is no folder {args.results}", file=sys.stderr)
+        return 2
     try:
         text, pictures = make(args.results)
         stale = [p for p, picture in pictures.items() if not picture.is_current(p)]
