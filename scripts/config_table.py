@@ -56,8 +56,8 @@ key: `--set train.steps=100`, `--set optimizer.muon.lr=0.03`. This page comes fr
 - [gpt2_medium.toml](gpt2_medium.toml): 304M parameters, the size of the public speedrun's second track; target 2.92
 - [gpt2_350m.toml](gpt2_350m.toml), [gpt2_1b.toml](gpt2_1b.toml): 348M and 1.08B parameters with SwiGLU, about the sizes
   of which Aurora's authors report
-- [trial.toml](trial.toml), [prediction.toml](prediction.toml): the tracks of the [trial](../results/TRIAL.md) of Aurora's
-  claim, and of the [comparison](../results/PREDICTION.md) with the public board
+- [trial.toml](trial.toml), [prediction.toml](prediction.toml): the tracks of the [trial](../results/TRIAL.md) of
+  Aurora's claim, and of the [comparison](../results/PREDICTION.md) with the public board
 - [tuning/](tuning/quick.toml): what `compare.py tune` searches on the track of the same name
 """
 PIECE_KEYS = [

@@ -24,7 +24,8 @@ import numpy as np
 
 from aurora.console import run_script
 from aurora.trainer.record import Run
-from scripts.analysis.findings import MEASURES, NAMES, NO_RUNS, Evidence, Finding
+from scripts.analysis.evidence import Evidence
+from scripts.analysis.findings import MEASURES, NAMES, NO_RUNS, Finding
 from scripts.analysis.text import cell, markdown_table
 from scripts.analysis.trial import Trial, persistent_share
 from scripts.analysis.verdict import Group

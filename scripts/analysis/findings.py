@@ -4,19 +4,18 @@ The trial's endpoints are judged as results/TRIAL.md says; other comparisons as 
 equally long schedules, otherwise by steps to the target. Two-sided tests at 5 %.
 """
 
-import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
 
-from aurora.trainer.record import Run, read_folder
+from aurora.trainer.record import Run
+from scripts.analysis.evidence import Evidence, gains
 from scripts.analysis.statistics import MIN_RUNS, Interval, mean_of, ratio_interval
-from scripts.analysis.trial import ALPHA, Paired, Trial, judged, persistent_share
-from scripts.analysis.verdict import Group, Pair, compare, group_runs, step_seconds, time_ratio
+from scripts.analysis.trial import ALPHA, Paired, judged, persistent_share
+from scripts.analysis.verdict import Group, Pair, compare, step_seconds, time_ratio
 
 NAMES = {
     "adamw": "AdamW",
@@ -44,47 +43,6 @@ def not_tested(why: str, lines: Sequence[str] = ()) -> Finding:
 
 
 NO_RUNS = "No run of the trial is recorded here yet."
-
-
-class Evidence:
-    """The records that findings.toml names."""
-
-    def __init__(self, results: Path, names: dict[str, Any]):
-        self.trial = Trial(results, names["trial"])
-        self.tracks = {folder: only_groups(results / folder) for folder in names["tracks"]}
-        self.older = {
-            entry["folder"]: (only_groups(results / entry["folder"]), entry["but"]) for entry in names["older"]
-        }
-        self.widths = widths_of(groups_in(results / names["expansion"]))
-        self.long = only_groups(results / names["long"])
-        self.costs = {name: json.loads((results / name).read_text(encoding="utf-8")) for name in names["costs"]}
-        self.expansion_folder, self.long_folder = names["expansion"], names["long"]
-
-
-def groups_in(folder: Path) -> dict[str, list[Group]]:
-    """Groups by task of the records of a folder.
-
-    Raises:
-        ValueError: a file is not a record.
-    """
-    runs, errors = read_folder(folder) if folder.is_dir() else ([], [])
-    if errors:
-        raise ValueError(str(errors[0]))
-    return group_runs(runs)
-
-
-def only_groups(folder: Path) -> dict[str, Group]:
-    """The group of each optimizer, of a folder that holds one task and one setting of each.
-
-    Raises:
-        ValueError: it holds more.
-    """
-    tasks = groups_in(folder)
-    groups = [group for of_task in tasks.values() for group in of_task]
-    found = {group.optimizer: group for group in groups}
-    if len(tasks) > 1 or len(found) < len(groups):
-        raise ValueError(f"{folder} holds {len(tasks)} tasks and {len(groups)} settings of {len(found)} optimizers")
-    return found
 
 
 def interval(mean: float, low: float, high: float, digits: int, unit: str = "", sign: str = "+") -> str:
@@ -315,33 +273,6 @@ def times(ratio: float, within: Interval) -> str:
 def cost_word(ratio: tuple[float, Interval]) -> str:
     low, high, _ = ratio[1]
     return "supported" if high <= COST_CLAIM else "contradicted" if low > COST_CLAIM else "undecided"
-
-
-# Groups by expansion factor and optimizer.
-Widths = dict[int, dict[str, Group]]
-
-
-def widths_of(tasks: dict[str, list[Group]]) -> Widths:
-    """Runs by the expansion factor of their model, in its order."""
-    found: Widths = {}
-    for groups in tasks.values():
-        expansion = groups[0].runs[0].start["config"]["model"]["mlp_expansion"]
-        found.setdefault(expansion, {}).update({group.optimizer: group for group in groups})
-    return dict(sorted(found.items()))
-
-
-def gains(widths: Widths, base: str, other: str) -> dict[int, dict[int, float]]:
-    """base's final loss minus other's, by expansion factor and seed, where both have runs that finished."""
-    found = {}
-    for expansion, groups in widths.items():
-        losses = {
-            name: {run.start["seed"]: run.end_event["val_loss"] for run in group.runs if run.is_done}
-            for name, group in groups.items()
-        }
-        shared = sorted(losses.get(base, {}).keys() & losses.get(other, {}).keys())
-        if shared:
-            found[expansion] = {seed: losses[base][seed] - losses[other][seed] for seed in shared}
-    return found
 
 
 def starved_last(run: Run) -> float:
