@@ -83,7 +83,7 @@ class RiemannianAurora(MatrixOptimizer):
         return U_KMN
 
     def orthogonal(self, X_KMN: Tensor, group: dict[str, Any]) -> Tensor:
-        """The polar factor in float32: by the group's schedule, then two steps, each of which makes 5/2 e^3 of an error e.
+        """The polar factor in float32: by the group's schedule, then two steps that each make 5/2 e^3 of an error e.
 
         A schedule alone maps singular values that differ a little to ones that differ more, and seven polar factors in
         a row multiply that: with polar_express5 a difference of 1e-7 in the momentum became 1e-3.
