@@ -182,5 +182,15 @@ def test_runs_that_diverged_count_as_the_worst_of_their_arm_and_three_forbid_a_t
     assert text.count("| diverged (3 of 6)") == 4 and "| diverged (3 of 3)" in text
 
 
+def test_the_readme_states_the_trials_figures():
+    found, text = Trial(trial.ROOT / "results", "trial.toml"), (trial.ROOT / "README.md").read_text()
+    difference = found.loss_differences(found.design["loss"])[0]
+    shares = {arm: np.mean(list(found.shares(arm).values())) for arm in ("muon", "unormuon", "aurora_tall")}
+    text = text.replace("\n", " ")
+    assert f"{-difference.mean:.4f} [{-difference.high:.4f}, {-difference.low:.4f}] nats below U-NorMuon's" in text
+    assert f"in {difference.n} pairs" in text and f"Muon leaves {shares['muon']:.1f} % of the rows" in text
+    assert f"U-NorMuon {shares['unormuon']:.1f} %, Aurora {shares['aurora_tall']:.1f} %" in text
+
+
 def test_committed_page_is_what_the_records_give():
     assert trial.main(["--check"]) == 0
