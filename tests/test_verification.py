@@ -351,6 +351,8 @@ def test_dropped_seed_and_duplicated_run_show_in_the_folder(tiny_track, trained,
     found = verify_folder(tmp_path)
     assert [verification.word for verification in found] == ["gaps"] * 2
     assert all("lacks [1]" in verification.notes[-1] for verification in found)  # notes before: the checkout was edited
+    (tmp_path / "2").rename(tmp_path / "a_tuning")  # which has seeds of its own
+    assert [verification.word for verification in verify_folder(tmp_path)] == ["consistent"] * 2
     assert verify.main([str(tmp_path)]) == 0
     copies = tmp_path / "copies"
     copies.mkdir()

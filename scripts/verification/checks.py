@@ -170,7 +170,9 @@ def verify_folder(*places: Path) -> list[Verification]:
             traces.append(trace_of(run))
         except (RecordError, KeyError, TypeError, ValueError):  # for which it is refuted already
             continue
-        key = run.start["task_hash"], run.start["optimizer"], json_hash(run.setting), run.start["code_hash"]
+        is_tuning = path.parent.name.endswith("_tuning")  # with seeds of its own
+        setting = json_hash([run.setting, is_tuning])
+        key = run.start["task_hash"], run.start["optimizer"], setting, run.start["code_hash"]
         groups.setdefault(key, []).append((run.start["seed"], verdicts[path]))
     for finding in findings(traces):
         verdict = verdicts[finding.later.path]
