@@ -128,7 +128,8 @@ def check_times(run: Events) -> Iterator[str]:
     for early, late in itertools.pairwise(sorted(by_step)):
         inside = [seconds for step, seconds in windows if early < step <= late]
         elapsed = by_step[late]["train_time_s"] - by_step[early]["train_time_s"]
-        if late in {step for step, _ in windows} and not 0.8 * elapsed - 0.05 <= sum(inside) <= 1.02 * elapsed + 0.01:
+        # 50 ms, since a process may lose its core between two readings of the clock.
+        if late in {step for step, _ in windows} and not 0.8 * elapsed - 0.05 <= sum(inside) <= 1.02 * elapsed + 0.05:
             yield f"steps {early} to {late} took {sum(inside):.3f} s by their step_ms, {elapsed:.3f} s by train_time_s"
     counts = run.start["params_by_role"]
     flop = 6 * (counts["matrix"] + counts["head"]) * run.config["train"]["batch_tokens"]
