@@ -86,7 +86,7 @@ class RiemannianAurora(MatrixOptimizer):
         """The polar factor in float32: by the group's schedule, then two steps that each make 5/2 e^3 of an error e.
 
         A schedule alone maps singular values that differ a little to ones that differ more, and seven polar factors in
-        a row multiply that: with polar_express5 a difference of 1e-7 in the momentum became 1e-3.
+        a row multiply that, so that rounding grows until runs on other numbers of ranks part.
         """
         U_KMN = self.polar(X_KMN, group).float()
         for _ in range(2):
